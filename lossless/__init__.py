@@ -1,0 +1,8 @@
+"""Lossless acceleration of frozen Hugging Face chat models (Speculative Streaming, arXiv 2402.11131)."""
+
+from .adapter import StreamAdapter
+from .config import StreamingConfig
+from .errors import UsageError
+from .generate import AcceleratedModel, Stats, accelerate
+
+__all__ = ["AcceleratedModel", "Stats", "StreamAdapter", "StreamingConfig", "UsageError", "accelerate"]

@@ -1,0 +1,220 @@
+"""The adapter: everything that is trained, and nothing that is not.
+
+Knows: the weights of the stream embeddings, the MSA adapters and the transition head, what each of
+them computes, and how they are saved. Does not know: how rows travel through the base (streams.py),
+trees, or generation.
+
+Speculative Streaming (Bhendawade et al., arXiv 2402.11131). Stream j at position t starts at layer
+N - N_s as S[t, j] = f(M[t]) + P[j], f the identity here, and stands for the token at t + 1 + j.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from .config import StreamingConfig
+from .errors import UsageError
+from .models import fingerprint_differences
+from .storage import versions, write_json
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter.safetensors"
+
+
+class LowRank(nn.Module):
+    """An MSA adapter: x -> B A x, added to a frozen projection's output on stream rows."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, in_features))
+        self.up = nn.Parameter(torch.zeros(out_features, rank))  # zero: an untrained adapter changes nothing
+        nn.init.normal_(self.down, std=in_features**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.down), self.up)
+
+
+class Transition(nn.Module):
+    """The recurrent head that tells a stream which tokens its path holds so far.
+
+        r_0 = tanh(A N(s_1))
+        r_j = silu(U r_{j-1} + E N(e(x_{t+j})) + S N(s_j) + b_j)
+        logits_j = head(s_j + V r_j)
+
+    s_j is stream j after the base's final norm, e the base's token embedding, x_{t+1} the token that
+    is already certain, N the RMS norm without a weight, head the base's own LM head.
+    """
+
+    def __init__(self, dim: int, rank: int, num_streams: int) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.empty(rank, dim))  # A
+        self.recur = nn.Parameter(torch.empty(rank, rank))  # U
+        self.token = nn.Parameter(torch.empty(rank, dim))  # E
+        self.stream = nn.Parameter(torch.empty(rank, dim))  # S
+        self.bias = nn.Parameter(torch.zeros(num_streams, rank))  # b
+        self.out = nn.Parameter(torch.zeros(dim, rank))  # V, zero: an untrained head predicts as the stream does
+        for weight in (self.start, self.recur, self.token, self.stream):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+    def begin(self, first_stream: torch.Tensor) -> torch.Tensor:
+        """r_0 of `[..., dim]`."""
+        return torch.tanh(F.linear(_norm(first_stream), self.start))
+
+    def advance(self, r: torch.Tensor, token: torch.Tensor, stream: torch.Tensor, j: int) -> torch.Tensor:
+        """r_j from r_{j-1} `[..., rank]`, the token's embedding and stream j `[..., dim]`; j counts from 1."""
+        told = F.linear(_norm(token), self.token) + F.linear(_norm(stream), self.stream)
+        return F.silu(F.linear(r, self.recur) + told + self.bias[j - 1])
+
+    def adjust(self, stream: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        """s_j + V r_j, what the LM head reads: `[..., dim]`."""
+        return stream + F.linear(r, self.out)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class StreamAdapter(nn.Module):
+    """The trained weights of one base.
+
+    Args:
+        config: its shape.
+        dim: width of the base's hidden states.
+        projections: for each adapted projection of the top layers, named `<layer from N - N_s>.<path>`,
+            its (in_features, out_features).
+        draft_ids: token ids that may be drafted, `[draft_vocab_size]`; None for all.
+        base: name and fingerprint of the base it belongs to.
+    """
+
+    def __init__(
+        self,
+        config: StreamingConfig,
+        dim: int,
+        projections: dict[str, tuple[int, int]],
+        draft_ids: torch.Tensor | None = None,
+        base: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.base = base or {}
+        self.stream_embeddings = nn.Parameter(torch.randn(config.num_streams, dim) * 0.02)  # P
+        # module names hold no dots
+        self.msa = nn.ModuleDict(
+            {name.replace(".", "-"): LowRank(*shape, config.lora_rank) for name, shape in projections.items()}
+        )
+        self.transition = Transition(dim, config.transition_rank, config.num_streams)
+        self.draft_ids: torch.Tensor | None
+        self.register_buffer("draft_ids", draft_ids)
+        if config.draft_vocab_size != (0 if draft_ids is None else len(draft_ids)):
+            raise UsageError(
+                f"draft_vocab_size is {config.draft_vocab_size}, but "
+                f"{'no' if draft_ids is None else len(draft_ids)} draft ids were given"
+            )
+
+    def start_streams(self, main: torch.Tensor) -> torch.Tensor:
+        """S[t, j] = M[t] + P[j]: `[batch, nodes, dim]` -> `[batch, nodes * num_streams, dim]`."""
+        streams = main[:, :, None] + self.stream_embeddings.to(main.dtype)
+        return streams.flatten(1, 2)
+
+    def parameter_count(self) -> int:
+        """Trained parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def randomize(self, seed: int, scale: float = 0.5) -> StreamAdapter:
+        """Random numbers in every weight: the worst adapter there is, for checking that output stays exact."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                noise = torch.randn(parameter.shape, generator=generator) * scale
+                parameter.copy_(noise / max(1, parameter.shape[-1]) ** 0.5)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights (float16) and config into `folder`, each file whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            name: (tensor.half() if tensor.is_floating_point() else tensor.int()).contiguous().cpu()
+            for name, tensor in self.state_dict().items()
+        }
+        staging = folder / (WEIGHTS_FILE + ".part")
+        save_file(tensors, staging, metadata={"format": "pt"})
+        staging.replace(folder / WEIGHTS_FILE)
+        write_json(
+            folder / CONFIG_FILE,
+            {
+                "format": 1,
+                "streaming": self.config.to_dict(),
+                "dim": self.stream_embeddings.shape[1],
+                "projections": {n.replace("-", "."): [*_shape(m)] for n, m in self.msa.items()},
+                "base": self.base,
+                "versions": versions(),
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, base: dict[str, Any] | None = None) -> StreamAdapter:
+        """Load from a local folder or a hub id.
+
+        Args:
+            base: name and fingerprint of the base it will serve; another fingerprint than the
+                adapter's own is a warning, because output stays exact all the same.
+
+        Raises:
+            UsageError: no adapter there, or a file that is broken or does not fit its config.
+        """
+        folder = _find(str(source))
+        try:
+            written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(folder / WEIGHTS_FILE)
+            config = StreamingConfig.from_dict(written["streaming"])
+            adapter = cls(
+                config,
+                written["dim"],
+                {name: (shape[0], shape[1]) for name, shape in written["projections"].items()},
+                tensors["draft_ids"].long() if "draft_ids" in tensors else None,
+                written["base"],
+            )
+            adapter.load_state_dict({k: v.float() if v.is_floating_point() else v.long() for k, v in tensors.items()})
+        except FileNotFoundError as error:
+            raise UsageError(f"no adapter in {folder}: {Path(error.filename or WEIGHTS_FILE).name} is missing") from None
+        except (SafetensorError, json.JSONDecodeError, KeyError, IndexError, TypeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"the adapter in {folder} is broken or cut short: {reason}") from error
+        if base is not None:
+            ours, theirs = adapter.base.get("fingerprint", {}), base.get("fingerprint", {})
+            if differing := fingerprint_differences(ours, theirs):
+                warnings.warn(
+                    f"the adapter in {folder} was trained for {adapter.base.get('name', 'another base')}, and this "
+                    f"base differs in {', '.join(differing)}: output stays exact, but it may be slow",
+                    stacklevel=2,
+                )
+        return adapter
+
+
+def _shape(low_rank: nn.Module) -> tuple[int, int]:
+    return low_rank.down.shape[1], low_rank.up.shape[0]  # type: ignore[union-attr, return-value]
+
+
+def _find(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UsageError(f"no adapter folder at {path}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(f"no adapter folder at {path}, and the hub gave none by that name: {error}") from None

@@ -1,0 +1,59 @@
+"""The shape of an adapter: how many streams, how deep, how wide.
+
+Knows: numbers and the rules they obey. Does not know: tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import UsageError
+
+SCHEDULES = ("parallel", "deferred")
+
+
+@dataclass(frozen=True)
+class StreamingConfig:
+    """Everything that shapes an adapter and the trees it drafts.
+
+    Args:
+        num_streams: gamma, the tokens drafted ahead of the certain one; also the depth of a tree.
+        num_msa_layers: N_s, the top decoder layers in which stream rows exist.
+        lora_rank: rank of the MSA adapters; their scale is 1.
+        transition_rank: width of the recurrent transition head.
+        draft_vocab_size: tokens that may be drafted, 0 for all of them. Costs coverage, never exactness.
+        tree_nodes: nodes of a draft tree, the root counted: the rows of a verification pass.
+        tree_top_k: most children of one node.
+        schedule: `parallel` verifies a tree and speculates from every node of it in one pass, as in
+            the paper; `deferred` speculates after the walk, from the accepted node only.
+    """
+
+    num_streams: int = 4
+    num_msa_layers: int = 4
+    lora_rank: int = 32
+    transition_rank: int = 384
+    draft_vocab_size: int = 0
+    tree_nodes: int = 16
+    tree_top_k: int = 8
+    schedule: str = "parallel"
+
+    def __post_init__(self) -> None:
+        for name in ("num_streams", "num_msa_layers", "lora_rank", "transition_rank", "tree_nodes", "tree_top_k"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.draft_vocab_size < 0:
+            raise UsageError(f"draft_vocab_size must be at least 0, got {self.draft_vocab_size}")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StreamingConfig:
+        """Raises UsageError for a field that no version of this class has."""
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise UsageError(f"an adapter's config has no field {', '.join(unknown)}")
+        return cls(**values)

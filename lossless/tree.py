@@ -1,0 +1,100 @@
+"""The draft tree: tokens that may follow, arranged by what they follow.
+
+Knows: nodes, parents, ancestors, and which candidates are worth a row. Pure: no model, no state.
+Does not know: where probabilities come from, or what the base will choose.
+
+Node 0 is the root, the token that is already certain. Every parent stands before its children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A tree of tokens.
+
+    Args:
+        tokens: token id of each node.
+        parents: number of each node's parent, -1 for the root.
+
+    Raises:
+        UsageError: no root, a parent that does not stand before its child, or twin siblings.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.parents):
+            raise UsageError(f"a tree needs a parent for each token, got {len(self.parents)} for {len(self.tokens)}")
+        if not self.parents or self.parents[0] != -1:
+            raise UsageError(f"node 0 must be the root (parent -1), got parents {self.parents[:1]}")
+        for node, parent in enumerate(self.parents[1:], start=1):
+            if not 0 <= parent < node:
+                raise UsageError(f"a parent must stand before its child, got {parent} for node {node}")
+        if len(self._children) != len(self.tokens) - 1:
+            raise UsageError("two children of one node must not hold the same token")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def _children(self) -> dict[tuple[int, int], int]:
+        pairs = zip(self.parents[1:], self.tokens[1:], strict=True)
+        return {pair: node for node, pair in enumerate(pairs, start=1)}
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` that holds `token`, if it was drafted."""
+        return self._children.get((node, token))
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Steps from the root to each node."""
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    def mask(self) -> torch.Tensor:
+        """`[nodes, nodes]`, True where a node may attend: to its ancestors and to itself."""
+        allowed = torch.eye(len(self), dtype=torch.bool)
+        for node, parent in enumerate(self.parents[1:], start=1):
+            allowed[node] |= allowed[parent]
+        return allowed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that might become a node: its parent among the candidates (-1: the root), the log
+    probability of the whole path to it."""
+
+    token: int
+    parent: int
+    score: float
+
+
+def most_likely(candidates: Sequence[Candidate], among: range, count: int) -> list[int]:
+    """Numbers of the `count` best candidates of a range, best first; of equals the first drafted wins."""
+    return sorted(among, key=lambda i: (-candidates[i].score, i))[:count]
+
+
+def plant(root: int, candidates: Sequence[Candidate], max_nodes: int) -> DraftTree:
+    """The tree of the root and the most likely candidates.
+
+    A path's score never exceeds its parent's and parents stand first, so that the best candidates
+    always come with their parents.
+    """
+    chosen = sorted(most_likely(candidates, range(len(candidates)), max_nodes - 1))
+    node_of = {-1: 0} | {candidate: node for node, candidate in enumerate(chosen, start=1)}
+    return DraftTree(
+        tokens=(root, *(candidates[i].token for i in chosen)),
+        parents=(-1, *(node_of[candidates[i].parent] for i in chosen)),
+    )
