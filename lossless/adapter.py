@@ -31,7 +31,11 @@ WEIGHTS_FILE = "adapter.safetensors"
 
 
 class LowRank(nn.Module):
-    """An MSA adapter: x -> B A x, added to a frozen projection's output on stream rows."""
+    """An MSA adapter: x -> B A x, added to a frozen projection's output on stream rows.
+
+    Like all that follows it computes in the dtype of its input: training keeps float32 weights over the
+    base's own activations.
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -40,7 +44,7 @@ class LowRank(nn.Module):
         nn.init.normal_(self.down, std=in_features**-0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self.down), self.up)
+        return _linear(_linear(x, self.down), self.up)
 
 
 class Transition(nn.Module):
@@ -67,16 +71,20 @@ class Transition(nn.Module):
 
     def begin(self, first_stream: torch.Tensor) -> torch.Tensor:
         """r_0 of `[..., dim]`."""
-        return torch.tanh(F.linear(_norm(first_stream), self.start))
+        return torch.tanh(_linear(_norm(first_stream), self.start))
 
     def advance(self, r: torch.Tensor, token: torch.Tensor, stream: torch.Tensor, j: int) -> torch.Tensor:
         """r_j from r_{j-1} `[..., rank]`, the token's embedding and stream j `[..., dim]`; j counts from 1."""
-        told = F.linear(_norm(token), self.token) + F.linear(_norm(stream), self.stream)
-        return F.silu(F.linear(r, self.recur) + told + self.bias[j - 1])
+        told = _linear(_norm(token), self.token) + _linear(_norm(stream), self.stream)
+        return F.silu(_linear(r, self.recur) + told + self.bias[j - 1].to(r.dtype))
 
     def adjust(self, stream: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         """s_j + V r_j, what the LM head reads: `[..., dim]`."""
-        return stream + F.linear(r, self.out)
+        return stream + _linear(r, self.out)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight.to(x.dtype))
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,7 @@ class _Pass:
     rotary: Any = None  # position embeddings of main and stream rows
     entry: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] at layer N - N_s
     streams: torch.Tensor | None = None  # [batch, m * gamma, dim] after the final norm
+    final: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] after it
 
 
 _PASS: ContextVar[_Pass | None] = ContextVar("lossless_pass", default=None)
@@ -192,33 +193,54 @@ class StreamRunner:
             last_only: logits for the last row only (a prefill).
         """
         rows, past = ids.shape[1], cache.length
-        seen = tree_mask
-        if seen is None and rows > 1:
-            seen = torch.ones(rows, rows, dtype=torch.bool, device=ids.device).tril()
         plan = _Pass(self._implementation, main_rows=rows, last_only=last_only)
         if nodes is not None:
-            own = torch.ones(1, 1, dtype=torch.bool, device=ids.device) if seen is None else seen
+            own = tree_mask
+            if own is None:
+                own = torch.ones(rows, rows, dtype=torch.bool, device=ids.device).tril()
             plan.nodes = nodes
             plan.stream_positions = self._stream_positions(positions[:, nodes])
-            context = own.new_ones(len(nodes), past + rows)
-            context[:, past:] = own[nodes]
-            plan.stream_mask = self._stream_mask(context[None])
+            context = own.new_ones(1, len(nodes), past + rows)
+            context[0, :, past:] = own[nodes]
+            plan.stream_mask = self._stream_mask(context)
+        logits = self._run(plan, ids, positions, tree_mask, cache)
+        streams = None
+        if plan.streams is not None:
+            streams = plan.streams.view(-1, self.adapter.config.num_streams, plan.streams.shape[-1])
+        return PassOutput(logits[0], plan.entry[0], streams)
+
+    def observe(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The main stream over whole texts, without streams: what they are trained on.
+
+        ids: `[batch, T]`, padded on the right. Returns `[batch, T, dim]` at layer N - N_s and
+        `[batch, T, dim]` after the final norm; keys and values are left in the (empty) cache.
+        """
+        plan = _Pass(self._implementation, main_rows=ids.shape[1], last_only=True)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        self._run(plan, ids, positions, None, cache)
+        return plan.entry, plan.final
+
+    def _run(
+        self, plan: _Pass, ids: torch.Tensor, positions: torch.Tensor, tree_mask: torch.Tensor | None, cache: Any
+    ) -> torch.Tensor:
+        """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
+        rows, past = ids.shape[1], cache.length
+        seen = tree_mask
+        # one row sees everything, and sdpa knows by itself how to be causal: as the base's own calls
+        if seen is None and rows > 1 and not (past == 0 and self._implementation == "sdpa"):
+            seen = torch.ones(rows, rows, dtype=torch.bool, device=ids.device).tril()
         attention_mask = None
-        if seen is not None and not (past == 0 and tree_mask is None and self._implementation == "sdpa"):
+        if seen is not None:
             attention_mask = seen.new_ones(1, 1, rows, past + rows)
             attention_mask[0, 0, :, past:] = seen
         with _running(plan):
-            logits = self.model(
+            return self.model(
                 input_ids=ids,
                 attention_mask=attention_mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             ).logits
-        streams = None
-        if plan.streams is not None:
-            streams = plan.streams.view(-1, self.adapter.config.num_streams, plan.streams.shape[-1])
-        return PassOutput(logits[0], plan.entry[0], streams)
 
     def speculate(
         self, entry: torch.Tensor, positions: torch.Tensor, context: torch.Tensor, cache: Any
@@ -292,6 +314,7 @@ class StreamRunner:
         if plan is None:
             return None
         hidden = args[0]
+        plan.final = hidden[:, : plan.main_rows]
         if plan.nodes is not None:
             plan.streams = hidden[:, plan.main_rows :]
         first = plan.main_rows - 1 if plan.last_only else 0
