@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +40,7 @@ class LowRank(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
+        self.shape = (in_features, out_features)
         self.down = nn.Parameter(torch.empty(rank, in_features))
         self.up = nn.Parameter(torch.zeros(out_features, rank))  # zero: an untrained adapter changes nothing
         nn.init.normal_(self.down, std=in_features**-0.5)
@@ -133,6 +135,23 @@ class StreamAdapter(nn.Module):
         streams = main[:, :, None] + self.stream_embeddings.to(main.dtype)
         return streams.flatten(1, 2)
 
+    def adapters(self) -> Iterator[tuple[str, LowRank]]:
+        """The MSA adapters and the projections that they are for, `<layer from N - N_s>.<path>`."""
+        for name, module in self.msa.items():
+            yield name.replace("-", "."), cast(LowRank, module)
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of each adapted projection."""
+        return {name: low_rank.shape for name, low_rank in self.adapters()}
+
+    def copy_as(self, device: torch.device, dtype: torch.dtype) -> StreamAdapter:
+        """A frozen copy for inference: drafts need no more precision than the base's own activations."""
+        copy = StreamAdapter(
+            self.config, self.stream_embeddings.shape[1], self.projections(), self.draft_ids, self.base
+        )
+        copy.load_state_dict(self.state_dict())
+        return copy.to(device, dtype).eval().requires_grad_(False)
+
     def parameter_count(self) -> int:
         """Trained parameters."""
         return sum(p.numel() for p in self.parameters())
@@ -163,7 +182,7 @@ class StreamAdapter(nn.Module):
                 "format": 1,
                 "streaming": self.config.to_dict(),
                 "dim": self.stream_embeddings.shape[1],
-                "projections": {n.replace("-", "."): [*_shape(m)] for n, m in self.msa.items()},
+                "projections": self.projections(),
                 "base": self.base,
                 "versions": versions(),
             },
@@ -207,10 +226,6 @@ class StreamAdapter(nn.Module):
                     stacklevel=2,
                 )
         return adapter
-
-
-def _shape(low_rank: nn.Module) -> tuple[int, int]:
-    return low_rank.down.shape[1], low_rank.up.shape[0]  # type: ignore[union-attr, return-value]
 
 
 def _find(source: str) -> Path:

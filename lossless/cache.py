@@ -23,6 +23,8 @@ class RowLayer(CacheLayerMixin):
     """Keys and values of one decoder layer: `[batch, kv_heads, capacity, head_dim]`."""
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -92,14 +94,15 @@ class RowCache(Cache):
     """
 
     def __init__(self, num_layers: int, capacity: int = _BLOCK) -> None:
-        super().__init__(layers=[RowLayer(capacity) for _ in range(num_layers)])
+        self.rows = [RowLayer(capacity) for _ in range(num_layers)]
+        super().__init__(layers=list(self.rows))
 
     @property
     def length(self) -> int:
         """Rows that are certain."""
-        return self.layers[0].get_seq_length()
+        return self.rows[0].length
 
     def keep(self, rows: Sequence[int]) -> None:
         """Accept these provisional rows (counted from `length`) in every layer."""
-        for layer in self.layers:
+        for layer in self.rows:
             layer.keep(rows)

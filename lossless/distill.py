@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from .cache import RowCache
 from .errors import UsageError
@@ -72,9 +71,13 @@ class _Slot:
     job: Job | None = None
     answer: list[int] = field(default_factory=list)
 
+    @property
+    def temperature(self) -> float:
+        return self.job.temperature if self.job else 0.0
+
 
 def continue_all(
-    model: PreTrainedModel,
+    model: Any,
     jobs: Iterable[Job],
     *,
     eos_ids: set[int],
@@ -118,7 +121,7 @@ class _Batch:
     free; nothing is copied but that prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, size: int, generator: torch.Generator) -> None:
+    def __init__(self, model: Any, size: int, generator: torch.Generator) -> None:
         self.model, self.generator = model, generator
         self.slots = [_Slot() for _ in range(size)]
         self.cache = self._new_cache()
@@ -153,7 +156,7 @@ class _Batch:
         if width > self.cache.length:
             self._shift(width - self.cache.length, cache)
         columns = slice(self.cache.length - width, self.cache.length)
-        for layer, new in zip(self.cache.layers, cache.layers, strict=True):
+        for layer, new in zip(self.cache.rows, cache.rows, strict=True):
             layer.keys[rows, :, columns] = new.keys[:, :, :width]
             layer.values[rows, :, columns] = new.values[:, :, :width]
         self.mask[rows, columns] = mask
@@ -189,7 +192,7 @@ class _Batch:
         if len(logits) != len(rows):
             logits = logits[rows]
         chosen = logits.argmax(-1)
-        heat = torch.tensor([self.slots[row].job.temperature for row in rows], device=logits.device)
+        heat = torch.tensor([self.slots[row].temperature for row in rows], device=logits.device)
         hot = (heat > 0).nonzero()[:, 0]
         if len(hot):
             # by inverse distribution: one uniform number a row, where multinomial draws one a word
@@ -209,10 +212,10 @@ class _Batch:
     def _shift(self, columns: int, like: RowCache | None = None) -> None:
         """Move all columns right (or left, if negative) in place; `like` gives an empty cache its shape."""
         length = self.cache.length
-        for i, layer in enumerate(self.cache.layers):
+        for i, layer in enumerate(self.cache.rows):
             if not layer.is_initialized and like is not None:
-                shape = (len(self.slots), *like.layers[i].keys.shape[1:])
-                layer.lazy_initialization(like.layers[i].keys.new_empty(shape), like.layers[i].values.new_empty(shape))
+                shape = (len(self.slots), *like.rows[i].keys.shape[1:])
+                layer.lazy_initialization(like.rows[i].keys.new_empty(shape), like.rows[i].values.new_empty(shape))
             layer.reserve(length + columns)
             for store in (layer.keys, layer.values):
                 if columns > 0:
@@ -229,7 +232,7 @@ class _Batch:
         busy = [i for i, slot in enumerate(self.slots) if slot.job]
         self.slots = [self.slots[i] for i in busy]
         self.mask = self.mask[busy]
-        for layer in self.cache.layers:
+        for layer in self.cache.rows:
             layer.keys, layer.values = layer.keys[busy], layer.values[busy]
 
 

@@ -71,7 +71,7 @@ class FeatureStore:
             row[: len(text)] = torch.tensor(text, device=device)
         cache = RowCache(len(self.runner.layers), ids.shape[1])
         entry, final = self.runner.observe(ids, cache)
-        top = cache.layers[-len(self.runner.top) :]
+        top = cache.rows[-len(self.runner.top) :]
         # bfloat16 keeps the range of the residual stream at half the memory; drafts need no more
         return [
             Features(

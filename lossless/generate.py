@@ -78,27 +78,16 @@ class AcceleratedModel:
     """
 
     def __init__(self, model: PreTrainedModel, adapter: StreamAdapter) -> None:
-        self.base = model
-        self.adapter = adapter.to(device=model.device).eval().requires_grad_(False)
-        self.runner = StreamRunner(model, self._in_compute_dtype(adapter))
+        self.base: Any = model
+        self.adapter = adapter
+        compute_dtype: Any = model.get_input_embeddings().weight.dtype
+        self.runner = StreamRunner(model, adapter.copy_as(model.device, compute_dtype))
         self.drafter = Drafter(self.runner.adapter, model.get_input_embeddings(), model.get_output_embeddings())
         self.tree_nodes = adapter.config.tree_nodes
         self.schedule = adapter.config.schedule
         self.stats = Stats()
         self._lock = threading.RLock()
         self._warned: set[str] = set()
-
-    def _in_compute_dtype(self, adapter: StreamAdapter) -> StreamAdapter:
-        """A copy in the dtype of the base's activations: drafts need no more precision than it has."""
-        copy = StreamAdapter(
-            adapter.config,
-            adapter.stream_embeddings.shape[1],
-            {n.replace("-", "."): (m.down.shape[1], m.up.shape[0]) for n, m in adapter.msa.items()},  # type: ignore[union-attr]
-            adapter.draft_ids,
-            adapter.base,
-        )
-        copy.load_state_dict(adapter.state_dict())
-        return copy.to(self.base.device, self.base.get_input_embeddings().weight.dtype).requires_grad_(False)
 
     def __getattr__(self, name: str) -> Any:
         if name == "base":  # not yet set: a broken copy must not recurse
@@ -303,9 +292,8 @@ class _Text:
             self.streamer.end()
         if not self.config.return_dict_in_generate:
             return self.input_ids
-        return GenerateDecoderOnlyOutput(
-            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=cache
-        )
+        found: dict[str, Any] = {"sequences": self.input_ids, "scores": self.scores, "logits": self.logits}
+        return GenerateDecoderOnlyOutput(**found, past_key_values=cache)
 
 
 def accelerate(

@@ -39,9 +39,9 @@ _DEMO_FOLDER = "SmolLM2-135M-Instruct-Q4_1"
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model, its tokenizer, and the name that it was asked for by."""
+    """A frozen `PreTrainedModel`, its tokenizer, and the name that it was asked for by."""
 
-    model: PreTrainedModel
+    model: Any
     tokenizer: Any
     name: str
 
@@ -78,6 +78,7 @@ def load_base(
         options |= {"quantization_config": _quantization(load_in, dtype), "device_map": {"": device}}
     try:
         with _quiet():
+            model: Any
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
             if gguf_file is None:
                 model = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -203,7 +204,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]
     leave alone): row . probe / |row|, so that rounding moves an entry by about 1e-3 and another
     model's entries by about 1. `tokenizer` and `chat_template` are sha256 digests.
     """
-    rows = model.get_input_embeddings().weight
+    rows: Any = model.get_input_embeddings().weight
     index = torch.linspace(0, rows.shape[0] - 1, 32, device=rows.device).long()
     sample = rows.detach()[index].to("cpu", torch.float64)  # [32, dim]
     probe = torch.cos(torch.arange(sample.shape[1], dtype=torch.float64) * 1.7)

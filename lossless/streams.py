@@ -69,7 +69,7 @@ class PassOutput:
 
 def _base_attention(module: nn.Module, implementation: str) -> Any:
     """The attention function that the base itself would call."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
@@ -125,7 +125,8 @@ class StreamRunner:
     """
 
     def __init__(self, model: PreTrainedModel, adapter: StreamAdapter) -> None:
-        self.model, self.adapter = model, adapter
+        self.model: Any = model
+        self.adapter = adapter
         self.text_config = model.config.get_text_config()
         self.layers = decoder_layers(model)
         self.top = self.layers[len(self.layers) - adapter.config.num_msa_layers :]
@@ -140,10 +141,7 @@ class StreamRunner:
                 f"the adapter is for hidden states of width {self.adapter.stream_embeddings.shape[1]}, "
                 f"the model's are {dim} wide: it belongs to another model"
             )
-        found = {
-            name.replace("-", "."): (module.down.shape[1], module.up.shape[0])
-            for name, module in self.adapter.msa.items()
-        }
+        found = self.adapter.projections()
         if found != expected:
             odd = sorted(found.items() ^ expected.items())[0]
             raise UsageError(f"the adapter's projections are not the model's (first: {odd}): it belongs to another model")
@@ -161,9 +159,9 @@ class StreamRunner:
         self._implementation = implementation
         handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.top]
         handles.append(self.lm_head.register_forward_pre_hook(self._leave))
-        for name, low_rank in self.adapter.msa.items():
-            index, path = name.split("-", 1)
-            projection = self.top[int(index)].get_submodule(path.replace("-", "."))
+        for name, low_rank in self.adapter.adapters():
+            index, path = name.split(".", 1)
+            projection = self.top[int(index)].get_submodule(path)
             handles.append(projection.register_forward_hook(_adapting(low_rank)))
         self.text_config._attn_implementation = _ATTENTION
         try:

@@ -1,0 +1,1 @@
+"""Trained adapters that the package brings, a folder for each base."""

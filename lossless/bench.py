@@ -1,0 +1,244 @@
+"""Paired measurements: the plain base against the accelerated one, on the same prompts.
+
+Knows: the clock, the order of the runs, and what a report holds. Does not know: how either side works.
+
+Both sides are timed by one `Clock`, a stopping criterion that notes the time of every emitted token:
+the same clock, the same token counter and the same stop rule. Decode time runs from the first token to
+the last, so the prefill is on neither side. Sides take turns in going first.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from .errors import UsageError
+from .generate import AcceleratedModel
+from .models import Base
+from .prompts import Prompt, encode
+from .storage import versions
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is asked of `generate` on both sides."""
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature <= 0:
+            raise UsageError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`."""
+        found: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.do_sample}
+        if self.do_sample:
+            found |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return found
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token was there; never stops anything."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.ticks.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def decode_s(self) -> float:
+        return self.ticks[-1] - self.ticks[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt, answered by both sides."""
+
+    id: str
+    category: str
+    prompt_tokens: int
+    tokens: int
+    identical: bool
+    first_difference: int | None
+    baseline_decode_s: float
+    decode_s: float
+    target_passes: int
+    drafted: int
+    acceptance_length: float
+    baseline_tokens_per_s: float
+    tokens_per_s: float
+    speedup: float
+    answer: str
+
+
+def encode_checked(base: Base, prompts: list[Prompt], decoding: Decoding) -> list[torch.Tensor]:
+    """Token ids `[1, length]` of every prompt, each checked against the model's context.
+
+    Raises:
+        UsageError: a prompt and its answer would not fit.
+    """
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    found = []
+    for prompt in prompts:
+        ids = encode(base.tokenizer, prompt.messages)
+        if limit is not None and len(ids) + decoding.max_new_tokens > limit:
+            raise UsageError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens={decoding.max_new_tokens} "
+                f"that exceeds the model's context of {limit}"
+            )
+        found.append(torch.tensor([ids], device=base.model.device))
+    return found
+
+
+def timed_generate(model: Any, ids: torch.Tensor, decoding: Decoding) -> tuple[list[int], Clock]:
+    """Answer token ids and when they came; `model` is a base or an `AcceleratedModel`."""
+    clock = Clock()
+    torch.manual_seed(decoding.seed)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        stopping_criteria=StoppingCriteriaList([clock]),
+        **decoding.arguments(),
+    )
+    return out[0, ids.shape[1] :].tolist(), clock
+
+
+def run_pair(
+    base: Base, fast: AcceleratedModel, prompt: Prompt, ids: torch.Tensor, decoding: Decoding, fast_first: bool
+) -> Run:
+    """Both sides on one prompt."""
+    if fast_first:
+        tokens, clock = timed_generate(fast, ids, decoding)
+        expected, base_clock = timed_generate(base.model, ids, decoding)
+    else:
+        expected, base_clock = timed_generate(base.model, ids, decoding)
+        tokens, clock = timed_generate(fast, ids, decoding)
+    baseline, ours = _rate(base_clock), _rate(clock)
+    same = [a == b for a, b in zip(expected, tokens, strict=False)]
+    identical = expected == tokens
+    return Run(
+        id=prompt.id,
+        category=prompt.category,
+        prompt_tokens=ids.shape[1],
+        tokens=len(tokens),
+        identical=identical,
+        first_difference=None if identical else (same.index(False) if False in same else len(same)),
+        baseline_decode_s=base_clock.decode_s,
+        decode_s=clock.decode_s,
+        target_passes=fast.stats.target_passes,
+        drafted=fast.stats.drafted,
+        acceptance_length=fast.stats.acceptance_length,
+        baseline_tokens_per_s=baseline,
+        tokens_per_s=ours,
+        speedup=ours / baseline if baseline and ours else 1.0,
+        answer=base.tokenizer.decode(tokens, skip_special_tokens=True),
+    )
+
+
+def _rate(clock: Clock) -> float:
+    """Tokens a second after the first; 0 for an answer of one token, which has no decode time."""
+    return (len(clock.ticks) - 1) / clock.decode_s if len(clock.ticks) > 1 else 0.0
+
+
+def bench(base: Base, fast: AcceleratedModel, prompts: list[Prompt], decoding: Decoding) -> list[Run]:
+    """Every prompt on both sides, interleaved, after one warm-up that is not counted."""
+    encoded = encode_checked(base, prompts, decoding)
+    warm_up = Decoding(max_new_tokens=min(8, decoding.max_new_tokens))
+    run_pair(base, fast, prompts[0], encoded[0], warm_up, fast_first=False)
+    runs: list[Run] = []
+    with tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
+        for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+            runs.append(run_pair(base, fast, prompt, ids, decoding, fast_first=number % 2 == 1))
+            bar.update()
+            bar.set_postfix(
+                identical=f"{sum(r.identical for r in runs)}/{len(runs)}",
+                acceptance=f"{_pooled_acceptance(runs):.2f}",
+                speedup=f"{statistics.median(r.speedup for r in runs):.2f}",
+            )
+    return runs
+
+
+def _pooled_acceptance(runs: list[Run]) -> float:
+    passes = sum(r.target_passes for r in runs)
+    return sum(r.tokens - 1 for r in runs) / passes if passes else 1.0
+
+
+def summarize(runs: list[Run]) -> dict[str, Any]:
+    """The figures of some runs: totals, pooled acceptance length, medians over prompts."""
+    return {
+        "prompts": len(runs),
+        "tokens": sum(r.tokens for r in runs),
+        "identical": sum(r.identical for r in runs),
+        "acceptance_length": round(_pooled_acceptance(runs), 4),
+        "baseline_tokens_per_s": round(statistics.median(r.baseline_tokens_per_s for r in runs), 3),
+        "tokens_per_s": round(statistics.median(r.tokens_per_s for r in runs), 3),
+        "speedup": round(statistics.median(r.speedup for r in runs), 4),
+    }
+
+
+def report(
+    base: Base, fast: AcceleratedModel, adapter: str, dtype: str, load_in: str | None, decoding: Decoding, runs: list[Run]
+) -> dict[str, Any]:
+    """Everything that a reader needs to repeat and to judge the runs."""
+    device = base.model.device
+    return {
+        "model": base.name,
+        "adapter": adapter,
+        "dtype": str(base.model.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
+        "load_in": load_in,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_processor()})",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "decoding": asdict(decoding),
+        "tree_nodes": fast.tree_nodes,
+        "schedule": fast.schedule,
+        **summarize(runs),
+        "categories": {name: summarize([r for r in runs if r.category == name]) for name in _categories(runs)},
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _categories(runs: list[Run]) -> list[str]:
+    return list(dict.fromkeys(run.category for run in runs))
+
+
+def table(found: dict[str, Any]) -> str:
+    """A report as a text table, one line a category and one for all."""
+    head = f"{'category':<24}{'prompts':>8}{'tokens':>8}{'identical':>11}{'accepted':>10}{'base t/s':>10}{'fast t/s':>10}{'speedup':>9}"
+    lines = [head, "-" * len(head)]
+    rows = list(found["categories"].items()) if len(found["categories"]) > 1 else []
+    for name, s in [*rows, ("all", found)]:
+        same = f"{s['identical']}/{s['prompts']}"
+        lines.append(
+            f"{name or '-':<24}{s['prompts']:>8}{s['tokens']:>8}{same:>11}{s['acceptance_length']:>10.2f}"
+            f"{s['baseline_tokens_per_s']:>10.1f}{s['tokens_per_s']:>10.1f}{s['speedup']:>9.2f}"
+        )
+    return "\n".join(lines)

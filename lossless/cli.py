@@ -1,0 +1,237 @@
+"""The command line: `lossless generate | compare | bench | distill | train`.
+
+Knows: flags, what goes to the terminal, exit codes (0 done, 2 bad input, 3 tokens differ, 130 Ctrl-C).
+Does not know: anything that a script could not do through the modules above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from transformers import TextStreamer
+
+from . import bench as benchmark
+from .config import StreamingConfig
+from .distill import DistillConfig, distill
+from .errors import UsageError
+from .generate import AcceleratedModel, accelerate
+from .models import Base, load_base
+from .prompts import Prompt, from_text, read_prompts
+from .storage import versions, write_json
+from .train import TrainConfig, train
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells more)\n")
+
+
+def shipped_adapter(model: str) -> str | None:
+    """The folder of the adapter that the package brings for this model, if it brings one."""
+    folder = Path(str(files("lossless"))) / "adapters" / model
+    return str(folder) if model == "demo" and folder.is_dir() else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    transformers.logging.set_verbosity_error()
+    warnings.showwarning = _one_line_warning
+    try:
+        arguments = _parser().parse_args(argv)
+        return int(arguments.run(arguments))
+    except UsageError as error:
+        print(f"lossless: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lossless: interrupted", file=sys.stderr)
+        return 130
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"lossless: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lossless", description="Faster answers from a frozen chat model, token for token the same.")
+    parser.add_argument("--version", action="version", version=" ".join(f"{k} {v}" for k, v in versions().items()))
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    command = commands.add_parser("generate", help="answer one prompt, accelerated")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command)
+    command.add_argument("--prompt", required=True, help="what to ask")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("compare", help="answer one prompt plain and accelerated, and compare tokens and speed")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command)
+    command.add_argument("--prompt", required=True, help="what to ask")
+    command.add_argument("--json", metavar="OUT", help="write the report here")
+    command.set_defaults(run=_compare)
+
+    command = commands.add_parser("bench", help="compare over a file of prompts")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command)
+    command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: 'prompt', 'turns' or 'messages' a line")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    command.add_argument("--json", metavar="OUT", help="write the report here")
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser("distill", help="collect the model's own answers to train on")
+    _model_flags(command)
+    defaults = DistillConfig()
+    command.add_argument("--prompts", metavar="FILE", help="JSONL of prompts")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    command.add_argument("--self-drawn", type=int, default=0, metavar="N", help="let the model draw N prompts itself")
+    command.add_argument("--answer-tokens", type=int, default=defaults.answer_tokens, help="stop after so many (%(default)s)")
+    command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of one answer (%(default)s)")
+    command.add_argument("--max-prompt-tokens", type=int, default=defaults.max_prompt_tokens, help="longer prompts are skipped (%(default)s)")
+    command.add_argument("--temperatures", type=float, nargs="+", default=list(defaults.temperatures), help="used in turn, 0 is greedy (%(default)s)")
+    command.add_argument("--batch-size", type=int, default=defaults.batch_size, help="answers at once (%(default)s)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the answers go; the same command goes on there")
+    command.set_defaults(run=_distill)
+
+    command = commands.add_parser("train", help="train an adapter on collected answers")
+    _model_flags(command)
+    command.add_argument("--data", required=True, metavar="FOLDER", help="a folder that distill has written")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the adapter goes; the same command goes on there")
+    for name, kind in (("streaming", StreamingConfig()), ("training", TrainConfig())):
+        group = command.add_argument_group(name)
+        for key, value in vars(kind).items():
+            group.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help="(%(default)s)")
+    command.set_defaults(run=_train)
+    return parser
+
+
+def _model_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", default="demo", help="hub id, local folder, .gguf file, or 'demo' (%(default)s)")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (%(default)s)")
+    command.add_argument("--load-in", metavar="4bit|8bit", help="quantize while loading, with bitsandbytes")
+    command.add_argument("--device", help="a torch device; by default the GPU if there is one")
+
+
+def _adapter_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--adapter", help="folder or hub id of an adapter; the demo model brings its own")
+    command.add_argument("--tree-nodes", type=int, help="rows of a verification pass; the adapter's own choice by default")
+    command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
+
+
+def _decoding_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    command.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
+    command.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
+    command.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of both sides, anew for each prompt (%(default)s)")
+
+
+def _decoding(arguments: argparse.Namespace) -> benchmark.Decoding:
+    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "seed")
+    return benchmark.Decoding(**{name: getattr(arguments, name) for name in names})
+
+
+def _load(arguments: argparse.Namespace) -> Base:
+    return load_base(arguments.model, arguments.dtype, arguments.load_in, arguments.device)
+
+
+def _attach(arguments: argparse.Namespace, base: Base) -> tuple[AcceleratedModel, str]:
+    """The accelerated model, and the adapter's name for reports."""
+    source = arguments.adapter or shipped_adapter(arguments.model)
+    if source is None:
+        raise UsageError(f"there is no adapter for {arguments.model!r} in the package: name one with --adapter")
+    overrides = {n: getattr(arguments, n) for n in ("tree_nodes", "schedule") if getattr(arguments, n) is not None}
+    fast = accelerate(base.model, source, base.tokenizer, **overrides)
+    return fast, arguments.adapter or "shipped"
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompt, decoding = from_text(arguments.prompt), _decoding(arguments)
+    base = _load(arguments)
+    [ids] = benchmark.encode_checked(base, [prompt], decoding)
+    fast, _ = _attach(arguments, base)
+    torch.manual_seed(decoding.seed)
+    streamer = TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    fast.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **decoding.arguments())
+    print(f"\n[{fast.stats}]", file=sys.stderr)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    prompt, decoding = from_text(arguments.prompt), _decoding(arguments)
+    base, fast, name = _both_sides(arguments, [prompt], decoding)
+    run = benchmark.bench(base, fast, [prompt], decoding)[0]
+    found = benchmark.report(base, fast, name, arguments.dtype, arguments.load_in, decoding, [run])
+    print(run.answer.strip())
+    print(f"\n{_verdict(run)}")
+    print(f"plain        {run.baseline_tokens_per_s:8.1f} tokens/s   {found['dtype']}, {found['device']}, {found['threads']} threads")
+    print(f"accelerated  {run.tokens_per_s:8.1f} tokens/s   {run.speedup:.2f} times as fast")
+    print(f"acceptance length {run.acceptance_length:.2f}: {run.tokens} tokens in {run.target_passes} passes after the first")
+    return _finish(arguments, found)
+
+
+def _verdict(run: benchmark.Run) -> str:
+    if run.identical:
+        return f"identical: all {run.tokens} tokens are the plain model's own"
+    return f"DIFFERENT: the answers part at token {run.first_difference}"
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"limit must be at least 1, got {arguments.limit}")
+    prompts, decoding = read_prompts(arguments.prompts, arguments.limit), _decoding(arguments)
+    base, fast, name = _both_sides(arguments, prompts, decoding)
+    runs = benchmark.bench(base, fast, prompts, decoding)
+    found = benchmark.report(base, fast, name, arguments.dtype, arguments.load_in, decoding, runs)
+    print(benchmark.table(found))
+    print(f"\n{found['dtype']}, {found['device']}, {found['threads']} threads, trees of {fast.tree_nodes}, {fast.schedule}")
+    return _finish(arguments, found)
+
+
+def _both_sides(
+    arguments: argparse.Namespace, prompts: list[Prompt], decoding: benchmark.Decoding
+) -> tuple[Base, AcceleratedModel, str]:
+    base = _load(arguments)
+    benchmark.encode_checked(base, prompts, decoding)  # before any work is done
+    fast, name = _attach(arguments, base)
+    return base, fast, name
+
+
+def _finish(arguments: argparse.Namespace, found: dict[str, Any]) -> int:
+    if arguments.json:
+        write_json(arguments.json, found)
+    return 0 if found["identical"] == found["prompts"] else 3
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    names = ("answer_tokens", "max_new_tokens", "max_prompt_tokens", "batch_size", "self_drawn", "seed")
+    config = DistillConfig(
+        **{name: getattr(arguments, name) for name in names}, temperatures=tuple(arguments.temperatures)
+    )
+    if not arguments.prompts and not config.self_drawn:
+        raise UsageError("there is nothing to answer: name --prompts FILE, or --self-drawn N, or both")
+    prompts = read_prompts(arguments.prompts, arguments.limit) if arguments.prompts else []
+    summary = distill(_load(arguments), prompts, config, arguments.out)
+    print(f"{summary['answers']} answers, {summary['answer_tokens']} tokens in {arguments.out}")
+    if summary["answer_tokens"] < config.answer_tokens:
+        print(f"the prompts ran out before {config.answer_tokens} answer tokens: more prompts give more", file=sys.stderr)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    streaming = StreamingConfig(**{key: getattr(arguments, key) for key in vars(StreamingConfig())})
+    config = TrainConfig(**{key: getattr(arguments, key) for key in vars(TrainConfig())})
+    summary = train(_load(arguments), arguments.data, arguments.out, streaming, config)
+    print(f"adapter in {arguments.out}: held-out acceptance length {summary['acceptance_length']}")
+    return 0

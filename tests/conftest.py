@@ -1,0 +1,80 @@
+"""Tiny random models, and what every test of the promise needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lossless.config import StreamingConfig
+from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.models import cache_dir, freeze
+
+VOCAB = 96
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test reaches a hub, and each starts from the same random numbers."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
+    yield
+
+
+def build_tiny(seed: int = 0, attention: str = "sdpa", layers: int = 4) -> LlamaForCausalLM:
+    """A random Llama of two dozen kilobytes, scaled so that its choices are not all alike."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        attn_implementation=attention,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.pad_token_id = 0
+    return freeze(model)  # type: ignore[return-value]
+
+
+def tiny_config(**changes: object) -> StreamingConfig:
+    values = {"num_msa_layers": 2, "lora_rank": 4, "transition_rank": 8, "tree_nodes": 20, **changes}
+    return StreamingConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tiny() -> LlamaForCausalLM:
+    return build_tiny()
+
+
+@pytest.fixture
+def fast(tiny: LlamaForCausalLM) -> AcceleratedModel:
+    """The tiny model with an adapter of random numbers."""
+    return accelerate(tiny, new_adapter(tiny, tiny_config()).randomize(1))
+
+
+def prompt_ids(length: int = 7, seed: int = 3) -> torch.Tensor:
+    """`[1, length]` without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (1, length), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[object]:
+    """The demo model, where it is already in the cache or `LOSSLESS_TEST_DEMO=1` allows fetching it."""
+    from lossless.models import load_base
+
+    converted = Path(cache_dir()) / "SmolLM2-135M-Instruct-Q4_1" / "config.json"
+    if not converted.is_file() and os.environ.get("LOSSLESS_TEST_DEMO") != "1":
+        pytest.skip("the demo model is not in the cache: run any lossless command once, or set LOSSLESS_TEST_DEMO=1")
+    yield load_base("demo", "float32")

@@ -1,0 +1,86 @@
+"""Stream rows: what they see, and that main rows do not see them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from lossless.cache import RowCache
+from lossless.errors import UsageError
+from lossless.generate import AcceleratedModel, new_adapter
+from lossless.streams import StreamRunner, decoder_layers, find_projections
+from lossless.tree import DraftTree
+
+from .conftest import build_tiny, prompt_ids, tiny_config
+
+TREE = DraftTree((11, 12, 13, 14, 15), (-1, 0, 0, 1, 3))
+
+
+def verify_after_prompt(runner: StreamRunner, ids: torch.Tensor, nodes: list[int] | None):  # type: ignore[no-untyped-def]
+    cache = RowCache(4)
+    with torch.no_grad(), runner.installed():
+        runner.verify(ids, torch.arange(ids.shape[1])[None], None, cache, None)
+        cache.keep(range(ids.shape[1]))
+        positions = torch.tensor([TREE.depths]) + ids.shape[1]
+        chosen = None if nodes is None else torch.tensor(nodes)
+        return runner.verify(torch.tensor([TREE.tokens]), positions, TREE.mask(), cache, chosen)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_tree_pass_says_what_the_plain_base_says_on_every_path(attention: str) -> None:
+    model, ids = build_tiny(attention=attention), prompt_ids()
+    runner = StreamRunner(model, new_adapter(model, tiny_config()).randomize(1))
+    out = verify_after_prompt(runner, ids, [0, 2, 4])
+    for node in range(len(TREE)):
+        path, at = [], node
+        while at >= 0:
+            path.append(TREE.tokens[at])
+            at = TREE.parents[at]
+        plain = model(torch.cat([ids, torch.tensor([path[::-1]])], dim=1)).logits[0, -1]
+        torch.testing.assert_close(out.logits[node], plain, rtol=0, atol=2e-5)
+
+
+def test_main_rows_do_not_depend_on_streams(fast: AcceleratedModel) -> None:
+    without = verify_after_prompt(fast.runner, prompt_ids(), None)
+    for nodes in ([0], [1, 3], [0, 1, 2, 3, 4]):
+        out = verify_after_prompt(fast.runner, prompt_ids(), nodes)
+        torch.testing.assert_close(out.logits, without.logits, rtol=0, atol=1e-6)
+        assert out.streams is not None
+        assert out.streams.shape == (len(nodes), 4, 32)
+
+
+def test_streams_of_a_node_depend_on_its_path_alone(fast: AcceleratedModel) -> None:
+    everyone = verify_after_prompt(fast.runner, prompt_ids(), [0, 1, 2, 3, 4])
+    for node in range(5):
+        alone = verify_after_prompt(fast.runner, prompt_ids(), [node])
+        torch.testing.assert_close(everyone.streams[node], alone.streams[0], rtol=0, atol=2e-5)
+
+
+def test_deferred_streams_are_the_parallel_ones(fast: AcceleratedModel) -> None:
+    runner, ids, cache = fast.runner, prompt_ids(), RowCache(4)
+    with torch.no_grad(), runner.installed():
+        out = runner.verify(ids, torch.arange(7)[None], None, cache, torch.tensor([6]))
+        cache.keep(range(7))
+        context = torch.ones(1, 1, 7, dtype=torch.bool)
+        later = runner.speculate(out.entry[None, 6:7], torch.tensor([[6]]), context, cache)
+    torch.testing.assert_close(later[0, 0], out.streams[0], rtol=0, atol=2e-5)
+
+
+def test_stream_j_sees_no_later_stream(fast: AcceleratedModel) -> None:
+    before = verify_after_prompt(fast.runner, prompt_ids(), [2]).streams[0]
+    with torch.no_grad():
+        fast.runner.adapter.stream_embeddings[2] += 1.0  # stream 3
+    after = verify_after_prompt(fast.runner, prompt_ids(), [2]).streams[0]
+    moved = (after - before).abs().amax(-1) > 1e-4
+    assert moved.tolist() == [False, False, True, True]
+
+
+def test_projections_of_the_top_layers_are_found(tiny: LlamaForCausalLM) -> None:
+    found = find_projections(tiny, 2)
+    assert len(found) == 14
+    assert found["1.mlp.down_proj"] == (48, 32)
+    assert len(decoder_layers(tiny)) == 4
+    tiny.config.num_hidden_layers = 7
+    with pytest.raises(UsageError, match="no list of 7 decoder layers"):
+        decoder_layers(tiny)
