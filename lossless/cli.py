@@ -44,16 +44,17 @@ def shipped_adapter(model: str) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     transformers.logging.set_verbosity_error()
-    warnings.showwarning = _one_line_warning
-    try:
-        arguments = _parser().parse_args(argv)
-        return int(arguments.run(arguments))
-    except UsageError as error:
-        print(f"lossless: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("lossless: interrupted", file=sys.stderr)
-        return 130
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_warning
+        try:
+            arguments = _parser().parse_args(argv)
+            return int(arguments.run(arguments))
+        except UsageError as error:
+            print(f"lossless: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("lossless: interrupted; what was done is kept", file=sys.stderr)
+            return 130
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:

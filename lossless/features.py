@@ -110,7 +110,8 @@ class Block:
         entry: `[batch, positions, dim]`; positions: `[batch, positions]`, each row's place in its text.
         context: `[batch, positions, T]`, the main keys each may attend to; rows: those keys.
         tokens: `[batch, positions, gamma]`, x_{t+1} .. x_{t+gamma}, which the transition is told.
-        final: `[batch, positions, gamma, dim]`, the base after x_{t+1} .. x_{t+gamma}: the targets.
+        final: `[batch, positions + gamma - 1, dim]`, the base after x_{t+1} of the first position and of
+            each that follows: stream j of position number p learns from number p + j - 1.
         valid: `[batch, positions, gamma]`, whether the answer has a token t + 1 + j.
     """
 
@@ -138,12 +139,13 @@ def make_block(features: list[Features], starts: list[int], count: int, gamma: i
     valid = ahead + 1 < lengths[:, None, None]
     inside = torch.minimum(positions, lengths[:, None] - 1)
     ahead = torch.minimum(ahead, lengths[:, None, None] - 1)
+    targets = torch.cat([ahead[:, :, 0], ahead[:, -1, 1:]], dim=1)
     return Block(
         entry=torch.stack([f.entry[p] for f, p in zip(features, inside, strict=True)]).to(dtype),
         positions=inside,
         context=torch.arange(width, device=device) <= inside[:, :, None],
         rows=FixedRows(keys, values, first_layer),
         tokens=torch.stack([f.ids[a] for f, a in zip(features, ahead, strict=True)]),
-        final=torch.stack([f.final[a] for f, a in zip(features, ahead, strict=True)]).to(dtype),
+        final=torch.stack([f.final[t] for f, t in zip(features, targets, strict=True)]).to(dtype),
         valid=valid,
     )

@@ -79,18 +79,22 @@ class StreamLoss(nn.Module):
         runner, drafter = self._base
         transition, gamma = self.adapter.transition, self.adapter.config.num_streams
         streams = runner.speculate(block.entry, block.positions, block.context, block.rows)  # [b, p, gamma, dim]
+        with torch.no_grad():  # a target serves every stream that foretells it
+            target_logits = drafter.logits(block.final)  # [b, p + gamma - 1, draft vocabulary]
+        count = streams.shape[1]
         r = transition.begin(streams[:, :, 0])
         losses, agreements = [], []
         for j in range(1, gamma + 1):
             stream, valid = streams[:, :, j - 1], block.valid[:, :, j - 1]
             r = transition.advance(r, drafter.embed(block.tokens[:, :, j - 1]), stream, j)
             logits = drafter.logits(transition.adjust(stream, r)[valid])  # [n, draft vocabulary]
-            with torch.no_grad():
-                target = drafter.logits(block.final[:, :, j - 1][valid])
-                log_p = F.log_softmax(target, dim=-1)
-            count = max(len(logits), 1)  # none, if every answer of the block ends before
-            losses.append(F.kl_div(F.log_softmax(logits, dim=-1), log_p, reduction="sum", log_target=True) / count)
-            agreements.append((logits.argmax(-1) == target.argmax(-1)).float().sum() / count)
+            target = target_logits[:, j - 1 : j - 1 + count][valid]
+            divergence = F.kl_div(
+                F.log_softmax(logits, dim=-1), F.log_softmax(target, dim=-1), reduction="sum", log_target=True
+            )
+            learnt = max(len(logits), 1)  # none, if every answer of the block ends before
+            losses.append(divergence / learnt)
+            agreements.append((logits.argmax(-1) == target.argmax(-1)).float().sum() / learnt)
         weights = torch.tensor([_STREAM_DECAY**j for j in range(gamma)], device=losses[0].device)
         each = torch.stack(losses)
         return (each * weights).sum() / weights.sum(), each.detach(), torch.stack(agreements)
@@ -169,9 +173,10 @@ def train(base: Base, data: str | Path, out: str | Path, streaming: StreamingCon
                 numbers = batches(lengths, config, visit // per_epoch)[visit % per_epoch]
                 block = _block(store.get(numbers), config, streaming.num_streams, runner, visit)
                 loss, each, agreement = loss_module(block)
-                if not math.isfinite(float(loss)):
+                value = loss.item()
+                if not math.isfinite(value):
                     raise UsageError(
-                        f"the loss is {float(loss)} at step {step}: training stopped, the checkpoint of step "
+                        f"the loss is {value} at step {step}: training stopped, the checkpoint of step "
                         f"{step - step % config.checkpoint_every} is in {out}; try a lower learning rate"
                     )
                 optimizer.zero_grad()
@@ -181,11 +186,11 @@ def train(base: Base, data: str | Path, out: str | Path, streaming: StreamingCon
                 schedule.step()
                 step += 1
                 bar.update()
-                bar.set_postfix(loss=f"{float(loss):.3f}", agree="/".join(f"{a:.2f}" for a in agreement.tolist()))
-                entry = {"step": step, "loss": round(float(loss), 4), "kl": _rounded(each), "agreement": _rounded(agreement)}
+                bar.set_postfix(loss=f"{value:.3f}", agree="/".join(f"{a:.2f}" for a in agreement.tolist()))
+                entry = {"step": step, "loss": round(value, 4), "kl": _rounded(each), "agreement": _rounded(agreement)}
                 if step % config.eval_every == 0 or step == config.steps:
                     entry["acceptance_length"] = foretell_acceptance(runner, drafter, held_store, streaming.tree_nodes)
-                    bar.write(f"step {step}: loss {float(loss):.3f}, held-out acceptance length {entry['acceptance_length']}")
+                    bar.write(f"step {step}: loss {value:.3f}, held-out acceptance length {entry['acceptance_length']}")
                 if accelerator.is_main_process:
                     log(entry)
                     if step % config.checkpoint_every == 0 or step == config.steps:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub; read when huggingface_hub is imported
+
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lossless.config import StreamingConfig
 from lossless.generate import AcceleratedModel, accelerate, new_adapter
@@ -18,11 +24,9 @@ VOCAB = 96
 
 
 @pytest.fixture(autouse=True)
-def _no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test reaches a hub, and each starts from the same random numbers."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def _seeded() -> None:
+    """Each test starts from the same random numbers."""
     torch.manual_seed(0)
-    yield
 
 
 def build_tiny(seed: int = 0, attention: str = "sdpa", layers: int = 4) -> LlamaForCausalLM:
@@ -70,6 +74,24 @@ def prompt_ids(length: int = 7, seed: int = 3) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model on disk, with a tokenizer of words and a chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny(seed=5).save_pretrained(folder)
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(VOCAB - 4)), "<unk>"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast_tokenizer.chat_template = (
+        "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    fast_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def demo() -> Iterator[object]:
     """The demo model, where it is already in the cache or `LOSSLESS_TEST_DEMO=1` allows fetching it."""
     from lossless.models import load_base
@@ -77,4 +99,4 @@ def demo() -> Iterator[object]:
     converted = Path(cache_dir()) / "SmolLM2-135M-Instruct-Q4_1" / "config.json"
     if not converted.is_file() and os.environ.get("LOSSLESS_TEST_DEMO") != "1":
         pytest.skip("the demo model is not in the cache: run any lossless command once, or set LOSSLESS_TEST_DEMO=1")
-    yield load_base("demo", "float32")
+    return load_base("demo", "float32")

@@ -51,12 +51,12 @@ def base() -> Base:
 def test_greedy_answers_are_generate_s_own(base: Base, batch_size: int) -> None:
     jobs = [Job(p.id, Words()(p.messages[0]["content"])["input_ids"], 0.0) for p in numbers(40)]
     with torch.inference_mode():
-        found = dict(
-            (job.id, answer)
+        found = {
+            job.id: answer
             for job, answer in continue_all(
                 base.model, iter(jobs), eos_ids={EOS}, batch_size=batch_size, max_new_tokens=25, generator=torch.Generator()
             )
-        )
+        }
     assert len(found) == 40
     lengths = set()
     for job in jobs:

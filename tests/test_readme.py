@@ -1,0 +1,52 @@
+"""What the README tells people to type is what works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lossless.cli import _parser, main, shipped_adapter
+from lossless.models import Base
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Every `lossless ...` in the README's shell blocks."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words and Path(words[0]).name == "lossless":
+                    found.append(words[1:])
+    return found
+
+
+def test_every_command_parses() -> None:
+    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "distill", "train"}
+    for words in commands():
+        _parser().parse_args(words)
+
+
+def test_the_main_command_answers_and_is_identical(demo: Base, capsys: pytest.CaptureFixture[str]) -> None:
+    words = next(words for words in commands() if words[0] == "compare")
+    assert main([*words, "--max-new-tokens", "24"]) == 0
+    assert "identical: all 24 tokens" in capsys.readouterr().out
+
+
+def test_the_shipped_adapter_is_small_and_there() -> None:
+    folder = shipped_adapter("demo")
+    assert folder is not None
+    assert sum(f.stat().st_size for f in Path(folder).iterdir()) <= 8 * 2**20
+    assert shipped_adapter("some/other") is None
+
+
+@pytest.mark.parametrize("options", [[], ["--do-sample", "--temperature", "0.8", "--seed", "3"]], ids=["greedy", "sampled"])
+def test_the_demo_model_is_lossless_in_float32(demo: Base, options: list[str], tmp_path: Path) -> None:
+    arguments = ["bench", "--model", "demo", "--dtype", "float32", "--prompts", str(ROOT / "data" / "prompts.jsonl")]
+    assert main([*arguments, "--limit", "3", "--max-new-tokens", "32", *options]) == 0

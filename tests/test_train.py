@@ -1,0 +1,202 @@
+"""A short training run lowers the loss and raises acceptance; an interrupted one goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lossless import train as module
+from lossless.adapter import StreamAdapter
+from lossless.cache import RowCache
+from lossless.distill import DistillConfig, distill
+from lossless.draft import Drafter
+from lossless.errors import UsageError
+from lossless.features import FeatureStore, make_block
+from lossless.generate import accelerate, new_adapter
+from lossless.models import Base, freeze
+from lossless.prompts import from_text
+from lossless.storage import read_jsonl
+from lossless.streams import StreamRunner
+from lossless.train import StreamLoss, TrainConfig, batches, draft_vocabulary, train
+
+from .conftest import build_tiny, prompt_ids, tiny_config
+from .test_distill import Words
+
+TRAINING = TrainConfig(
+    steps=150, answers_per_step=8, positions_per_answer=16, learning_rate=1e-2, held_out=8, eval_every=50, checkpoint_every=25
+)
+
+
+def counting_text(rng: torch.Generator, length: int) -> list[int]:
+    """x, x+k, x+2k, ... over 40 tokens, k shown by the first token: easy to learn, impossible to guess blindly."""
+    step = int(torch.randint(1, 4, (1,), generator=rng))
+    start = int(torch.randint(0, 40, (1,), generator=rng))
+    return [step, *(10 + (start + step * i) % 40 for i in range(length - 1))]
+
+
+@pytest.fixture(scope="module")
+def taught() -> Base:
+    """A tiny base that has learnt to count, so that its own text can be foretold."""
+    model = build_tiny(seed=0).train().requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(0.3)
+    rng = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        ids = torch.tensor([counting_text(rng, 24) for _ in range(16)])
+        logits = model(ids).logits
+        loss = F.cross_entropy(logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    assert loss.item() < 0.5
+    return Base(freeze(model), Words(), "taught")
+
+
+@pytest.fixture(scope="module")
+def answers(taught: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng, folder = torch.Generator().manual_seed(1), tmp_path_factory.mktemp("answers")
+    prompts = [from_text(" ".join(map(str, counting_text(rng, 2 + i % 4))), f"p{i}") for i in range(120)]
+    distill(taught, prompts, DistillConfig(answer_tokens=4000, max_new_tokens=30, batch_size=16), folder)
+    return folder
+
+
+def test_training_lowers_the_loss_and_raises_acceptance(taught: Base, answers: Path, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in taught.model.state_dict().items()}
+    streaming = tiny_config(lora_rank=8, transition_rank=32, draft_vocab_size=50)
+    summary = train(taught, answers, tmp_path, streaming, TRAINING)
+
+    for name, tensor in taught.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    curve = read_jsonl(tmp_path / "curve.jsonl")
+    assert [entry["step"] for entry in curve] == list(range(1, 151))
+    assert sum(e["loss"] for e in curve[-10:]) < 0.5 * sum(e["loss"] for e in curve[:10])
+    foretold = [entry["acceptance_length"] for entry in curve if "acceptance_length" in entry]
+    assert len(foretold) == 3
+    assert summary["acceptance_length"] == foretold[-1]
+
+    ids = torch.tensor([[2, 11, 13]])
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 41, "do_sample": False}
+    lengths = []
+    for adapter in (new_adapter(taught.model, streaming_without_vocabulary(streaming)), tmp_path):
+        fast = accelerate(taught.model, adapter)
+        assert torch.equal(fast.generate(ids, **options), taught.model.generate(ids, **options))
+        lengths.append(fast.stats.acceptance_length)
+    assert lengths[1] > lengths[0] + 0.5
+    assert lengths[1] > 2
+
+
+def streaming_without_vocabulary(streaming: Any) -> Any:
+    return tiny_config(lora_rank=streaming.lora_rank, transition_rank=streaming.transition_rank)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(steps=30, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=30, checkpoint_every=7)
+    train(taught, answers, tmp_path / "whole", tiny_config(), config)
+
+    real, calls = module._block, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 18:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(taught, answers, tmp_path / "cut", tiny_config(), config)
+    assert not (tmp_path / "cut" / "adapter.safetensors").exists()
+    monkeypatch.setattr(module, "_block", real)
+    train(taught, answers, tmp_path / "cut", tiny_config(), config)
+
+    whole, cut = (StreamAdapter.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(cut.state_dict()[name], tensor, rtol=0, atol=1e-3)
+    assert [e["step"] for e in read_jsonl(tmp_path / "cut" / "curve.jsonl")] == list(range(1, 31))
+    with pytest.raises(UsageError, match="checkpoint of other settings"):
+        train(taught, answers, tmp_path / "cut", tiny_config(lora_rank=5), config)
+
+
+def test_gradients_reach_the_adapter_alone(taught: Base, answers: Path) -> None:
+    adapter = new_adapter(taught.model, tiny_config()).randomize(0)
+    runner = StreamRunner(taught.model, adapter)
+    drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings())
+    records = [r for r in read_jsonl(answers / "answers.jsonl") if len(r["answer_ids"]) > 8][:3]
+    with runner.installed():
+        features = FeatureStore(runner, records, memory_gb=1).get([0, 1, 2])
+        block = make_block(features, [f.prompt - 1 for f in features], 4, 4, 2, torch.float32)
+        loss, _, _ = StreamLoss(runner, drafter)(block)
+        loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+    assert all(p.grad is None for p in taught.model.parameters())
+
+
+def test_training_streams_are_the_decoding_streams(taught: Base) -> None:
+    """What is trained over stored features is what a pass of the decode loop computes."""
+    runner = StreamRunner(taught.model, new_adapter(taught.model, tiny_config()).randomize(0))
+    ids = prompt_ids(12)
+    record = {"prompt_ids": ids[0, :4].tolist(), "answer_ids": ids[0, 4:].tolist()}
+    with torch.no_grad(), runner.installed():
+        features = FeatureStore(runner, [record], memory_gb=0).get([0])
+        block = make_block(features, [3], 6, 4, 2, torch.float32)
+        trained = runner.speculate(block.entry, block.positions, block.context, block.rows)[0]
+        decoded = runner.verify(ids, torch.arange(12)[None], None, RowCache(4), torch.arange(12)).streams
+    # features are stored in bfloat16
+    torch.testing.assert_close(trained, decoded[3:9], rtol=0.1, atol=0.1)
+    assert block.tokens[0, 0].tolist() == ids[0, 4:8].tolist()
+    assert block.valid[0].all(-1).tolist() == [True, True, True, True, False, False]
+
+
+def test_every_answer_is_visited_once_an_epoch() -> None:
+    config = TrainConfig(answers_per_step=4)
+    lengths = [10 + i % 13 for i in range(203)]
+    first, again, other = batches(lengths, config, 0), batches(lengths, config, 0), batches(lengths, config, 1)
+    assert first == again
+    assert first != other
+    assert sorted(i for batch in first for i in batch) == list(range(203))
+
+
+def test_the_draft_vocabulary_holds_the_commonest_tokens() -> None:
+    records = [{"answer_ids": [5, 5, 5, 9, 9, 2]}, {"answer_ids": [7, 7, 9, 1]}]
+    assert draft_vocabulary(records, 3).tolist() == [5, 7, 9]
+    assert draft_vocabulary(records, 99).tolist() == [1, 2, 5, 7, 9]
+
+
+def test_bad_data_is_told(taught: Base, answers: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no answers in"):
+        train(taught, tmp_path, tmp_path / "out", tiny_config(), TRAINING)
+    with pytest.raises(UsageError, match="at least held_out"):
+        train(taught, answers, tmp_path / "out", tiny_config(), TrainConfig(held_out=5000))
+    other = Base(build_tiny(seed=9), Words(), "other")
+    with pytest.raises(UsageError, match="another base's"):
+        train(other, answers, tmp_path / "out", tiny_config(), TRAINING)
+    with pytest.raises(UsageError, match="steps must be at least 1, got 0"):
+        TrainConfig(steps=0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(steps=30, answers_per_step=4, positions_per_answer=8, held_out=4, checkpoint_every=3)
+    real, calls = StreamLoss.forward, []
+
+    def poisoned(self: StreamLoss, block: Any) -> Any:
+        calls.append(1)
+        loss, each, agreement = real(self, block)
+        return (loss * float("nan") if len(calls) == 8 else loss), each, agreement
+
+    monkeypatch.setattr(StreamLoss, "forward", poisoned)
+    with pytest.raises(UsageError, match=r"loss is nan at step 7: .* checkpoint of step 6"):
+        train(taught, answers, tmp_path, tiny_config(), config)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
