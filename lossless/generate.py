@@ -19,12 +19,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from .adapter import StreamAdapter
+from .anatomy import find_projections
 from .cache import RowCache
 from .config import SCHEDULES, StreamingConfig
 from .draft import Drafter
 from .errors import UsageError
 from .models import fingerprint
-from .streams import PassOutput, StreamRunner, find_projections
+from .streams import PassOutput, StreamRunner
 from .tree import DraftTree
 from .verification import walk
 

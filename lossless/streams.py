@@ -28,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .adapter import StreamAdapter
+from .anatomy import decoder, decoder_layers, find_projections
 from .errors import UsageError
 
 _ATTENTION = "lossless_streams"
@@ -130,7 +131,7 @@ class StreamRunner:
         self.text_config = model.config.get_text_config()
         self.layers = decoder_layers(model)
         self.top = self.layers[len(self.layers) - adapter.config.num_msa_layers :]
-        self.rotary = getattr(_decoder(model), "rotary_emb", None)
+        self.rotary = getattr(decoder(model), "rotary_emb", None)
         self.lm_head = model.get_output_embeddings()
         self._check_fit()
 
@@ -268,7 +269,7 @@ class StreamRunner:
                     use_cache=True,
                 )
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return _decoder(self.model).norm(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
+        return decoder(self.model).norm(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
 
     def _stream_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Stream j of position t stands at t + j: `[batch, nodes]` -> `[batch, nodes * num_streams]`."""
@@ -342,34 +343,3 @@ def _adapting(low_rank: nn.Module) -> Any:
         return output
 
     return add
-
-
-def _decoder(model: PreTrainedModel) -> Any:
-    return model.get_decoder()
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The base's decoder layers.
-
-    Raises:
-        UsageError: there is no list of `num_hidden_layers` layers in the decoder.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for child in _decoder(model).children():
-        if isinstance(child, nn.ModuleList) and len(child) == depth:
-            return child
-    raise UsageError(f"{type(model).__name__} has no list of {depth} decoder layers that streams could enter")
-
-
-def find_projections(model: PreTrainedModel, num_msa_layers: int) -> dict[str, tuple[int, int]]:
-    """The linear projections of the top layers: `<layer from N - N_s>.<path>` -> (in, out features)."""
-    layers = decoder_layers(model)
-    if not 1 <= num_msa_layers <= len(layers):
-        raise UsageError(f"num_msa_layers must be between 1 and {len(layers)} (model depth), got {num_msa_layers}")
-    top = layers[len(layers) - num_msa_layers :]
-    return {
-        f"{i}.{path}": (module.in_features, module.out_features)
-        for i, layer in enumerate(top)
-        for path, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    }

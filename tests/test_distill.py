@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lossless.distill import DistillConfig, Job, continue_all, distill
+from lossless.batch import Job, continue_all
+from lossless.distill import DistillConfig, distill
 from lossless.errors import UsageError
 from lossless.models import Base
 from lossless.prompts import Prompt, from_text

