@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -37,6 +38,25 @@ def test_the_main_command_answers_and_is_identical(demo: Base, capsys: pytest.Ca
     words = next(words for words in commands() if words[0] == "compare")
     assert main([*words, "--max-new-tokens", "24"]) == 0
     assert "identical: all 24 tokens" in capsys.readouterr().out
+
+
+def result_row(path: Path) -> str:
+    """The README's table row of a stored report."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    decoding = found["decoding"]
+    how = f"sampled at {decoding['temperature']}, seed {decoding['seed']}" if decoding["do_sample"] else "greedy"
+    return (
+        f"| {found['dtype']} | {how} | {found['tree_nodes']}, {found['schedule']} | {found['identical']} of {found['prompts']} "
+        f"| {found['acceptance_length']:.2f} | {found['baseline_tokens_per_s']:.1f} | {found['tokens_per_s']:.1f} "
+        f"| {found['speedup']:.2f} |"
+    )
+
+
+def test_every_number_comes_from_a_stored_report() -> None:
+    reports = sorted(Path(shipped_adapter("demo") or "").glob("bench-*.json"))
+    assert reports
+    rows = [line for line in README.splitlines() if re.match(r"\| (float|bfloat)", line)]
+    assert sorted(rows) == sorted(result_row(path) for path in reports)
 
 
 def test_the_shipped_adapter_is_small_and_there() -> None:
