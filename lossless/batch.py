@@ -73,7 +73,7 @@ def continue_all(
             if slot.job and (slot.answer[-1] in eos_ids or len(slot.answer) >= max_new_tokens):
                 yield slot.job, slot.answer
                 slot.job = None
-        if exhausted and 2 * len(batch.idle()) > len(batch.slots):
+        if exhausted and len(batch.slots) > 2 * (len(batch.slots) - len(batch.idle())) > 0:
             batch.drop_idle()
 
 

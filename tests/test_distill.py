@@ -124,6 +124,29 @@ def test_interrupted_and_taken_up_again(base: Base, tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "cut" / "distill.json").read_text())["complete"]
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_fewer_jobs_than_slots(base: Base, count: int) -> None:
+    jobs = [Job(str(i), [10 + i], 0.0) for i in range(count)]
+    with torch.inference_mode():
+        found = list(
+            continue_all(base.model, jobs, eos_ids=set(), batch_size=8, max_new_tokens=5, generator=torch.Generator())
+        )
+    assert sorted(job.id for job, _ in found) == [str(i) for i in range(count)]
+
+
+def test_a_finished_folder_is_left_as_it_is(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything drawn and answered already: the same command has nothing to do, and says so."""
+    from lossless import distill as module
+
+    monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: [3])
+    config = DistillConfig(answer_tokens=10_000, max_new_tokens=5, batch_size=4, self_drawn=3)
+    first = distill(base, numbers(6), config, tmp_path)
+    content = (tmp_path / "answers.jsonl").read_bytes()
+    again = distill(base, numbers(6), config, tmp_path)
+    assert (tmp_path / "answers.jsonl").read_bytes() == content
+    assert again["answers"] == first["answers"] == 9
+
+
 def test_it_stops_at_the_tokens_asked_for_and_skips_long_prompts(base: Base, tmp_path: Path) -> None:
     config = DistillConfig(answer_tokens=60, max_new_tokens=10, max_prompt_tokens=4, batch_size=2)
     summary = distill(base, numbers(60), config, tmp_path)
