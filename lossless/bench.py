@@ -211,6 +211,7 @@ def report(
         "decoding": asdict(decoding),
         "tree_nodes": fast.tree_nodes,
         "schedule": fast.schedule,
+        "recall": fast.recall,
         **summarize(runs),
         "categories": {name: summarize([r for r in runs if r.category == name]) for name in _categories(runs)},
         "runs": [asdict(run) for run in runs],

@@ -21,7 +21,7 @@ from . import bench as benchmark
 from .config import StreamingConfig
 from .distill import DistillConfig, distill
 from .errors import UsageError
-from .generate import AcceleratedModel, accelerate
+from .generate import OVERRIDES, AcceleratedModel, accelerate
 from .models import Base, load_base
 from .prompts import Prompt, from_text, read_prompts
 from .storage import versions, write_json
@@ -112,7 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in (("streaming", StreamingConfig()), ("training", TrainConfig())):
         group = command.add_argument_group(name)
         for key, value in vars(kind).items():
-            group.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help="(%(default)s)")
+            how: dict[str, Any] = {"type": type(value)}
+            if isinstance(value, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(f"--{key.replace('_', '-')}", default=value, help="(%(default)s)", **how)
     command.set_defaults(run=_train)
     return parser
 
@@ -128,6 +131,7 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--adapter", help="folder or hub id of an adapter; the demo model brings its own")
     command.add_argument("--tree-nodes", type=int, help="rows of a verification pass; the adapter's own choice by default")
     command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
+    command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from the text itself too, or not")
 
 
 def _decoding_flags(command: argparse.ArgumentParser) -> None:
@@ -152,7 +156,7 @@ def _attach(arguments: argparse.Namespace, base: Base) -> tuple[AcceleratedModel
     source = arguments.adapter or shipped_adapter(arguments.model)
     if source is None:
         raise UsageError(f"there is no adapter for {arguments.model!r} in the package: name one with --adapter")
-    overrides = {n: getattr(arguments, n) for n in ("tree_nodes", "schedule") if getattr(arguments, n) is not None}
+    overrides = {n: getattr(arguments, n) for n in sorted(OVERRIDES) if getattr(arguments, n) is not None}
     fast = accelerate(base.model, source, base.tokenizer, **overrides)
     return fast, arguments.adapter or "shipped"
 

@@ -27,6 +27,7 @@ class StreamingConfig:
         tree_top_k: most children of one node.
         schedule: `parallel` verifies a tree and speculates from every node of it in one pass, as in
             the paper; `deferred` speculates after the walk, from the accepted node only.
+        recall: mix into the draft what followed the same few tokens earlier in the text.
     """
 
     num_streams: int = 4
@@ -37,6 +38,7 @@ class StreamingConfig:
     tree_nodes: int = 16
     tree_top_k: int = 8
     schedule: str = "parallel"
+    recall: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_streams", "num_msa_layers", "lora_rank", "transition_rank", "tree_nodes", "tree_top_k"):

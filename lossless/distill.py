@@ -28,6 +28,7 @@ from .prompts import Prompt, encode, encode_user_opening, from_text
 from .storage import append_jsonl, read_jsonl, versions, write_json
 
 _DRAWN_PROMPT_TOKENS = 96
+_LENGTH_WINDOW = 16  # batches of prompts sorted together: rows of like length share one cache without much padding
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _answer_jobs(
             skipped.append(job_id)
             continue
         window.append(Job(job_id, ids, config.temperatures[number % len(config.temperatures)]))
-        if len(window) >= 2 * config.batch_size:
+        if len(window) >= _LENGTH_WINDOW * config.batch_size:
             yield from sorted(window, key=lambda job: len(job.prompt_ids))
             window = []
     yield from sorted(window, key=lambda job: len(job.prompt_ids))

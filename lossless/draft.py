@@ -1,7 +1,7 @@
 """Drafting: from the streams of the accepted node to a tree under the certain token.
 
-Knows: the transition head, the draft vocabulary, and how a tree is grown level by level. Does not
-know: verification, caches, or how the streams came about.
+Knows: the transition head, the draft vocabulary, and how a tree is grown level by level, from the streams
+and from what the text itself recalls. Does not know: verification, caches, or how the streams came about.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adapter import StreamAdapter
-from .tree import Candidate, DraftTree, most_likely, plant
+from .lookup import TextMemory
+from .tree import Candidate, DraftTree, blend, most_likely, plant
 
 
 class Drafter:
@@ -44,37 +45,60 @@ class Drafter:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embeddings(ids)
 
-    def tree(self, streams: torch.Tensor, root: int, max_nodes: int) -> DraftTree:
+    def tree(self, streams: torch.Tensor, root: int, max_nodes: int, memory: TextMemory | None = None) -> DraftTree:
         """Grow the tree whose paths are jointly most likely, of at most `max_nodes` nodes.
 
         Args:
             streams: `[num_streams, dim]` of the accepted node. Stream j gives the nodes of depth j.
+            memory: of the text up to the root; what it recalls is mixed into every node's distribution,
+                and alone goes on where the streams end.
         """
         if max_nodes == 1:
             return DraftTree((root,), (-1,))
         config, transition = self.adapter.config, self.adapter.transition
         beam = max(1, max_nodes // 4)  # nodes of a level that may have children
         candidates: list[Candidate] = []
-        frontier = [-1]
+        frontier = [-1]  # nodes that may have children
+        paths: list[tuple[int, ...]] = [()]  # the tokens that lead to each
         tokens = torch.tensor([root], device=streams.device)
         r = transition.begin(streams[:1])  # [frontier, rank]
         for j in range(1, config.num_streams + 1):
             stream = streams[j - 1 : j]
             r = transition.advance(r, self.embed(tokens), stream, j)
-            logits = self.logits(transition.adjust(stream, r))  # [frontier, draft vocabulary]
-            # the normalizer first: a full log-softmax would write the whole vocabulary once more
-            top = logits.topk(min(config.tree_top_k, logits.shape[1]), dim=-1)
-            scores = (top.values - logits.logsumexp(-1, keepdim=True)).tolist()
-            ids = self.token_ids(top.indices).tolist()
-            begin = len(candidates)
-            for row, parent in enumerate(frontier):
-                so_far = 0.0 if parent == -1 else candidates[parent].score
-                candidates += [
-                    Candidate(t, parent, so_far + min(s, 0.0)) for t, s in zip(ids[row], scores[row], strict=True)
-                ]
-            level = range(begin, len(candidates))
-            frontier_rows = {parent: row for row, parent in enumerate(frontier)}
-            frontier = most_likely(candidates, level, beam)
-            r = r[[frontier_rows[candidates[i].parent] for i in frontier]]
+            drafted = self._likely(transition.adjust(stream, r))
+            rows = {parent: row for row, parent in enumerate(frontier)}
+            frontier, paths = self._grow(candidates, frontier, paths, drafted, memory, beam)
+            r = r[[rows[candidates[i].parent] for i in frontier]]
             tokens = torch.tensor([candidates[i].token for i in frontier], device=streams.device)
+        while memory and frontier:
+            chosen = set(most_likely(candidates, range(len(candidates)), max_nodes - 1))
+            going_on = [row for row, node in enumerate(frontier) if node in chosen]
+            frontier, paths = [frontier[row] for row in going_on], [paths[row] for row in going_on]
+            frontier, paths = self._grow(candidates, frontier, paths, [{}] * len(frontier), memory, beam)
         return plant(root, candidates, max_nodes)
+
+    def _likely(self, hidden: torch.Tensor) -> list[dict[int, float]]:
+        """The best tokens after each row of `[rows, dim]`, with their log probabilities."""
+        logits = self.logits(hidden)  # [rows, draft vocabulary]
+        # the normalizer first: a full log-softmax would write the whole vocabulary once more
+        top = logits.topk(min(self.adapter.config.tree_top_k, logits.shape[1]), dim=-1)
+        scores = (top.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0).tolist()
+        return [dict(zip(*row, strict=True)) for row in zip(self.token_ids(top.indices).tolist(), scores, strict=True)]
+
+    @staticmethod
+    def _grow(
+        candidates: list[Candidate],
+        frontier: list[int],
+        paths: list[tuple[int, ...]],
+        drafted: list[dict[int, float]],
+        memory: TextMemory | None,
+        beam: int,
+    ) -> tuple[list[int], list[tuple[int, ...]]]:
+        """Add the children of the frontier to the candidates; returns the next frontier and its paths."""
+        begin, path_of = len(candidates), dict(zip(frontier, paths, strict=True))
+        for parent, path, likely in zip(frontier, paths, drafted, strict=True):
+            so_far = 0.0 if parent == -1 else candidates[parent].score
+            likely = blend(likely, memory.recall(path) if memory else None)
+            candidates += [Candidate(token, parent, so_far + score) for token, score in likely.items()]
+        best = most_likely(candidates, range(begin, len(candidates)), beam)
+        return best, [(*path_of[candidates[i].parent], candidates[i].token) for i in best]

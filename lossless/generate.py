@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from .adapter import StreamAdapter
 from .anatomy import find_projections
 from .cache import RowCache
-from .config import SCHEDULES, StreamingConfig
+from .config import StreamingConfig
 from .draft import Drafter
 from .errors import UsageError
+from .lookup import TextMemory
 from .models import fingerprint
 from .streams import PassOutput, StreamRunner
 from .tree import DraftTree
 from .verification import walk
+
+OVERRIDES = frozenset(("tree_nodes", "schedule", "recall"))  # fields of an adapter's config that a session may change
 
 
 @dataclass
@@ -86,6 +89,7 @@ class AcceleratedModel:
         self.drafter = Drafter(self.runner.adapter, model.get_input_embeddings(), model.get_output_embeddings())
         self.tree_nodes = adapter.config.tree_nodes
         self.schedule = adapter.config.schedule
+        self.recall = adapter.config.recall
         self.stats = Stats()
         self._lock = threading.RLock()
         self._warned: set[str] = set()
@@ -171,7 +175,8 @@ class AcceleratedModel:
         **model_kwargs: Any,
     ) -> Any:
         """The loop that stands in for `GenerationMixin._sample`; `input_ids` is `[1, prompt]`."""
-        text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        memory = TextMemory(input_ids[0].tolist()) if self.recall else None
+        text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer, memory)
         cache = RowCache(len(self.runner.layers), input_ids.shape[1] + 256)
 
         # 1. prefill: the prompt's last row gives the first token and speculates
@@ -185,7 +190,7 @@ class AcceleratedModel:
 
         while not stopped:
             # 2. draft: a tree of likely continuations under the certain token
-            tree = self.drafter.tree(streams, root, self.tree_nodes)
+            tree = self.drafter.tree(streams, root, self.tree_nodes, memory)
             # 3. verify: the base's own logits after every node, and the next streams, in one pass
             ids = torch.tensor([tree.tokens])
             positions = torch.tensor([tree.depths]) + cache.length
@@ -252,10 +257,16 @@ class _Text:
     """The text so far, and the base's choice after it: HF's own sampling step, one row at a time."""
 
     def __init__(
-        self, input_ids: torch.Tensor, processor: Any, criteria: Any, config: GenerationConfig, streamer: Any
+        self,
+        input_ids: torch.Tensor,
+        processor: Any,
+        criteria: Any,
+        config: GenerationConfig,
+        streamer: Any,
+        memory: TextMemory | None,
     ) -> None:
         self.input_ids, self.processor, self.criteria, self.config = input_ids, processor, criteria, config
-        self.streamer = streamer
+        self.streamer, self.memory = streamer, memory
         self.emitted = 0
         keep = config.return_dict_in_generate
         self.scores: tuple[torch.Tensor, ...] | None = () if keep and config.output_scores else None
@@ -283,7 +294,9 @@ class _Text:
         return int(token), stopped
 
     def put(self, tokens: tuple[int, ...]) -> None:
-        """Hand tokens to the streamer, one call each, as the base does."""
+        """Hand tokens to the text's memory, and to the streamer, one call each, as the base does."""
+        if self.memory is not None:
+            self.memory.extend(tokens)
         if self.streamer is not None:
             for token in tokens:
                 self.streamer.put(torch.tensor([token]))
@@ -306,7 +319,7 @@ def accelerate(
         model: any HF decoder-only causal LM, 8-bit and 4-bit ones included.
         adapter: a folder or hub id; or a `StreamingConfig` for a fresh, untrained one; or the adapter itself.
         tokenizer: if given, it is part of the comparison with the base that the adapter was trained for.
-        overrides: `tree_nodes` or `schedule`, in place of the adapter's own.
+        overrides: `tree_nodes`, `schedule` or `recall` (see `StreamingConfig`), in place of the adapter's own.
 
     Raises:
         UsageError: the adapter cannot be read, or its shapes are another model's.
@@ -316,13 +329,10 @@ def accelerate(
     elif not isinstance(adapter, StreamAdapter):
         adapter = StreamAdapter.from_pretrained(adapter, base={"fingerprint": fingerprint(model, tokenizer)})
     fast = AcceleratedModel(model, adapter)
+    if unknown := sorted(overrides.keys() - OVERRIDES):
+        raise UsageError(f"accelerate() takes {', '.join(sorted(OVERRIDES))} as overrides, got {', '.join(unknown)}")
+    replace(adapter.config, **overrides)  # checks them
     for name, value in overrides.items():
-        if name == "tree_nodes" and (not isinstance(value, int) or value < 1):
-            raise UsageError(f"tree_nodes must be at least 1, got {value!r}")
-        if name == "schedule" and value not in SCHEDULES:
-            raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}, got {value!r}")
-        if name not in ("tree_nodes", "schedule"):
-            raise UsageError(f"accelerate() takes tree_nodes and schedule as overrides, got {name!r}")
         setattr(fast, name, value)
     return fast
 

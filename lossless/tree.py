@@ -8,6 +8,7 @@ Node 0 is the root, the token that is already certain. Every parent stands befor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,19 @@ class Candidate:
     token: int
     parent: int
     score: float
+
+
+def blend(drafted: dict[int, float], recalled: tuple[int, float] | None) -> dict[int, float]:
+    """Mix a recalled token, trusted with some probability, into drafted tokens and their log probabilities.
+
+        p(token) = trust [token = recalled] + (1 - trust) q(token)
+    """
+    if recalled is None:
+        return drafted
+    token, trust = recalled
+    mixed = {other: score + math.log1p(-trust) for other, score in drafted.items()}
+    mixed[token] = math.log(trust + (1 - trust) * math.exp(drafted.get(token, -math.inf)))
+    return mixed
 
 
 def most_likely(candidates: Sequence[Candidate], among: range, count: int) -> list[int]:

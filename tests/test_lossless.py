@@ -43,7 +43,7 @@ class Oracle(Drafter):
     def __init__(self, answer: list[int], depth: int = 4) -> None:
         self.answer, self.depth, self.done = answer, depth, 0
 
-    def tree(self, streams: torch.Tensor, root: int, max_nodes: int) -> DraftTree:
+    def tree(self, streams: torch.Tensor, root: int, max_nodes: int, memory: Any = None) -> DraftTree:
         assert root == self.answer[self.done]
         chain = self.answer[self.done : self.done + self.depth + 1]
         self.done += len(chain)
@@ -53,8 +53,8 @@ class Oracle(Drafter):
 class Bushy(Oracle):
     """The right chain, each node among wrong siblings: accepted rows must be moved up in the cache."""
 
-    def tree(self, streams: torch.Tensor, root: int, max_nodes: int) -> DraftTree:
-        chain = super().tree(streams, root, max_nodes).tokens
+    def tree(self, streams: torch.Tensor, root: int, max_nodes: int, memory: Any = None) -> DraftTree:
+        chain = super().tree(streams, root, max_nodes, memory).tokens
         tokens, parents, right = [chain[0]], [-1], 0
         for token in chain[1:]:
             wrong = [(token + k) % VOCAB for k in (1, 2, 3)]
@@ -106,7 +106,7 @@ def test_a_liar_is_never_believed(fast: AcceleratedModel) -> None:
     class Liar(Drafter):
         def __init__(self) -> None: ...
 
-        def tree(self, streams: torch.Tensor, root: int, max_nodes: int) -> DraftTree:
+        def tree(self, streams: torch.Tensor, root: int, max_nodes: int, memory: Any = None) -> DraftTree:
             # never what a random model says after this root twice: the greedy choice is avoided below
             return DraftTree((root, VOCAB - 1), (-1, 0))
 
@@ -278,3 +278,20 @@ def test_an_interruption_leaves_the_next_call_exact(fast: AcceleratedModel) -> N
         fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, streamer=Breaking())
     expected, found = both(fast, ids)
     assert torch.equal(expected, found)
+
+
+def test_a_text_that_repeats_itself_is_drafted_from_memory() -> None:
+    def litany(batch: int, ids: torch.Tensor) -> list[int]:
+        return [10 + int(ids[-1]) % 9]  # one of nine tokens after the other, over and over
+
+    model = build_tiny(seed=5)
+    adapter = new_adapter(model, tiny_config()).randomize(2)
+    passes = {}
+    for recall in (True, False):
+        fast = accelerate(model, adapter, recall=recall)
+        expected, found = both(fast, prompt_ids(6), max_new_tokens=120, prefix_allowed_tokens_fn=litany)
+        assert torch.equal(expected, found)
+        passes[recall] = fast.stats.target_passes
+        deepest = max(fast.stats.accepted) - 1
+        assert deepest > tiny_config().num_streams if recall else deepest <= tiny_config().num_streams
+    assert passes[True] < passes[False] / 3
