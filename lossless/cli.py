@@ -18,10 +18,11 @@ import transformers
 from transformers import TextStreamer
 
 from . import bench as benchmark
+from .adapter import StreamAdapter
 from .config import StreamingConfig
 from .distill import DistillConfig, distill
 from .errors import UsageError
-from .generate import OVERRIDES, AcceleratedModel, accelerate
+from .generate import OVERRIDES, AcceleratedModel, accelerate, new_adapter
 from .models import Base, load_base
 from .prompts import Prompt, from_text, read_prompts
 from .storage import versions, write_json
@@ -128,7 +129,11 @@ def _model_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _adapter_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--adapter", help="folder or hub id of an adapter; the demo model brings its own")
+    command.add_argument(
+        "--adapter",
+        help="folder or hub id of an adapter; 'random' for one of random numbers, which must not change a token; "
+        "the demo model brings its own",
+    )
     command.add_argument("--tree-nodes", type=int, help="rows of a verification pass; the adapter's own choice by default")
     command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
     command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from the text itself too, or not")
@@ -153,7 +158,9 @@ def _load(arguments: argparse.Namespace) -> Base:
 
 def _attach(arguments: argparse.Namespace, base: Base) -> tuple[AcceleratedModel, str]:
     """The accelerated model, and the adapter's name for reports."""
-    source = arguments.adapter or shipped_adapter(arguments.model)
+    source: str | StreamAdapter | None = arguments.adapter or shipped_adapter(arguments.model)
+    if source == "random":
+        source = new_adapter(base.model, StreamingConfig(), base.tokenizer).randomize(0)
     if source is None:
         raise UsageError(f"there is no adapter for {arguments.model!r} in the package: name one with --adapter")
     overrides = {n: getattr(arguments, n) for n in sorted(OVERRIDES) if getattr(arguments, n) is not None}

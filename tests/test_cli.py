@@ -51,6 +51,14 @@ def test_compare_and_generate(tiny_folder: Path, adapter: Path, tmp_path: Path, 
     assert "12 tokens" in captured.err
 
 
+def test_an_adapter_of_random_numbers_changes_no_token(tiny_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    arguments = ["bench", "--model", str(tiny_folder), "--adapter", "random", "--no-recall", "--prompts", str(prompts),
+                 "--limit", "2", "--max-new-tokens", "10", "--dtype", "float32", "--json", str(tmp_path / "out.json")]  # fmt: skip
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["identical"], found["adapter"], found["recall"]) == (2, "random", False)
+
+
 def test_bench_writes_what_the_contract_says(tiny_folder: Path, adapter: Path, prompts: Path, tmp_path: Path) -> None:
     arguments = ["bench", "--model", str(tiny_folder), "--adapter", str(adapter), "--prompts", str(prompts), "--limit", "4",
                  "--max-new-tokens", "10", "--dtype", "float32", "--do-sample", "--temperature", "0.8", "--top-p", "0.9",
