@@ -58,9 +58,9 @@ class PassOutput:
     """What a pass yields.
 
     Attributes:
-        logits: `[rows, vocab]` of the main rows that were asked for.
-        entry: `[rows, dim]`, the main rows at layer N - N_s, where streams start.
-        streams: `[nodes, num_streams, dim]` after the final norm, for the nodes that speculated.
+        logits: `[batch, rows, vocab]` of the main rows that were asked for.
+        entry: `[batch, rows, dim]`, the main rows at layer N - N_s, where streams start.
+        streams: `[batch, nodes, num_streams, dim]` after the final norm, for the nodes that speculated.
     """
 
     logits: torch.Tensor
@@ -105,6 +105,15 @@ def _attend(
 
 
 AttentionInterface.register(_ATTENTION, _attend)
+
+
+def _behind_the_past(own: torch.Tensor, cache: Any, batch: int) -> torch.Tensor:
+    """`[batch or 1, rows, own rows]` -> `[batch, rows, past + own rows]`: what is certain is seen as well."""
+    seen = own.new_ones(batch, own.shape[1], cache.length + own.shape[2])
+    seen[:, :, cache.length :] = own
+    if (visible := cache.visible()) is not None:
+        seen[:, :, : cache.length] = visible[:, None].to(own.device)
+    return seen
 
 
 def _mask(allowed: torch.Tensor | None, query: torch.Tensor, plan: _Pass) -> torch.Tensor | None:
@@ -184,29 +193,25 @@ class StreamRunner:
         """One pass of the base over some rows, and of the streams of some of them.
 
         Args:
-            ids: `[1, rows]`; positions: `[1, rows]`, each row's place in the text.
-            tree_mask: `[rows, rows]`, True where a row may attend to another row of this pass; every row
-                attends to the whole cache. None for a chain (each row sees those before it).
+            ids: `[batch, rows]`; positions: `[batch, rows]`, each row's place in its text.
+            tree_mask: `[batch, rows, rows]`, True where a row may attend to another row of this pass; every
+                row attends to what is certain in the cache. None for a chain (each row sees those before it).
             cache: a `RowCache`; the rows stay provisional in it.
             nodes: `[m]` rows that speculate, or None for none.
             last_only: logits for the last row only (a prefill).
         """
-        rows, past = ids.shape[1], cache.length
+        rows = ids.shape[1]
         plan = _Pass(self._implementation, main_rows=rows, last_only=last_only)
         if nodes is not None:
             own = tree_mask
             if own is None:
-                own = torch.ones(rows, rows, dtype=torch.bool, device=ids.device).tril()
+                own = torch.ones(1, rows, rows, dtype=torch.bool, device=ids.device).tril()
             plan.nodes = nodes
             plan.stream_positions = self._stream_positions(positions[:, nodes])
-            context = own.new_ones(1, len(nodes), past + rows)
-            context[0, :, past:] = own[nodes]
-            plan.stream_mask = self._stream_mask(context)
+            plan.stream_mask = self._stream_mask(_behind_the_past(own[:, nodes], cache, ids.shape[0]))
         logits = self._run(plan, ids, positions, tree_mask, cache)
-        streams = None
-        if plan.streams is not None:
-            streams = plan.streams.view(-1, self.adapter.config.num_streams, plan.streams.shape[-1])
-        return PassOutput(logits[0], plan.entry[0], streams)
+        streams = None if plan.streams is None else plan.streams.unflatten(1, (-1, self.adapter.config.num_streams))
+        return PassOutput(logits, plan.entry, streams)
 
     def observe(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The main stream over whole texts, without streams: what they are trained on.
@@ -224,14 +229,12 @@ class StreamRunner:
     ) -> torch.Tensor:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
         rows, past = ids.shape[1], cache.length
-        seen = tree_mask
+        own = tree_mask
         # one row sees everything, and sdpa knows by itself how to be causal: as the base's own calls
-        if seen is None and rows > 1 and not (past == 0 and self._implementation == "sdpa"):
-            seen = torch.ones(rows, rows, dtype=torch.bool, device=ids.device).tril()
-        attention_mask = None
-        if seen is not None:
-            attention_mask = seen.new_ones(1, 1, rows, past + rows)
-            attention_mask[0, 0, :, past:] = seen
+        causal = rows > 1 and not (past == 0 and self._implementation == "sdpa")
+        if own is None and (causal or cache.visible() is not None):
+            own = torch.ones(1, rows, rows, dtype=torch.bool, device=ids.device).tril()
+        attention_mask = None if own is None else _behind_the_past(own, cache, ids.shape[0])[:, None]
         with _running(plan):
             return self.model(
                 input_ids=ids,
