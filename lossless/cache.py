@@ -118,6 +118,11 @@ class RowCache(Cache):
             visible[:, : self.padding.shape[1]] &= ~self.padding[:, : self.length]  # none of it before the prompt is read
         return visible
 
+    def places(self) -> torch.Tensor:
+        """`[batch or 1, length]`: where in its text each column stands (padding before it: below 0)."""
+        columns = torch.arange(self.length)[None]
+        return columns if self.padding is None else columns - self.padding.sum(1, keepdim=True).cpu()
+
     def keep(self, rows: Sequence[int]) -> None:
         """Accept these provisional rows (counted from `length`) of every sequence, in the order given."""
         self.keep_each([rows] * (self.rows[0].keys.shape[0] if self.rows[0].is_initialized else 1))
