@@ -5,12 +5,15 @@ Knows: how to find them in any decoder-only HF model. Does not know: what is don
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import UsageError
+
+_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm", "norm_f")
 
 
 def decoder(model: PreTrainedModel) -> Any:
@@ -29,6 +32,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(child, nn.ModuleList) and len(child) == depth:
             return child
     raise UsageError(f"{type(model).__name__} has no list of {depth} decoder layers that streams could enter")
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last decoder layer and the LM head."""
+    for name in _FINAL_NORMS:
+        if isinstance(found := getattr(decoder(model), name, None), nn.Module):
+            return found
+    raise UsageError(f"{type(model).__name__} has no final norm by a name that is known ({', '.join(_FINAL_NORMS)})")
+
+
+def uses_attention_interface(model: PreTrainedModel) -> bool:
+    """Whether the layers' attention is chosen by name, so that another can be put in its place."""
+    return hasattr(sys.modules[type(decoder_layers(model)[0]).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def find_projections(model: PreTrainedModel, num_msa_layers: int) -> dict[str, tuple[int, int]]:

@@ -3,9 +3,12 @@
 Knows: where a row's keys and values lie, and how to keep some of the last rows and forget the
 others. Does not know: tokens, trees, streams, or why a row was accepted.
 
-A pass writes its rows behind the `length` rows that are certain. They stay provisional until
+A pass writes its rows behind the `length` columns that hold certain rows. They stay provisional until
 `keep` names the ones that were accepted: those move up in place and `length` grows; the rest is
 overwritten by the next pass. Storage is allocated in blocks, so a pass copies only its own rows.
+
+In a batch each sequence accepts its own rows (`keep_each`) and so ends at a column of its own; `visible`
+says which columns hold certain rows of which sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class RowLayer(CacheLayerMixin):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self.length = 0  # certain rows; whatever lies behind them is provisional
+        self.length = 0  # columns of certain rows; whatever lies behind them is provisional
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -64,14 +67,12 @@ class RowLayer(CacheLayerMixin):
                 new[:, :, : self.length] = old[:, :, : self.length]
                 setattr(self, name, new)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Accept provisional rows, counted from `length`, in the order given."""
-        count = len(rows)
-        if list(rows) != list(range(count)):  # already in place otherwise
-            index = torch.tensor(rows, device=self.keys.device) + self.length
-            self.keys[:, :, self.length : self.length + count] = self.keys[:, :, index]
-            self.values[:, :, self.length : self.length + count] = self.values[:, :, index]
-        self.length += count
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy columns `source` to columns `target`, each `[batch, count]`."""
+        source, target = source.to(self.keys.device), target.to(self.keys.device)
+        sequences = torch.arange(len(source), device=source.device)[:, None]
+        for store in (self.keys, self.values):
+            store[sequences, :, target] = store[sequences, :, source]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -91,18 +92,64 @@ class RowCache(Cache):
     Args:
         num_layers: decoder layers of the base model.
         capacity: rows to allocate at first; grows when it must.
+        padding: `[batch, prompt]`, True where a left-padded prompt has no token; None if none is padded.
     """
 
-    def __init__(self, num_layers: int, capacity: int = _BLOCK) -> None:
+    def __init__(self, num_layers: int, capacity: int = _BLOCK, padding: torch.Tensor | None = None) -> None:
         self.rows = [RowLayer(capacity) for _ in range(num_layers)]
+        self.padding = padding
+        self._ends: list[int] | None = None  # of each sequence; None while all end at `length`
         super().__init__(layers=list(self.rows))
 
     @property
     def length(self) -> int:
-        """Rows that are certain."""
+        """Columns that hold certain rows; provisional rows are written behind them."""
         return self.rows[0].length
 
+    def visible(self) -> torch.Tensor | None:
+        """`[batch, length]`, True where a column holds a certain row of a sequence; None if all do."""
+        if self._ends is None and self.padding is None:
+            return None
+        columns = torch.arange(self.length)
+        ends = torch.tensor(self._ends or [self.length])
+        visible = columns < ends[:, None]
+        if self.padding is not None:
+            visible = visible.repeat(len(self.padding) // len(visible), 1).to(self.padding.device)
+            visible[:, : self.padding.shape[1]] &= ~self.padding[:, : self.length]  # none of it before the prompt is read
+        return visible
+
+    def places(self) -> torch.Tensor:
+        """`[batch or 1, length]`: where in its text each column stands (padding before it: below 0)."""
+        columns = torch.arange(self.length)[None]
+        return columns if self.padding is None else columns - self.padding.sum(1, keepdim=True).cpu()
+
     def keep(self, rows: Sequence[int]) -> None:
-        """Accept these provisional rows (counted from `length`) in every layer."""
+        """Accept these provisional rows (counted from `length`) of every sequence, in the order given."""
+        self.keep_each([rows] * (self.rows[0].keys.shape[0] if self.rows[0].is_initialized else 1))
+
+    def keep_each(self, paths: Sequence[Sequence[int]]) -> None:
+        """Accept for each sequence its own provisional rows (counted from `length`), at least one each."""
+        length, ends = self.length, self._ends or [self.length] * len(paths)
+        if any(end < length or list(path) != list(range(len(path))) for end, path in zip(ends, paths, strict=True)):
+            # shorter paths repeat their last row: the same column written twice with the same value
+            steps = [[min(i, len(path) - 1) for i in range(max(map(len, paths)))] for path in paths]
+            source = torch.tensor([[length + path[i] for i in step] for path, step in zip(paths, steps, strict=True)])
+            target = torch.tensor([[end + i for i in step] for end, step in zip(ends, steps, strict=True)])
+            for layer in self.rows:
+                layer.move(source, target)
+        ends = [end + len(path) for end, path in zip(ends, paths, strict=True)]
+        self._ends = None if min(ends) == max(ends) else ends
         for layer in self.rows:
-            layer.keep(rows)
+            layer.length = max(ends)
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Forget all sequences of the batch but these."""
+        for layer in self.rows:
+            layer.keys, layer.values = layer.keys[list(sequences)], layer.values[list(sequences)]
+        if self.padding is not None:
+            self.padding = self.padding[list(sequences)]
+        if self._ends is not None:
+            ends = [self._ends[i] for i in sequences]
+            self._ends = None if min(ends) == max(ends) else ends
+            for layer in self.rows:
+                layer.length = max(ends)

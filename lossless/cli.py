@@ -1,4 +1,4 @@
-"""The command line: `lossless generate | compare | bench | distill | train`.
+"""The command line: `lossless generate | compare | bench | verify | distill | train`.
 
 Knows: flags, what goes to the terminal, exit codes (0 done, 2 bad input, 3 tokens differ, 130 Ctrl-C).
 Does not know: anything that a script could not do through the modules above it.
@@ -27,6 +27,7 @@ from .models import Base, load_base
 from .prompts import Prompt, from_text, read_prompts
 from .storage import versions, write_json
 from .train import TrainConfig, train
+from .verify import certify, summary
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     command.add_argument("--json", metavar="OUT", help="write the report here")
     command.set_defaults(run=_bench)
+
+    command = commands.add_parser("verify", help="check every token of accelerated answers against the plain base")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command)
+    command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: 'prompt', 'turns' or 'messages' a line")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    command.add_argument("--json", metavar="OUT", help="write the certificate here")
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser("distill", help="collect the model's own answers to train on")
     _model_flags(command)
@@ -200,15 +210,29 @@ def _verdict(run: benchmark.Run) -> str:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UsageError(f"limit must be at least 1, got {arguments.limit}")
-    prompts, decoding = read_prompts(arguments.prompts, arguments.limit), _decoding(arguments)
+    prompts, decoding = _prompts(arguments), _decoding(arguments)
     base, fast, name = _both_sides(arguments, prompts, decoding)
     runs = benchmark.bench(base, fast, prompts, decoding)
     found = benchmark.report(base, fast, name, arguments.dtype, arguments.load_in, decoding, runs)
     print(benchmark.table(found))
     print(f"\n{found['dtype']}, {found['device']}, {found['threads']} threads, trees of {fast.tree_nodes}, {fast.schedule}")
     return _finish(arguments, found)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    prompts, decoding = _prompts(arguments), _decoding(arguments)
+    base, fast, name = _both_sides(arguments, prompts, decoding)
+    found = certify(base, fast, name, prompts, decoding, arguments.load_in)
+    print(summary(found))
+    if arguments.json:
+        write_json(arguments.json, found)
+    return 3 if found["mismatches"] else 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"limit must be at least 1, got {arguments.limit}")
+    return read_prompts(arguments.prompts, arguments.limit)
 
 
 def _both_sides(

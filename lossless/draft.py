@@ -6,6 +6,8 @@ and from what the text itself recalls. Does not know: verification, caches, or h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -45,37 +47,35 @@ class Drafter:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embeddings(ids)
 
-    def tree(self, streams: torch.Tensor, root: int, max_nodes: int, memory: TextMemory | None = None) -> DraftTree:
-        """Grow the tree whose paths are jointly most likely, of at most `max_nodes` nodes.
+    def trees(
+        self, streams: torch.Tensor, roots: Sequence[int], max_nodes: int, memories: Sequence[TextMemory | None]
+    ) -> list[DraftTree]:
+        """For each sequence, the tree whose paths are jointly most likely, of at most `max_nodes` nodes.
 
         Args:
-            streams: `[num_streams, dim]` of the accepted node. Stream j gives the nodes of depth j.
-            memory: of the text up to the root; what it recalls is mixed into every node's distribution,
+            streams: `[batch, num_streams, dim]` of the accepted nodes. Stream j gives the nodes of depth j.
+            memories: of each text up to its root; what one recalls is mixed into every node's distribution,
                 and alone goes on where the streams end.
         """
         if max_nodes == 1:
-            return DraftTree((root,), (-1,))
-        config, transition = self.adapter.config, self.adapter.transition
-        beam = max(1, max_nodes // 4)  # nodes of a level that may have children
-        candidates: list[Candidate] = []
-        frontier = [-1]  # nodes that may have children
-        paths: list[tuple[int, ...]] = [()]  # the tokens that lead to each
-        tokens = torch.tensor([root], device=streams.device)
-        r = transition.begin(streams[:1])  # [frontier, rank]
-        for j in range(1, config.num_streams + 1):
-            stream = streams[j - 1 : j]
+            return [DraftTree((root,), (-1,)) for root in roots]
+        transition, device = self.adapter.transition, streams.device
+        saplings = [_Sapling(max_nodes, memory) for memory in memories]
+        tokens = torch.tensor(roots, device=device)
+        r = transition.begin(streams[:, 0])  # [frontier of all sequences, rank]
+        owner = torch.arange(len(roots), device=device)  # whose each row of the frontier is
+        for j in range(1, self.adapter.config.num_streams + 1):
+            stream = streams[owner, j - 1]
             r = transition.advance(r, self.embed(tokens), stream, j)
-            drafted = self._likely(transition.adjust(stream, r))
-            rows = {parent: row for row, parent in enumerate(frontier)}
-            frontier, paths = self._grow(candidates, frontier, paths, drafted, memory, beam)
-            r = r[[rows[candidates[i].parent] for i in frontier]]
-            tokens = torch.tensor([candidates[i].token for i in frontier], device=streams.device)
-        while memory and frontier:
-            chosen = set(most_likely(candidates, range(len(candidates)), max_nodes - 1))
-            going_on = [row for row, node in enumerate(frontier) if node in chosen]
-            frontier, paths = [frontier[row] for row in going_on], [paths[row] for row in going_on]
-            frontier, paths = self._grow(candidates, frontier, paths, [{}] * len(frontier), memory, beam)
-        return plant(root, candidates, max_nodes)
+            likely = iter(self._likely(transition.adjust(stream, r)))
+            first, chosen = 0, []
+            for sapling in saplings:
+                count = len(sapling.frontier)
+                chosen += [first + row for row in sapling.grow([next(likely) for _ in range(count)])]
+                first += count
+            r, owner = r[chosen], owner[chosen]
+            tokens = torch.tensor([path[-1] for sapling in saplings for path in sapling.paths], device=device)
+        return [sapling.finish(root) for sapling, root in zip(saplings, roots, strict=True)]
 
     def _likely(self, hidden: torch.Tensor) -> list[dict[int, float]]:
         """The best tokens after each row of `[rows, dim]`, with their log probabilities."""
@@ -85,20 +85,41 @@ class Drafter:
         scores = (top.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0).tolist()
         return [dict(zip(*row, strict=True)) for row in zip(self.token_ids(top.indices).tolist(), scores, strict=True)]
 
-    @staticmethod
-    def _grow(
-        candidates: list[Candidate],
-        frontier: list[int],
-        paths: list[tuple[int, ...]],
-        drafted: list[dict[int, float]],
-        memory: TextMemory | None,
-        beam: int,
-    ) -> tuple[list[int], list[tuple[int, ...]]]:
-        """Add the children of the frontier to the candidates; returns the next frontier and its paths."""
-        begin, path_of = len(candidates), dict(zip(frontier, paths, strict=True))
-        for parent, path, likely in zip(frontier, paths, drafted, strict=True):
-            so_far = 0.0 if parent == -1 else candidates[parent].score
-            likely = blend(likely, memory.recall(path) if memory else None)
-            candidates += [Candidate(token, parent, so_far + score) for token, score in likely.items()]
-        best = most_likely(candidates, range(begin, len(candidates)), beam)
-        return best, [(*path_of[candidates[i].parent], candidates[i].token) for i in best]
+
+class _Sapling:
+    """One tree while it grows, level by level."""
+
+    def __init__(self, max_nodes: int, memory: TextMemory | None) -> None:
+        self.max_nodes, self.memory = max_nodes, memory
+        self.candidates: list[Candidate] = []
+        self.frontier = [-1]  # candidates that may have children
+        self.paths: list[tuple[int, ...]] = [()]  # the tokens that lead to each of them
+
+    def grow(self, drafted: list[dict[int, float]]) -> list[int]:
+        """Add children to the frontier, one dict of likely tokens for each of its nodes.
+
+        Returns:
+            For each node of the new frontier, the number of its parent in the old one.
+        """
+        begin, parent_row = len(self.candidates), []
+        for row, (parent, path, likely) in enumerate(zip(self.frontier, self.paths, drafted, strict=True)):
+            so_far = 0.0 if parent == -1 else self.candidates[parent].score
+            likely = blend(likely, self.memory.recall(path) if self.memory else None)
+            self.candidates += [Candidate(token, parent, so_far + score) for token, score in likely.items()]
+            parent_row += [row] * len(likely)
+        beam = max(1, self.max_nodes // 4)
+        self.frontier = most_likely(self.candidates, range(begin, len(self.candidates)), beam)
+        rows = [parent_row[node - begin] for node in self.frontier]
+        self.paths = [
+            (*self.paths[row], self.candidates[node].token) for row, node in zip(rows, self.frontier, strict=True)
+        ]
+        return rows
+
+    def finish(self, root: int) -> DraftTree:
+        """Let the memory go on alone where that is worth a node, and plant the best."""
+        while self.memory and self.frontier:
+            worth = set(most_likely(self.candidates, range(len(self.candidates)), self.max_nodes - 1))
+            rows = [row for row, node in enumerate(self.frontier) if node in worth]
+            self.frontier, self.paths = [self.frontier[row] for row in rows], [self.paths[row] for row in rows]
+            self.grow([{} for _ in rows])
+        return plant(root, self.candidates, self.max_nodes)

@@ -87,13 +87,17 @@ class FeatureStore:
 
 
 class FixedRows:
-    """Stands in for a cache in the top layers: main keys that are given, followed by a pass's own.
+    """Stands in for a cache in the top layers: main keys that are given, one for each place of a text,
+    followed by a pass's own.
 
     keys, values: `[N_s, batch, kv_heads, T, head_dim]`; `first` is the number of the lowest top layer.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
         self.keys, self.values, self.first = keys, values, first
+
+    def places(self) -> torch.Tensor:
+        return torch.arange(self.keys.shape[3], device=self.keys.device)[None]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import GenerationMode
 
 from .adapter import StreamAdapter
 from .anatomy import find_projections
@@ -27,6 +27,7 @@ from .errors import UsageError
 from .lookup import TextMemory
 from .models import fingerprint
 from .streams import PassOutput, StreamRunner
+from .text import NoiseTape, Text, result
 from .tree import DraftTree
 from .verification import walk
 
@@ -38,14 +39,16 @@ class Stats:
     """What the last `generate` did. The prefill and the token it yields are counted apart.
 
     Attributes:
-        tokens: emitted tokens.
-        target_passes: passes of the base after the prefill.
+        texts: sequences of the batch.
+        tokens: emitted tokens of all of them.
+        target_passes: passes of the base after the prefill; one over a batch counts for each text in it.
         drafted: nodes proposed, roots not counted.
         accepted: how many passes emitted 1, 2, 3, ... tokens.
         prefill_s, decode_s: wall-clock seconds.
         served: False if the call was handed to the base's own generate.
     """
 
+    texts: int = 0
     tokens: int = 0
     target_passes: int = 0
     drafted: int = 0
@@ -57,12 +60,12 @@ class Stats:
     @property
     def acceptance_length(self) -> float:
         """Emitted tokens per target pass."""
-        return (self.tokens - 1) / self.target_passes if self.target_passes else 1.0
+        return (self.tokens - self.texts) / self.target_passes if self.target_passes else 1.0
 
     @property
     def tokens_per_s(self) -> float:
         """Decoding speed, the prefill not counted."""
-        return (self.tokens - 1) / self.decode_s if self.decode_s else 0.0
+        return (self.tokens - self.texts) / self.decode_s if self.decode_s else 0.0
 
     def __str__(self) -> str:
         if not self.served:
@@ -109,61 +112,53 @@ class AcceleratedModel:
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As `model.generate`: same arguments, same result, same random numbers drawn.
 
-        What is not served yet (more than one sequence, beams, assistants, padded prompts, stop strings,
-        `inputs_embeds`, a passed-in cache, attentions or hidden states as output) goes to the base's own
-        `generate`, with one warning for each reason.
+        What is not served (beams, assistants, `inputs_embeds`, a passed-in cache, attentions or hidden states as
+        output; in batches also streamers, scores, and processors or criteria of your own, whose sequences might
+        depend on each other) goes to the base's own `generate`, with one warning for each reason.
         """
         self.stats = Stats()
         if reason := self._not_served(inputs, kwargs):
-            if reason not in self._warned:
-                self._warned.add(reason)
-                warnings.warn(f"not accelerated: {reason}; the base's own generate answers", stacklevel=2)
-            self.stats.served = False
+            self._hand_over(reason)
             return self.base.generate(inputs, **kwargs)
-        streamer = kwargs.get("streamer")
+        streamer = kwargs.get("streamer")  # HF drops it on its way to a custom loop, so it is bound here
 
-        def decode(model: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
-            # HF drops the streamer on its way to a custom loop, so it is bound here
-            return self._decode(input_ids, streamer=streamer, **prepared)
+        def decode(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
+            if reason := not_served_in_a_batch(input_ids, streamer, **prepared):
+                self._hand_over(reason)
+                return model._sample(input_ids, streamer=streamer, **prepared)
+            with self.runner.installed():
+                return self._decode(input_ids, streamer=streamer, **prepared)
 
-        with self._lock, self.runner.installed():
+        with self._lock:
             return self.base.generate(inputs, custom_generate=decode, **kwargs)
+
+    def _hand_over(self, reason: str) -> None:
+        """Note that the base answers, and warn of it the first time."""
+        self.stats.served = False
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"not accelerated: {reason}; the base's own generate answers", stacklevel=3)
 
     def _not_served(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
         """Why this call must go to the base, if it must."""
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
-            return "the prompt is not given as input_ids of shape [1, length]"
-        if ids.shape[0] != 1:
-            return f"a batch of {ids.shape[0]}"
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not bool((mask == 1).all()):
-            return "a padded or masked prompt"
+            return "the prompt is not given as input_ids of shape [batch, length]"
         for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds", "negative_prompt_ids"):
             if kwargs.get(name) is not None:
                 return f"{name} was given"
         options = {k: v for k, v in kwargs.items() if k not in _CALL_ARGUMENTS}
         prepared = self.base._prepare_generation_config(kwargs.get("generation_config"), **options)
         config: GenerationConfig = prepared[0]
-        if mask is None and self._reads_padding(ids, config):
-            return "a prompt that holds the padding token, without an attention mask"
         mode = config.get_generation_mode(None)
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             return f"the generation mode {mode.value}"
-        if (config.num_return_sequences or 1) != 1:
-            return f"num_return_sequences={config.num_return_sequences}"
-        for name in ("stop_strings", "output_attentions", "output_hidden_states", "cache_implementation"):
+        for name in ("output_attentions", "output_hidden_states", "cache_implementation"):
             if getattr(config, name, None):
                 return f"{name} was set"
         if config.guidance_scale not in (None, 1, 1.0) or config.use_cache is False:
             return "guidance_scale or use_cache=False was set"
         return None
-
-    def _reads_padding(self, ids: torch.Tensor, config: GenerationConfig) -> bool:
-        """Whether HF would infer from the prompt's tokens that some of them are padding."""
-        pad, eos = config.pad_token_id, config.eos_token_id
-        eos_ids = eos if isinstance(eos, list) else [eos]
-        return pad is not None and pad not in eos_ids and bool((ids == pad).any())
 
     def _decode(
         self,
@@ -172,72 +167,95 @@ class AcceleratedModel:
         stopping_criteria: Any,
         generation_config: GenerationConfig,
         streamer: Any = None,
+        attention_mask: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """The loop that stands in for `GenerationMixin._sample`; `input_ids` is `[1, prompt]`."""
-        memory = TextMemory(input_ids[0].tolist()) if self.recall else None
-        text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer, memory)
-        cache = RowCache(len(self.runner.layers), input_ids.shape[1] + 256)
+        """The loop that stands in for `GenerationMixin._sample`; `input_ids` is `[batch, prompt]`."""
+        width, padding = input_ids.shape[1], None if attention_mask is None else attention_mask == 0
+        noise = NoiseTape(len(input_ids)) if generation_config.do_sample else None
+        texts = []
+        for number, ids in enumerate(input_ids):
+            hidden = 0 if padding is None else int(padding[number].sum())
+            memory = TextMemory(ids[hidden:].tolist()) if self.recall else None
+            prepared = (logits_processor, stopping_criteria, generation_config, noise, memory, streamer)
+            texts.append(Text(number, ids[None], hidden, *prepared))
+        cache = RowCache(len(self.runner.layers), width + 256, padding)
 
-        # 1. prefill: the prompt's last row gives the first token and speculates
+        # 1. prefill: each prompt's last row gives the first token and speculates
         started = time.perf_counter()
-        out = self._pass(input_ids, torch.arange(input_ids.shape[1])[None], None, cache, prefill=True)
-        cache.keep(range(input_ids.shape[1]))
-        root, stopped = text.choose(out.logits[-1])
-        text.put((root,))
-        streams = self._streams_after(out, input_ids.shape[1] - 1, 0, cache)
+        out = self._read_prompts(input_ids, padding, cache)
+        cache.keep(range(width))
+        for text, logits in zip(texts, out.logits[:, -1], strict=True):
+            text.put((text.choose(logits)[0],))
+        active, streams = self._go_on(texts, out, [width - 1] * len(texts), cache)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
 
-        while not stopped:
-            # 2. draft: a tree of likely continuations under the certain token
-            tree = self.drafter.tree(streams, root, self.tree_nodes, memory)
+        while active:
+            # 2. draft: under each certain token, a tree of likely continuations
+            trees = self.drafter.trees(streams, [t.last for t in active], self.tree_nodes, [t.memory for t in active])
             # 3. verify: the base's own logits after every node, and the next streams, in one pass
-            ids = torch.tensor([tree.tokens])
-            positions = torch.tensor([tree.depths]) + cache.length
-            out = self._pass(ids, positions, tree, cache)
+            out = self._read_trees(trees, active, cache)
             # 4. accept: follow the base's choices as far as they were drafted
-            accepted = walk(tree, lambda node, logits=out.logits: text.choose(logits[node]))  # type: ignore[misc]
-            text.put(accepted.tokens)
+            walks = [walk(tree, text.choose_after(rows)) for tree, text, rows in zip(trees, active, out.logits, strict=True)]
+            for text, tree, accepted in zip(active, trees, walks, strict=True):
+                text.put(accepted.tokens)
+                self._count(len(tree) - 1, len(accepted.tokens))
             # 5. keep the accepted rows; the last choice is the next root
-            cache.keep(accepted.path)
-            root, stopped = accepted.tokens[-1], accepted.stopped
-            self._count(len(tree) - 1, len(accepted.tokens))
-            # 6. speculate: the streams of the last accepted node
-            if not stopped:
-                streams = self._streams_after(out, accepted.path[-1], accepted.path[-1], cache)
+            cache.keep_each([accepted.path for accepted in walks])
+            # 6. speculate: the streams of each last accepted node; finished texts leave the batch
+            active, streams = self._go_on(active, out, [accepted.path[-1] for accepted in walks], cache)
 
-        self.stats.tokens = text.emitted
+        self.stats.texts = len(texts)
+        self.stats.tokens = sum(text.emitted for text in texts)
         self.stats.decode_s = time.perf_counter() - begun
-        return text.finish(cache)
+        return result(texts, cache)
 
-    def _pass(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        tree: DraftTree | None,
-        cache: RowCache,
-        prefill: bool = False,
-    ) -> PassOutput:
-        """One target pass; with the parallel schedule its rows speculate too (at prefill only the last)."""
-        device, rows = self.base.device, ids.shape[1]
-        nodes = None
-        if self.schedule == "parallel":
-            nodes = torch.arange(rows - 1 if prefill else 0, rows, device=device)
-        mask = None if tree is None or len(tree) == 1 else tree.mask().to(device)
-        return self.runner.verify(ids.to(device), positions.to(device), mask, cache, nodes, last_only=prefill)
+    def _read_prompts(self, ids: torch.Tensor, padding: torch.Tensor | None, cache: RowCache) -> PassOutput:
+        """The pass over the prompts `[batch, width]`, padded on the left; the last rows speculate."""
+        width, device = ids.shape[1], self.base.device
+        positions, mask = torch.arange(width)[None].expand(len(ids), -1), None
+        if padding is not None:
+            positions = (positions - padding.sum(1, keepdim=True).to(positions.device)).clamp_min(0)
+            own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+            # a padding row sees itself, so that its softmax has something to sum
+            mask = own & ~padding[:, None].to(device) | torch.eye(width, dtype=torch.bool, device=device)
+        nodes = torch.tensor([width - 1], device=device) if self.schedule == "parallel" else None
+        return self.runner.verify(ids.to(device), positions.to(device), mask, cache, nodes, last_only=True)
 
-    def _streams_after(self, out: PassOutput, row: int, speculating: int, cache: RowCache) -> torch.Tensor:
-        """`[num_streams, dim]` of one row, which by now is the last certain one in the cache.
+    def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache) -> PassOutput:
+        """One target pass over a tree for each text; with the parallel schedule every node speculates."""
+        width, device = max(map(len, trees)), self.base.device
+        ids, positions = torch.zeros(len(trees), width, dtype=torch.long), torch.zeros(len(trees), width, dtype=torch.long)
+        mask = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # what fills a smaller tree sees itself
+        for i, (tree, text) in enumerate(zip(trees, texts, strict=True)):
+            ids[i, : len(tree)] = torch.tensor(tree.tokens)
+            positions[i, : len(tree)] = torch.tensor(tree.depths) + text.position
+            mask[i, : len(tree), : len(tree)] = tree.mask()
+        nodes = torch.arange(width, device=device) if self.schedule == "parallel" else None
+        chosen = None if width == 1 else mask.to(device)
+        return self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
 
-        `speculating` is its number among the rows that speculated in the pass.
+    def _go_on(
+        self, texts: list[Text], out: PassOutput, rows: list[int], cache: RowCache
+    ) -> tuple[list[Text], torch.Tensor]:
+        """The texts that are not finished, and `[texts, num_streams, dim]`: the streams of their row of the pass.
+
+        `rows` are by now the last certain ones in the cache; finished texts are dropped from it.
         """
-        if out.streams is not None:
-            return out.streams[speculating]
-        last = cache.length - 1
-        entry = out.entry[None, row : row + 1]
-        context = torch.ones(1, 1, cache.length, dtype=torch.bool, device=entry.device)
-        position = torch.tensor([[last]], device=entry.device)
-        return self.runner.speculate(entry, position, context, cache)[0, 0]
+        going = [i for i, text in enumerate(texts) if not text.stopped]
+        active, chosen = [texts[i] for i in going], [rows[i] for i in going]
+        if len(going) < len(texts) and going:
+            cache.select(going)
+        if not going:
+            return [], out.entry
+        if out.streams is not None:  # after a prefill only the last row's are there
+            return active, out.streams[going, [min(row, out.streams.shape[1] - 1) for row in chosen]]
+        entry = out.entry[going, chosen][:, None]  # [texts, 1, dim]
+        positions = torch.tensor([[text.position - 1] for text in active], device=entry.device)
+        context = cache.visible()
+        if context is None:
+            context = torch.ones(len(active), cache.length, dtype=torch.bool)
+        return active, self.runner.speculate(entry, positions, context[:, None].to(entry.device), cache)[:, 0]
 
     def _count(self, drafted: int, emitted: int) -> None:
         self.stats.target_passes += 1
@@ -253,61 +271,35 @@ _CALL_ARGUMENTS = frozenset(
 )  # fmt: skip
 
 
-class _Text:
-    """The text so far, and the base's choice after it: HF's own sampling step, one row at a time."""
+# HF's processors and criteria that look beyond the row that they are given
+_ACROSS_ROWS = ("EncoderNoRepeatNGram", "EncoderRepetitionPenalty", "SynthID", "UnbatchedClassifierFree")
 
-    def __init__(
-        self,
-        input_ids: torch.Tensor,
-        processor: Any,
-        criteria: Any,
-        config: GenerationConfig,
-        streamer: Any,
-        memory: TextMemory | None,
-    ) -> None:
-        self.input_ids, self.processor, self.criteria, self.config = input_ids, processor, criteria, config
-        self.streamer, self.memory = streamer, memory
-        self.emitted = 0
-        keep = config.return_dict_in_generate
-        self.scores: tuple[torch.Tensor, ...] | None = () if keep and config.output_scores else None
-        self.logits: tuple[torch.Tensor, ...] | None = () if keep and config.output_logits else None
 
-    def choose(self, logits: torch.Tensor) -> tuple[int, bool]:
-        """The base's choice given `[vocab]` logits, and whether it ends the text.
-
-        Greedy is argmax; sampled is one `torch.multinomial` over the processed distribution, the very
-        draw that `model.generate` makes at this position, from the same global generator.
-        """
-        raw = logits[None].to(copy=True, dtype=torch.float32, device=self.input_ids.device)
-        scores = self.processor(self.input_ids, raw)
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (raw,)
-        if self.config.do_sample:
-            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-        else:
-            token = scores.argmax(dim=-1, keepdim=True)
-        self.input_ids = torch.cat([self.input_ids, token], dim=-1)
-        self.emitted += 1
-        stopped = bool(self.criteria(self.input_ids, self.scores)[0])
-        return int(token), stopped
-
-    def put(self, tokens: tuple[int, ...]) -> None:
-        """Hand tokens to the text's memory, and to the streamer, one call each, as the base does."""
-        if self.memory is not None:
-            self.memory.extend(tokens)
-        if self.streamer is not None:
-            for token in tokens:
-                self.streamer.put(torch.tensor([token]))
-
-    def finish(self, cache: RowCache) -> Any:
-        if self.streamer is not None:
-            self.streamer.end()
-        if not self.config.return_dict_in_generate:
-            return self.input_ids
-        found: dict[str, Any] = {"sequences": self.input_ids, "scores": self.scores, "logits": self.logits}
-        return GenerateDecoderOnlyOutput(**found, past_key_values=cache)
+def not_served_in_a_batch(
+    input_ids: torch.Tensor,
+    streamer: Any,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    attention_mask: torch.Tensor | None = None,
+    **model_kwargs: Any,
+) -> str | None:
+    """Why a batch, as HF prepared it, must go to HF's own loop, if it must: here each text is chosen for alone."""
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        return "a prompt that is padded on the right"
+    if len(input_ids) == 1:
+        return None
+    if streamer is not None:
+        return "a streamer for a batch"
+    if generation_config.return_dict_in_generate:
+        return "return_dict_in_generate for a batch"
+    for part in (*logits_processor, *stopping_criteria):
+        name = type(part).__name__
+        if not type(part).__module__.startswith("transformers.") or name.startswith(_ACROSS_ROWS):
+            return f"{name} for a batch"
+    if not any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria) and len(stopping_criteria) > 1:
+        return "stopping criteria without an EOS token for a batch"
+    return None
 
 
 def accelerate(

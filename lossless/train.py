@@ -232,7 +232,7 @@ def foretell_acceptance(runner: StreamRunner, drafter: Drafter, store: FeatureSt
             streams = runner.speculate(block.entry, block.positions, block.context, block.rows)[0]
             offset = t
             while t + 2 < len(text):  # x_{t+1} is certain; draft what follows it
-                tree = drafter.tree(streams[t - offset], text[t + 1], tree_nodes)
+                [tree] = drafter.trees(streams[None, t - offset], [text[t + 1]], tree_nodes, [None])
                 node, ahead = tree.child(0, text[t + 2]), t + 2
                 while node is not None and ahead + 1 < len(text):
                     ahead += 1

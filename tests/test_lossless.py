@@ -43,18 +43,18 @@ class Oracle(Drafter):
     def __init__(self, answer: list[int], depth: int = 4) -> None:
         self.answer, self.depth, self.done = answer, depth, 0
 
-    def tree(self, streams: torch.Tensor, root: int, max_nodes: int, memory: Any = None) -> DraftTree:
-        assert root == self.answer[self.done]
+    def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any) -> list[DraftTree]:
+        assert roots == [self.answer[self.done]]
         chain = self.answer[self.done : self.done + self.depth + 1]
         self.done += len(chain)
-        return DraftTree(tuple(chain), tuple(range(-1, len(chain) - 1)))
+        return [DraftTree(tuple(chain), tuple(range(-1, len(chain) - 1)))]
 
 
 class Bushy(Oracle):
     """The right chain, each node among wrong siblings: accepted rows must be moved up in the cache."""
 
-    def tree(self, streams: torch.Tensor, root: int, max_nodes: int, memory: Any = None) -> DraftTree:
-        chain = super().tree(streams, root, max_nodes, memory).tokens
+    def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any) -> list[DraftTree]:
+        chain = super().trees(streams, roots, max_nodes, memories)[0].tokens
         tokens, parents, right = [chain[0]], [-1], 0
         for token in chain[1:]:
             wrong = [(token + k) % VOCAB for k in (1, 2, 3)]
@@ -62,7 +62,7 @@ class Bushy(Oracle):
             tokens += siblings
             parents += [right] * 4
             right = len(tokens) - 2
-        return DraftTree(tuple(tokens), tuple(parents))
+        return [DraftTree(tuple(tokens), tuple(parents))]
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "deferred"])
@@ -106,9 +106,9 @@ def test_a_liar_is_never_believed(fast: AcceleratedModel) -> None:
     class Liar(Drafter):
         def __init__(self) -> None: ...
 
-        def tree(self, streams: torch.Tensor, root: int, max_nodes: int, memory: Any = None) -> DraftTree:
+        def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any) -> list[DraftTree]:
             # never what a random model says after this root twice: the greedy choice is avoided below
-            return DraftTree((root, VOCAB - 1), (-1, 0))
+            return [DraftTree((roots[0], VOCAB - 1), (-1, 0))]
 
     fast.drafter = Liar()
     banned = {"bad_words_ids": [[VOCAB - 1]]}
@@ -227,7 +227,7 @@ def test_a_thread_can_feed_an_iterator_streamer(fast: AcceleratedModel) -> None:
     ("options", "reason"),
     [
         ({"num_beams": 2}, "beam"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+        ({"num_return_sequences": 2, "do_sample": True, "return_dict_in_generate": True}, "return_dict_in_generate for a batch"),
         ({"use_cache": False}, "use_cache"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
     ],
@@ -248,17 +248,6 @@ def test_what_is_not_served_is_answered_by_the_base_with_one_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fast.generate(ids, **arguments)  # the second time in silence
-
-
-def test_batches_and_padding_go_to_the_base(fast: AcceleratedModel) -> None:
-    ids = torch.cat([prompt_ids(), prompt_ids(seed=4)])
-    with pytest.warns(UserWarning, match="a batch of 2"):
-        found = fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-    assert torch.equal(found, fast.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False))
-    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), prompt_ids()], dim=1)
-    with pytest.warns(UserWarning, match="padding token"):
-        found = fast.generate(padded, max_new_tokens=5, do_sample=False)
-    assert torch.equal(found, fast.base.generate(padded, max_new_tokens=5, do_sample=False))
 
 
 def test_an_interruption_leaves_the_next_call_exact(fast: AcceleratedModel) -> None:

@@ -25,7 +25,7 @@ def verify_after_prompt(runner: StreamRunner, ids: torch.Tensor, nodes: list[int
         cache.keep(range(ids.shape[1]))
         positions = torch.tensor([TREE.depths]) + ids.shape[1]
         chosen = None if nodes is None else torch.tensor(nodes)
-        return runner.verify(torch.tensor([TREE.tokens]), positions, TREE.mask(), cache, chosen)
+        return runner.verify(torch.tensor([TREE.tokens]), positions, TREE.mask()[None], cache, chosen)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -39,7 +39,7 @@ def test_a_tree_pass_says_what_the_plain_base_says_on_every_path(attention: str)
             path.append(TREE.tokens[at])
             at = TREE.parents[at]
         plain = model(torch.cat([ids, torch.tensor([path[::-1]])], dim=1)).logits[0, -1]
-        torch.testing.assert_close(out.logits[node], plain, rtol=0, atol=2e-5)
+        torch.testing.assert_close(out.logits[0, node], plain, rtol=0, atol=2e-5)
 
 
 def test_main_rows_do_not_depend_on_streams(fast: AcceleratedModel) -> None:
@@ -48,14 +48,14 @@ def test_main_rows_do_not_depend_on_streams(fast: AcceleratedModel) -> None:
         out = verify_after_prompt(fast.runner, prompt_ids(), nodes)
         torch.testing.assert_close(out.logits, without.logits, rtol=0, atol=1e-6)
         assert out.streams is not None
-        assert out.streams.shape == (len(nodes), 4, 32)
+        assert out.streams.shape == (1, len(nodes), 4, 32)
 
 
 def test_streams_of_a_node_depend_on_its_path_alone(fast: AcceleratedModel) -> None:
     everyone = verify_after_prompt(fast.runner, prompt_ids(), [0, 1, 2, 3, 4])
     for node in range(5):
         alone = verify_after_prompt(fast.runner, prompt_ids(), [node])
-        torch.testing.assert_close(everyone.streams[node], alone.streams[0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(everyone.streams[0, node], alone.streams[0, 0], rtol=0, atol=2e-5)
 
 
 def test_deferred_streams_are_the_parallel_ones(fast: AcceleratedModel) -> None:
@@ -64,15 +64,15 @@ def test_deferred_streams_are_the_parallel_ones(fast: AcceleratedModel) -> None:
         out = runner.verify(ids, torch.arange(7)[None], None, cache, torch.tensor([6]))
         cache.keep(range(7))
         context = torch.ones(1, 1, 7, dtype=torch.bool)
-        later = runner.speculate(out.entry[None, 6:7], torch.tensor([[6]]), context, cache)
-    torch.testing.assert_close(later[0, 0], out.streams[0], rtol=0, atol=2e-5)
+        later = runner.speculate(out.entry[:, 6:7], torch.tensor([[6]]), context, cache)
+    torch.testing.assert_close(later[0, 0], out.streams[0, 0], rtol=0, atol=2e-5)
 
 
 def test_stream_j_sees_no_later_stream(fast: AcceleratedModel) -> None:
-    before = verify_after_prompt(fast.runner, prompt_ids(), [2]).streams[0]
+    before = verify_after_prompt(fast.runner, prompt_ids(), [2]).streams[0, 0]
     with torch.no_grad():
         fast.runner.adapter.stream_embeddings[2] += 1.0  # stream 3
-    after = verify_after_prompt(fast.runner, prompt_ids(), [2]).streams[0]
+    after = verify_after_prompt(fast.runner, prompt_ids(), [2]).streams[0, 0]
     moved = (after - before).abs().amax(-1) > 1e-4
     assert moved.tolist() == [False, False, True, True]
 

@@ -1,0 +1,164 @@
+"""The text so far, and the base's own choice after it: HF's sampling step, one position at a time.
+
+Knows: logits processors, stopping criteria, random draws, streamers, and what `generate` returns. Does not
+know: drafts, passes, or caches. Positions of one text are chosen in order, each once, as HF's loop would;
+texts of a batch may run ahead of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
+
+from .lookup import TextMemory
+
+
+class NoiseTape:
+    """The random draws of a sampled batch, one for each position, in the order of the text.
+
+    `torch.multinomial(p, 1)` is argmax(p / q) with q exponential noise of p's shape, `[batch, vocab]`, from the
+    same generator. HF draws it once for each position of the whole batch; so does the tape, when the first
+    text of the batch gets there, and it keeps the draw for the others.
+    """
+
+    def __init__(self, texts: int) -> None:
+        self._read = [0] * texts  # positions that each text has passed
+        self._first = 0  # position of the first draw that is kept
+        self._draws: list[torch.Tensor] = []
+
+    def next(self, text: int, like: torch.Tensor) -> torch.Tensor:
+        """`[vocab]`, the noise for the next position of this text; `like` is `[1, vocab]` of probabilities."""
+        position = self._read[text]
+        while position >= self._first + len(self._draws):
+            self._draws.append(like.new_empty(len(self._read), like.shape[1]).exponential_(1))
+        noise = self._draws[position - self._first][text]
+        self._read[text] += 1
+        self._forget()
+        return noise
+
+    def leave(self, text: int) -> None:
+        """This text is finished."""
+        self._read[text] = self._first + len(self._draws) + 2**31
+        self._forget()
+
+    def _forget(self) -> None:
+        while self._draws and min(self._read) > self._first:
+            del self._draws[0]
+            self._first += 1
+
+
+class Text:
+    """One sequence of a batch.
+
+    Args:
+        number: which sequence it is; ids: `[1, prompt]`, padding included; padding: how much of it is that.
+        processor, criteria, config: as HF prepared them.
+        noise: of the batch, None if decoding is greedy.
+        memory: what the drafter recalls from, or None.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        ids: torch.Tensor,
+        padding: int,
+        processor: Any,
+        criteria: Any,
+        config: GenerationConfig,
+        noise: NoiseTape | None,
+        memory: TextMemory | None,
+        streamer: Any = None,
+    ) -> None:
+        self.number, self.ids, self.padding, self.prompt = number, ids, padding, ids.shape[1]
+        self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
+        self.noise, self.memory, self.streamer = noise, memory, streamer
+        self.stopped = False
+        keep = config.return_dict_in_generate
+        self.scores: tuple[torch.Tensor, ...] | None = () if keep and config.output_scores else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if keep and config.output_logits else None
+
+    @property
+    def last(self) -> int:
+        """The last token: certain, but not yet read by the base."""
+        return int(self.ids[0, -1])
+
+    @property
+    def position(self) -> int:
+        """Its place in the text."""
+        return self.ids.shape[1] - 1 - self.padding
+
+    @property
+    def emitted(self) -> int:
+        return self.ids.shape[1] - self.prompt
+
+    def choose(self, logits: torch.Tensor) -> tuple[int, bool]:
+        """The base's choice given `[vocab]` logits, and whether it ends the text.
+
+        Greedy is argmax; sampled is the very draw that `model.generate` makes at this position.
+        """
+        raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        scores = self.processor(self.ids, raw)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        if self.noise is not None:
+            probabilities = torch.softmax(scores, dim=-1)
+            token = (probabilities / self.noise.next(self.number, probabilities)).argmax(dim=-1, keepdim=True)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        self.ids = torch.cat([self.ids, token], dim=-1)
+        self.stopped = bool(self.criteria(self.ids, self.scores)[0])
+        if self.stopped and self.noise is not None:
+            self.noise.leave(self.number)
+        return int(token), self.stopped
+
+    def choose_after(self, logits: torch.Tensor) -> Callable[[int], tuple[int, bool]]:
+        """For a walk: node -> the choice after it, given `[nodes, vocab]`."""
+        return lambda node: self.choose(logits[node])
+
+    def put(self, tokens: tuple[int, ...]) -> None:
+        """Hand tokens to the text's memory, and to the streamer, one call each, as the base does."""
+        if self.memory is not None:
+            self.memory.extend(tokens)
+        if self.streamer is not None:
+            for token in tokens:
+                self.streamer.put(torch.tensor([token]))
+            if self.stopped:
+                self.streamer.end()
+
+
+def _of_one(processors: Any, number: int) -> Any:
+    """The processors as sequence `number` of the batch is to see them: it will be called alone."""
+    alone = type(processors)()
+    for processor in processors:
+        if isinstance(processor, PrefixConstrainedLogitsProcessor) and number > 0:
+            processor = PrefixConstrainedLogitsProcessor(_for(number, processor._prefix_allowed_tokens_fn), 1)
+        ignored = getattr(processor, "prompt_ignore_length", None)  # of a repetition penalty: the padding
+        if isinstance(ignored, torch.Tensor):
+            processor = copy(processor)
+            processor.prompt_ignore_length = ignored[number : number + 1]
+        alone.append(processor)
+    return alone
+
+
+def _for(number: int, allowed: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
+    return lambda _, ids: allowed(number, ids)
+
+
+def result(texts: list[Text], cache: Any) -> Any:
+    """What `generate` returns: sequences `[batch, length]`, shorter ones filled with the padding token."""
+    config, longest = texts[0].config, max(text.ids.shape[1] for text in texts)
+    pad = getattr(config, "_pad_token_tensor", None)
+    filler = 0 if pad is None else int(pad)
+    rows = [torch.nn.functional.pad(text.ids, (0, longest - text.ids.shape[1]), value=filler) for text in texts]
+    sequences = torch.cat(rows)
+    if not config.return_dict_in_generate:
+        return sequences
+    found: dict[str, Any] = {"sequences": sequences, "scores": texts[0].scores, "logits": texts[0].logits}
+    return GenerateDecoderOnlyOutput(**found, past_key_values=cache if len(texts) == 1 else None)

@@ -1,0 +1,222 @@
+"""The certificate: every emitted token checked against the plain base, position by position.
+
+Knows: how to teacher-force an answer through the base in the very steps of `model.generate`, how much the
+base's own logits move when the same rows are read in other shapes, and when two tokens are closer than
+that. Does not know: adapters, drafts, or how the answer came about.
+
+    identical   the base's own choice at this position, in one-row steps
+    near-tie    another token, but closer to that choice than the measured noise
+    mismatch    anything else: a defect
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache
+
+from .bench import Decoding, encode_checked
+from .generate import AcceleratedModel
+from .models import Base
+from .prompts import Prompt
+from .storage import versions
+
+_SHAPES = (2, 3, 4, 5, 8, 16, 32)  # rows of the passes that are compared with passes of one
+_RIVALS = 8  # the noise is that of differences between a position's best tokens
+_CONTEXT = 12  # tokens shown on either side of a divergence
+
+
+@dataclass(frozen=True)
+class Position:
+    """What the base says about one emitted token.
+
+    Attributes:
+        emitted, chosen: token ids, ours and the base's own choice after the same text.
+        gap: how far the emitted token is behind the chosen one, in units of (processed) logits; 0 if it is the same.
+        lead: how far the base's choice is ahead of its next rival.
+    """
+
+    emitted: int
+    chosen: int
+    gap: float
+    lead: float
+
+
+def force(base: Base, ids: torch.Tensor, answer: list[int], decoding: Decoding) -> list[Position]:
+    """The base's own choice at every position of an answer, read in one-row steps, as `model.generate` would.
+
+    Args:
+        ids: `[1, prompt]`; answer: emitted token ids, as they came.
+    """
+    found: list[Position] = []
+
+    def steps(
+        model: Any, input_ids: torch.Tensor, logits_processor: Any, generation_config: GenerationConfig, **_: Any
+    ) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        fed = input_ids
+        for token in answer:
+            raw = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            raw = raw.to(copy=True, dtype=torch.float32)
+            # a processor may write into what it is given
+            found.append(_judge(raw.clone(), logits_processor(input_ids, raw), token, generation_config.do_sample))
+            fed = torch.tensor([[token]], device=input_ids.device)
+            input_ids = torch.cat([input_ids, fed], dim=1)
+        return input_ids
+
+    torch.manual_seed(decoding.seed)
+    base.model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=steps, **decoding.arguments())
+    return found
+
+
+def _judge(raw: torch.Tensor, scores: torch.Tensor, emitted: int, do_sample: bool) -> Position:
+    """One position; `raw` and `scores` are `[1, vocab]`, before and after the logits processors."""
+    ranking = scores
+    if do_sample:  # argmax(p / q), in logarithms: the draw of torch.multinomial
+        probabilities = torch.softmax(scores, dim=-1)
+        noise = torch.empty_like(probabilities).exponential_(1)
+        chosen = int((probabilities / noise).argmax())
+        ranking = scores - noise.log()
+    else:
+        chosen = int(scores.argmax())
+    best = ranking[0].topk(2).values
+    gap = 0.0
+    if chosen != emitted:
+        gap = float(ranking[0, chosen] - ranking[0, emitted])
+        if scores[0, emitted] == -torch.inf:  # cut off by top-k or the like: how far outside it stood
+            kept = scores[0] > -torch.inf
+            gap = float((raw[0][kept].min() - raw[0, emitted]).clamp_min(0.0)) if kept.any() else torch.inf
+    return Position(emitted, chosen, gap, float(best[0] - best[1]))
+
+
+@torch.no_grad()
+def measure_noise(base: Base, texts: list[list[int]], rows: int = 96) -> dict[str, Any]:
+    """How much differences between the best tokens' logits move with the shape of a pass.
+
+    The last `rows` positions of each text are read one at a time, and again 2, 3, ... 32 at a time.
+
+    Returns:
+        `max` and `median` absolute change over all positions, shapes and the best tokens of a position, in
+        units of logits, how often the best token itself changed (`flips_per_1000`), and `positions`.
+    """
+    changes: list[float] = []
+    flips = positions = 0
+    for text in texts:
+        start = max(1, len(text) - rows)
+        one = _read(base, text, start, 1)  # [rows, vocab]
+        rivals = one.topk(_RIVALS).indices
+        behind = one.gather(1, rivals[:, :1]) - one.gather(1, rivals)
+        for shape in _SHAPES:
+            other = _read(base, text, start, shape)
+            moved = other.gather(1, rivals[:, :1]) - other.gather(1, rivals) - behind
+            changes += moved.abs().amax(dim=1).tolist()
+            flips += int((other.argmax(-1) != rivals[:, 0]).sum())
+            positions += len(one)
+    return {
+        "max": max(changes, default=0.0),
+        "median": statistics.median(changes) if changes else 0.0,
+        "flips_per_1000": round(1000 * flips / max(positions, 1), 3),
+        "positions": positions,
+    }
+
+
+def _read(base: Base, text: list[int], start: int, shape: int) -> torch.Tensor:
+    """Logits `[len(text) - start, vocab]` of the last rows, `shape` rows a pass; what lies before is read at once."""
+    ids = torch.tensor([text], device=base.model.device)
+    cache = DynamicCache(config=base.model.config)
+    base.model(ids[:, :start], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    found = [
+        base.model(ids[:, i : i + shape], past_key_values=cache, use_cache=True).logits[0].float()
+        for i in range(start, len(text), shape)
+    ]
+    return torch.cat(found)
+
+
+def certify(
+    base: Base, fast: AcceleratedModel, name: str, prompts: list[Prompt], decoding: Decoding, load_in: str | None
+) -> dict[str, Any]:
+    """Generate, teacher-force, and judge every position of every answer.
+
+    Returns:
+        The certificate, ready for JSON: totals, the noise, the worst position, and one entry for each prompt.
+    """
+    encoded = encode_checked(base, prompts, decoding)
+    answers: list[list[int]] = []
+    judged: list[list[Position]] = []
+    for ids in tqdm(encoded, unit="prompt", desc="verify"):
+        torch.manual_seed(decoding.seed)
+        out = fast.generate(ids, attention_mask=torch.ones_like(ids), **decoding.arguments())
+        answers.append(out[0, ids.shape[1] :].tolist())
+        judged.append(force(base, ids, answers[-1], decoding))
+    sample = [ids[0].tolist() + answer for ids, answer in zip(encoded, answers, strict=True)][: max(4, len(answers) // 16)]
+    noise = measure_noise(base, sample)
+    scale = 1 / decoding.temperature if decoding.do_sample else 1.0  # a temperature magnifies logits, and their noise
+    limit = noise["max"] * scale
+    entries = [
+        _entry(base, prompt, positions, limit) for prompt, positions in zip(prompts, judged, strict=True)
+    ]
+    gaps = [position.gap for positions in judged for position in positions]
+    return {
+        "model": base.name,
+        "adapter": name,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "load_in": load_in,
+        "device": str(base.model.device),
+        "versions": versions(),
+        "decoding": asdict(decoding),
+        "prompts": len(prompts),
+        "tokens": len(gaps),
+        "identical_prompts": sum(entry["near_ties"] + entry["mismatches"] == 0 for entry in entries),
+        "near_ties": sum(entry["near_ties"] for entry in entries),
+        "mismatches": sum(entry["mismatches"] for entry in entries),
+        "noise": noise | {"limit": limit},
+        "worst": max(gaps, default=0.0),
+        "runs": entries,
+    }
+
+
+def _entry(base: Base, prompt: Prompt, positions: list[Position], limit: float) -> dict[str, Any]:
+    other = [i for i, position in enumerate(positions) if position.chosen != position.emitted]
+    entry: dict[str, Any] = {
+        "id": prompt.id,
+        "category": prompt.category,
+        "tokens": len(positions),
+        "near_ties": sum(positions[i].gap <= limit for i in other),
+        "mismatches": sum(not positions[i].gap <= limit for i in other),
+    }
+    if other:
+        first = other[0]
+        ours = [position.emitted for position in positions]
+        decode = base.tokenizer.decode
+        entry["first"] = {
+            "token": first,
+            "gap": positions[first].gap,
+            "before": decode(ours[max(0, first - _CONTEXT) : first]),
+            "emitted": decode(ours[first : first + 1]),
+            "chosen": decode([positions[first].chosen]),
+        }
+    return entry
+
+
+def summary(found: dict[str, Any]) -> str:
+    """A certificate to read: the verdict, the noise, and the first divergences in context."""
+    lines = [
+        f"{found['tokens']} tokens of {found['prompts']} answers checked one by one against the plain base "
+        f"({found['dtype']}, {found['device']})",
+        f"identical answers   {found['identical_prompts']} of {found['prompts']}",
+        f"near-ties           {found['near_ties']}  (within {found['noise']['limit']:.2g}, the base's own noise between shapes)",
+        f"mismatches          {found['mismatches']}",
+    ]
+    for entry in [entry for entry in found["runs"] if "first" in entry][:5]:
+        first = entry["first"]
+        kind = "mismatch" if entry["mismatches"] else "near-tie"
+        lines += [
+            f"\n{entry['id']}, token {first['token']} ({kind}, {first['gap']:.2g} behind):",
+            f"  ...{first['before']!r}  emitted {first['emitted']!r}, the base's choice is {first['chosen']!r}",
+        ]
+    return "\n".join(lines)
