@@ -30,7 +30,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_parses() -> None:
-    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "distill", "train"}
+    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "verify", "distill", "train"}
     for words in commands():
         _parser().parse_args(words)
 

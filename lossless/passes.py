@@ -1,0 +1,158 @@
+"""One trip through the base's layers: the plan that hooks and attention go by.
+
+Knows: which rows of a pass are the base's own and which are streams, how the base calls its top layers,
+and how attention is called for each kind of row. Does not know: when passes are made, or what for.
+
+Attention of main rows is the base's own call over main keys; streams have a call of their own over all
+keys. So main rows get the same shapes, and the same bits, whether streams are there or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .sight import Sight, as_mask
+
+ATTENTION = "lossless_streams"
+
+
+class Slot(enum.Enum):
+    """An argument of a decoder layer that depends on the rows of the pass."""
+
+    CACHE = enum.auto()
+    POSITIONS = enum.auto()
+    MASK = enum.auto()
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryCall:
+    """How the base made position embeddings: which module, and what else it was given."""
+
+    module: Any
+    rest: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+        return self.module(hidden, positions, *self.rest, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Habit:
+    """How the base calls one of its top layers: hidden states first, then these; slots are filled anew."""
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Pass:
+    """One trip through the layers: what the hooks and the attention function must know of it."""
+
+    implementation: str  # the base's own attention
+    main_rows: int
+    main: Sight | None = None  # None: a pass of streams alone
+    stream: Sight | None = None  # its keys are the main keys and those of the streams
+    last_only: bool = False  # logits of the last main row only
+    nodes: torch.Tensor | None = None  # [m] main rows that speculate
+    cache: Any = None
+    rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
+    slots: dict[Any, Any] = field(default_factory=dict)  # what fills the top layers' arguments
+    entry: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] at layer N - N_s
+    streams: torch.Tensor | None = None  # [batch, m * gamma, dim] after the final norm
+    final: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] after it
+
+
+PASS: ContextVar[Pass | None] = ContextVar("lossless_pass", default=None)
+
+
+def _base_attention(module: nn.Module, implementation: str) -> Any:
+    """The attention function that the base itself would call."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Main rows over main keys and stream rows over all keys, each in a call of its own.
+
+    query: `[batch, heads, rows, head_dim]`; key, value: `[batch, kv_heads, keys, head_dim]`;
+    returns `[batch, rows, heads, head_dim]`.
+    """
+    plan = PASS.get()
+    if plan is None:
+        raise RuntimeError("lossless attention was called outside a pass")
+    attention = _base_attention(module, plan.implementation)
+    window = kwargs.get("sliding_window")
+    rows, outputs = plan.main_rows, []
+    if plan.main is not None:
+        keys = key.shape[2] - (query.shape[2] - rows)
+        seen = as_mask(plan.main.within(window), query, plan.implementation)
+        outputs.append(attention(module, query[:, :, :rows], key[:, :, :keys], value[:, :, :keys], seen, **kwargs)[0])
+    if plan.stream is not None and query.shape[2] > rows:  # not in the lower layers
+        seen = as_mask(plan.stream.within(window), query, plan.implementation)
+        outputs.append(attention(module, query[:, :, rows:], key, value, seen, **kwargs)[0])
+    return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+def named(value: Any, plan: Pass, key: str = "") -> Any:
+    """A layer's argument, or the slot or call that it came from."""
+    if key == "attention_mask":
+        return Slot.MASK
+    if key == "position_ids":
+        return Slot.POSITIONS
+    if value is plan.cache:
+        return Slot.CACHE
+    return next((call for call, output in plan.rotaries if output is value), value)
+
+
+def note_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After the base made position embeddings: remember how, so that streams get theirs the same way."""
+    plan = PASS.get()
+    if plan is not None and plan.main is not None:
+        given = [*args, *(kwargs.pop(name) for name in ("x", "position_ids") if name in kwargs)]
+        plan.rotaries.append((RotaryCall(module, tuple(given[2:]), dict(kwargs)), output))
+
+
+@contextlib.contextmanager
+def running(plan: Pass) -> Iterator[None]:
+    token = PASS.set(plan)
+    try:
+        yield
+    finally:
+        PASS.reset(token)
+
+
+def adapting(low_rank: nn.Module) -> Any:
+    """A forward hook that adds an MSA adapter to the stream rows of a projection's output."""
+
+    def add(projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        plan = PASS.get()
+        if plan is None or args[0].shape[1] == plan.main_rows:
+            return None
+        rows = args[0][:, plan.main_rows :]
+        if plan.main_rows == 0:
+            return output + low_rank(rows)
+        output[:, plan.main_rows :] += low_rank(rows)
+        return output
+
+    return add

@@ -1,0 +1,83 @@
+"""What the rows of a pass may see: masks over places in a text.
+
+Knows: main rows see what is certain and their own ancestors; a stream sees its node's main context and the
+earlier streams of its node; a sliding window cuts both by distance in the text. Does not know: models,
+layers, or what is done with a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Sight:
+    """Which keys some rows of a pass may attend to, in layers with and without a sliding window.
+
+    Args:
+        allowed: `[batch, rows, keys]`, None if the base's attention knows by itself (one row, or plain causal).
+        rows: `[batch, rows]`, keys: `[batch, keys]`, each one's place in its text.
+    """
+
+    allowed: torch.Tensor | None
+    rows: torch.Tensor
+    keys: torch.Tensor
+    _found: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    def within(self, window: int | None) -> torch.Tensor | None:
+        """`[batch, 1, rows, keys]`, True where a row may attend: to at most the last `window` places."""
+        if window not in self._found:
+            seen = self.allowed
+            if window is not None and int(self.rows.max() - self.keys.min()) >= window:
+                distance = self.rows[:, :, None] - self.keys[:, None]
+                near = distance < window
+                seen = near & (distance >= 0) if seen is None else near & seen
+            self._found[window] = None if seen is None else seen[:, None]
+        return self._found[window]
+
+
+def behind_the_past(own: torch.Tensor, cache: Any, batch: int) -> torch.Tensor:
+    """`[batch or 1, rows, own rows]` -> `[batch, rows, past + own rows]`: what is certain is seen as well."""
+    seen = own.new_ones(batch, own.shape[1], cache.length + own.shape[2])
+    seen[:, :, cache.length :] = own
+    if (visible := cache.visible()) is not None:
+        seen[:, :, : cache.length] = visible[:, None].to(own.device)
+    return seen
+
+
+def stream_sight(context: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, gamma: int) -> Sight:
+    """What streams see: their node's main context, and streams i <= j of their own node.
+
+    context: `[batch, nodes, main keys]`; positions: `[batch, nodes]`; keys: `[batch, main keys]`.
+    Stream j of position t stands at t + j.
+    """
+    batch, nodes, _ = context.shape
+    earlier = context.new_ones(gamma, gamma).tril()
+    same_node = torch.eye(nodes, dtype=torch.bool, device=context.device)
+    among = torch.kron(same_node, earlier).bool().expand(batch, -1, -1)
+    places = (positions[:, :, None] + torch.arange(1, gamma + 1, device=positions.device)).flatten(1)
+    allowed = torch.cat([context.repeat_interleave(gamma, dim=1), among], dim=2)
+    return Sight(allowed, places, torch.cat([keys.expand(batch, -1), places.expand(batch, -1)], dim=1))
+
+
+def as_mask(allowed: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
+    """A boolean mask in the form that the base's attention takes: as it is, or added to the scores."""
+    if allowed is None or implementation == "sdpa":
+        return allowed
+    return torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(~allowed, torch.finfo(query.dtype).min)
+
+
+def side_by_side(main: Sight | None, stream: Sight | None, main_rows: int) -> torch.Tensor | None:
+    """One mask `[batch, 1, rows, keys]` for main rows and streams, for a base whose attention is its own."""
+    if stream is None or stream.allowed is None:
+        return None
+    if main is None:
+        return stream.within(None)
+    allowed = stream.allowed.new_zeros(len(stream.allowed), main_rows, stream.allowed.shape[2])
+    keys = stream.allowed.shape[2] - stream.allowed.shape[1]
+    causal = main.rows[:, :, None] >= main.keys[:, None, :keys]
+    allowed[:, :, :keys] = causal if main.allowed is None else main.allowed
+    return torch.cat([allowed, stream.allowed], dim=1)[:, None]
