@@ -29,13 +29,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def build_tiny(seed: int = 0, attention: str = "sdpa", layers: int = 4) -> LlamaForCausalLM:
+def build_tiny(seed: int = 0, attention: str = "sdpa", layers: int = 4, hidden: int = 32, inner: int = 48) -> LlamaForCausalLM:
     """A random Llama of two dozen kilobytes, scaled so that its choices are not all alike."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
