@@ -210,6 +210,7 @@ def report(
         "versions": versions(),
         "decoding": asdict(decoding),
         "tree_nodes": fast.tree_nodes,
+        "tree_floor": fast.tree_floor,
         "schedule": fast.schedule,
         "recall": fast.recall,
         **summarize(runs),

@@ -144,7 +144,8 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
         help="folder or hub id of an adapter; 'random' for one of random numbers, which must not change a token; "
         "the demo model brings its own",
     )
-    command.add_argument("--tree-nodes", type=int, help="rows of a verification pass; the adapter's own choice by default")
+    command.add_argument("--tree-nodes", type=int, help="most rows of a verification pass; the adapter's own choice by default")
+    command.add_argument("--tree-floor", type=float, help="least probability of a path that is worth a row; the same")
     command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
     command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from the text itself too, or not")
 

@@ -23,7 +23,8 @@ class StreamingConfig:
         lora_rank: rank of the MSA adapters; their scale is 1.
         transition_rank: width of the recurrent transition head.
         draft_vocab_size: tokens that may be drafted, 0 for all of them. Costs coverage, never exactness.
-        tree_nodes: nodes of a draft tree, the root counted: the rows of a verification pass.
+        tree_nodes: most nodes of a draft tree, the root counted: the rows of a verification pass.
+        tree_floor: least probability of a path that is worth a row; 0 always fills the tree.
         tree_top_k: most children of one node.
         schedule: `parallel` verifies a tree and speculates from every node of it in one pass, as in
             the paper; `deferred` speculates after the walk, from the accepted node only.
@@ -36,6 +37,7 @@ class StreamingConfig:
     transition_rank: int = 384
     draft_vocab_size: int = 0
     tree_nodes: int = 16
+    tree_floor: float = 0.0
     tree_top_k: int = 8
     schedule: str = "parallel"
     recall: bool = True
@@ -46,6 +48,8 @@ class StreamingConfig:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.draft_vocab_size < 0:
             raise UsageError(f"draft_vocab_size must be at least 0, got {self.draft_vocab_size}")
+        if not 0 <= self.tree_floor < 1:
+            raise UsageError(f"tree_floor must be at least 0 and below 1, got {self.tree_floor}")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 

@@ -6,6 +6,7 @@ and from what the text itself recalls. Does not know: verification, caches, or h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +49,12 @@ class Drafter:
         return self.embeddings(ids)
 
     def trees(
-        self, streams: torch.Tensor, roots: Sequence[int], max_nodes: int, memories: Sequence[TextMemory | None]
+        self,
+        streams: torch.Tensor,
+        roots: Sequence[int],
+        max_nodes: int,
+        memories: Sequence[TextMemory | None],
+        floor: float = 0.0,
     ) -> list[DraftTree]:
         """For each sequence, the tree whose paths are jointly most likely, of at most `max_nodes` nodes.
 
@@ -56,11 +62,12 @@ class Drafter:
             streams: `[batch, num_streams, dim]` of the accepted nodes. Stream j gives the nodes of depth j.
             memories: of each text up to its root; what one recalls is mixed into every node's distribution,
                 and alone goes on where the streams end.
+            floor: least probability of a path that is worth a node.
         """
         if max_nodes == 1:
             return [DraftTree((root,), (-1,)) for root in roots]
         transition, device = self.adapter.transition, streams.device
-        saplings = [_Sapling(max_nodes, memory) for memory in memories]
+        saplings = [_Sapling(max_nodes, memory, floor) for memory in memories]
         tokens = torch.tensor(roots, device=device)
         r = transition.begin(streams[:, 0])  # [frontier of all sequences, rank]
         owner = torch.arange(len(roots), device=device)  # whose each row of the frontier is
@@ -73,6 +80,8 @@ class Drafter:
                 count = len(sapling.frontier)
                 chosen += [first + row for row in sapling.grow([next(likely) for _ in range(count)])]
                 first += count
+            if not chosen:
+                break
             r, owner = r[chosen], owner[chosen]
             tokens = torch.tensor([path[-1] for sapling in saplings for path in sapling.paths], device=device)
         return [sapling.finish(root) for sapling, root in zip(saplings, roots, strict=True)]
@@ -89,8 +98,9 @@ class Drafter:
 class _Sapling:
     """One tree while it grows, level by level."""
 
-    def __init__(self, max_nodes: int, memory: TextMemory | None) -> None:
+    def __init__(self, max_nodes: int, memory: TextMemory | None, floor: float) -> None:
         self.max_nodes, self.memory = max_nodes, memory
+        self.least = math.log(floor) if floor else -math.inf
         self.candidates: list[Candidate] = []
         self.frontier = [-1]  # candidates that may have children
         self.paths: list[tuple[int, ...]] = [()]  # the tokens that lead to each of them
@@ -105,8 +115,10 @@ class _Sapling:
         for row, (parent, path, likely) in enumerate(zip(self.frontier, self.paths, drafted, strict=True)):
             so_far = 0.0 if parent == -1 else self.candidates[parent].score
             likely = blend(likely, self.memory.recall(path) if self.memory else None)
-            self.candidates += [Candidate(token, parent, so_far + score) for token, score in likely.items()]
-            parent_row += [row] * len(likely)
+            children = [Candidate(token, parent, so_far + score) for token, score in likely.items()]
+            children = [child for child in children if child.score >= self.least]
+            self.candidates += children
+            parent_row += [row] * len(children)
         beam = max(1, self.max_nodes // 4)
         self.frontier = most_likely(self.candidates, range(begin, len(self.candidates)), beam)
         rows = [parent_row[node - begin] for node in self.frontier]

@@ -31,7 +31,7 @@ from .text import NoiseTape, Text, result
 from .tree import DraftTree
 from .verification import walk
 
-OVERRIDES = frozenset(("tree_nodes", "schedule", "recall"))  # fields of an adapter's config that a session may change
+OVERRIDES = frozenset(("tree_nodes", "tree_floor", "schedule", "recall"))  # fields of an adapter's config that a session may change
 
 
 @dataclass
@@ -91,6 +91,7 @@ class AcceleratedModel:
         self.runner = StreamRunner(model, adapter.copy_as(model.device, compute_dtype))
         self.drafter = Drafter(self.runner.adapter, model.get_input_embeddings(), model.get_output_embeddings())
         self.tree_nodes = adapter.config.tree_nodes
+        self.tree_floor = adapter.config.tree_floor
         self.schedule = adapter.config.schedule
         self.recall = adapter.config.recall
         self.stats = Stats()
@@ -192,7 +193,8 @@ class AcceleratedModel:
 
         while active:
             # 2. draft: under each certain token, a tree of likely continuations
-            trees = self.drafter.trees(streams, [t.last for t in active], self.tree_nodes, [t.memory for t in active])
+            roots, memories = [text.last for text in active], [text.memory for text in active]
+            trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, self.tree_floor)
             # 3. verify: the base's own logits after every node, and the next streams, in one pass
             out = self._read_trees(trees, active, cache)
             # 4. accept: follow the base's choices as far as they were drafted
@@ -311,7 +313,7 @@ def accelerate(
         model: any HF decoder-only causal LM, 8-bit and 4-bit ones included.
         adapter: a folder or hub id; or a `StreamingConfig` for a fresh, untrained one; or the adapter itself.
         tokenizer: if given, it is part of the comparison with the base that the adapter was trained for.
-        overrides: `tree_nodes`, `schedule` or `recall` (see `StreamingConfig`), in place of the adapter's own.
+        overrides: `tree_nodes`, `tree_floor`, `schedule` or `recall` (see `StreamingConfig`), in place of the adapter's own.
 
     Raises:
         UsageError: the adapter cannot be read, or its shapes are another model's.

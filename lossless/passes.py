@@ -66,6 +66,7 @@ class Pass:
     last_only: bool = False  # logits of the last main row only
     nodes: torch.Tensor | None = None  # [m] main rows that speculate
     cache: Any = None
+    merged: bool = False  # the projections hold the MSA adapters already
     rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
     slots: dict[Any, Any] = field(default_factory=dict)  # what fills the top layers' arguments
     entry: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] at layer N - N_s
@@ -147,7 +148,7 @@ def adapting(low_rank: nn.Module) -> Any:
 
     def add(projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         plan = PASS.get()
-        if plan is None or args[0].shape[1] == plan.main_rows:
+        if plan is None or plan.merged or args[0].shape[1] == plan.main_rows:
             return None
         rows = args[0][:, plan.main_rows :]
         if plan.main_rows == 0:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .adapter import StreamAdapter
@@ -29,6 +30,8 @@ from .anatomy import decoder, decoder_layers, final_norm, find_projections, uses
 from .errors import UsageError
 from .passes import ATTENTION, PASS, Habit, Pass, RotaryCall, Slot, adapting, named, note_rotary, running
 from .sight import Sight, as_mask, behind_the_past, side_by_side, stream_sight
+
+_MERGED_BYTES = 64 * 2**20  # most that a copy of the top layers' projections may take
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class StreamRunner:
         self._habits: list[Habit] = []
         self.lm_head = model.get_output_embeddings()
         self._check_fit()
+        self._merged = self._merge()
 
     def _check_fit(self) -> None:
         dim, expected = self.text_config.hidden_size, find_projections(self.model, self.adapter.config.num_msa_layers)
@@ -87,6 +91,32 @@ class StreamRunner:
                 f"{self.text_config.vocab_size - 1}: it belongs to another model"
             )
 
+    def _merge(self) -> list[dict[str, torch.Tensor]]:
+        """W + B A of every adapted projection, for streams that run alone; empty if that is not to be had.
+
+        In a small model the many small products of the adapters take as long as the layers themselves, and a
+        copy of the top layers' weights is little. The base's own weights stay as they are.
+        """
+        if any(parameter.requires_grad for parameter in self.adapter.parameters()):
+            return []
+        projections = {name: self._projection(name) for name, _ in self.adapter.adapters()}
+        if any(type(projection) is not nn.Linear for projection in projections.values()):  # quantized, for example
+            return []
+        if sum(p.weight.numel() * p.weight.element_size() for p in projections.values()) > _MERGED_BYTES:
+            return []
+        merged: list[dict[str, torch.Tensor]] = [{} for _ in self.top]
+        for name, low_rank in self.adapter.adapters():
+            weight = projections[name].weight.detach()
+            update = low_rank.up.float() @ low_rank.down.float()
+            index, path = name.split(".", 1)
+            merged[int(index)][f"{path}.weight"] = (weight.float() + update).to(weight.dtype)
+        return merged
+
+    def _projection(self, name: str) -> Any:
+        """The base's module of an MSA adapter, `<layer from N - N_s>.<path>`."""
+        index, path = name.split(".", 1)
+        return self.top[int(index)].get_submodule(path)
+
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Hooks in place and attention rerouted, for the time of the context."""
@@ -96,9 +126,7 @@ class StreamRunner:
         handles += [module.register_forward_hook(note_rotary, with_kwargs=True) for module in self._rotaries]
         handles.append(self.lm_head.register_forward_pre_hook(self._leave))
         for name, low_rank in self.adapter.adapters():
-            index, path = name.split(".", 1)
-            projection = self.top[int(index)].get_submodule(path)
-            handles.append(projection.register_forward_hook(adapting(low_rank)))
+            handles.append(self._projection(name).register_forward_hook(adapting(low_rank)))
         if not self._own_attention:
             self.text_config._attn_implementation = ATTENTION
         try:
@@ -189,10 +217,14 @@ class StreamRunner:
         keys = cache.places().to(entry.device).expand(len(entry), -1)
         plan = Pass(self._implementation, 0, stream=stream_sight(context, positions, keys, self.adapter.config.num_streams), cache=cache)
         hidden = self.adapter.start_streams(entry)
+        plan.merged = bool(self._merged)
         with running(plan):
-            for layer, habit in zip(self.top, self._habits, strict=True):
+            for number, (layer, habit) in enumerate(zip(self.top, self._habits, strict=True)):
                 args, kwargs = self._filled(habit, plan, hidden)
-                hidden = layer(hidden, *args, **kwargs)
+                if plan.merged:
+                    hidden = functional_call(layer, self._merged[number], (hidden, *args), kwargs)
+                else:
+                    hidden = layer(hidden, *args, **kwargs)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return final_norm(self.model)(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
 
