@@ -47,8 +47,9 @@ def result_row(found: dict[str, Any]) -> str:
     how = f"sampled at {decoding['temperature']}, seed {decoding['seed']}" if decoding["do_sample"] else "greedy"
     drafts = {"shipped": "streams"}.get(found["adapter"], "random numbers") + (" and recall" if found["recall"] else "")
     speeds = [f"{found['baseline_tokens_per_s']:.1f}", f"{found['tokens_per_s']:.1f}", f"{found['speedup']:.2f}"]
+    tree = f"{found['tree_nodes']}, {found.get('tree_floor', 0.0)}"  # the first reports are older than the floor
     return (
-        f"| {found['dtype']} | {how} | {drafts} | {found['tree_nodes']} | {found['identical']} of {found['prompts']} "
+        f"| {found['dtype']} | {how} | {drafts} | {tree} | {found['identical']} of {found['prompts']} "
         f"| {found['acceptance_length']:.2f} | {' | '.join(speeds if found['threads'] > 1 else ['-'] * 3)} |"
     )
 
