@@ -1,6 +1,7 @@
-"""Where a base keeps its parts: the decoder, its layers, their projections.
+"""Where a base keeps its parts: the decoder, its layers, their projections, their biases by position.
 
-Knows: how to find them in any decoder-only HF model. Does not know: what is done with them.
+Knows: how to find them in any decoder-only HF model, with the few names that differ between families.
+Does not know: what is done with them.
 """
 
 from __future__ import annotations
@@ -8,38 +9,61 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .errors import UsageError
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm", "norm_f")
+_ROUTED = frozenset(("experts", "router", "gate", "shared_expert_gate"))  # parts that see some rows, or judge them
+_STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "hybrid", "ssm")  # kinds of layers that carry a state on
+_HIDDEN_IS_TRUE = frozenset(("MptBlock",))  # layers whose boolean mask names the keys that are not seen
+
+
+def refuse_what_keeps_a_state(model: PreTrainedModel) -> None:
+    """Raises UsageError for a base whose layers carry a state from row to row: it cannot take a draft back."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+    carrying = sorted(kind for kind in kinds if any(word in kind for word in _STATEFUL))
+    if getattr(model, "_is_stateful", False) or carrying:
+        raise UsageError(
+            f"{name} keeps a running state ({', '.join(carrying) or 'recurrent layers'}) that cannot be rolled "
+            f"back when a draft is rejected: only models whose layers are all attention can be accelerated"
+        )
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"{name} is an encoder-decoder: only decoder-only models can be accelerated")
+
+
+def depth(model: PreTrainedModel) -> int:
+    """How many decoder layers the base has."""
+    return int(model.config.get_text_config().num_hidden_layers)
 
 
 def decoder(model: PreTrainedModel) -> Any:
-    """The base without its LM head."""
-    return model.get_decoder()
+    """The base without its LM head: the module that holds the list of decoder layers.
+
+    Raises:
+        UsageError: no module has a list of `num_hidden_layers` layers.
+    """
+    for module in (model.get_decoder(), *model.modules()):
+        if any(isinstance(child, nn.ModuleList) and len(child) == depth(model) for child in module.children()):
+            return module
+    raise UsageError(f"{type(model).__name__} has no list of {depth(model)} decoder layers that streams could enter")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The base's decoder layers.
-
-    Raises:
-        UsageError: there is no list of `num_hidden_layers` layers in the decoder.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for child in decoder(model).children():
-        if isinstance(child, nn.ModuleList) and len(child) == depth:
-            return child
-    raise UsageError(f"{type(model).__name__} has no list of {depth} decoder layers that streams could enter")
+    """The base's decoder layers; raises as `decoder` does."""
+    children = decoder(model).children()
+    return next(child for child in children if isinstance(child, nn.ModuleList) and len(child) == depth(model))
 
 
-def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last decoder layer and the LM head."""
-    for name in _FINAL_NORMS:
-        if isinstance(found := getattr(decoder(model), name, None), nn.Module):
-            return found
-    raise UsageError(f"{type(model).__name__} has no final norm by a name that is known ({', '.join(_FINAL_NORMS)})")
+def after_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """What stands between the last decoder layer and the LM head, in order: a norm, and in OPT a projection."""
+    whole = decoder(model)
+    norm = next((m for name in _FINAL_NORMS if isinstance(m := getattr(whole, name, None), nn.Module)), None)
+    return [part for part in (norm, getattr(whole, "project_out", None)) if part is not None]
 
 
 def uses_attention_interface(model: PreTrainedModel) -> bool:
@@ -47,15 +71,55 @@ def uses_attention_interface(model: PreTrainedModel) -> bool:
     return hasattr(sys.modules[type(decoder_layers(model)[0]).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
+def hides_where_true(layer: nn.Module) -> bool:
+    """Whether a layer whose attention is its own takes a boolean mask, True for the keys that are not seen."""
+    return type(layer).__name__ in _HIDDEN_IS_TRUE
+
+
+def shares_position_bias(model: PreTrainedModel) -> bool:
+    """Whether a base with ALiBi has one bias for all texts of a batch, wherever each of them stands (MPT)."""
+    return hasattr(decoder(model), "build_mpt_alibi_tensor")
+
+
+def position_bias(model: PreTrainedModel, length: int) -> torch.Tensor:
+    """`[heads, length]`, what a base with ALiBi adds to the scores of the keys at each place."""
+    whole, device = decoder(model), model.device
+    if shares_position_bias(model):
+        return whole.build_mpt_alibi_tensor(whole.num_heads, length, device=device)[:, 0]
+    ones = torch.ones(1, length, device=device)
+    return whole.build_alibi_tensor(ones, whole.num_heads, model.get_input_embeddings().weight.dtype)[:, 0]
+
+
+def column_masks(layer: nn.Module) -> list[nn.Module]:
+    """Attention modules of a layer that mask by column with a square boolean buffer of their own, named `bias`."""
+    found = [(module, getattr(module, "bias", None)) for module in layer.modules()]
+    return [
+        module for module, bias in found
+        if isinstance(bias, torch.Tensor) and bias.dtype == torch.bool and bias.ndim == 4 and bias.shape[2] == bias.shape[3]
+    ]  # fmt: skip
+
+
 def find_projections(model: PreTrainedModel, num_msa_layers: int) -> dict[str, tuple[int, int]]:
-    """The linear projections of the top layers: `<layer from N - N_s>.<path>` -> (in, out features)."""
+    """The linear projections that every row of the top layers passes: `<layer from N - N_s>.<path>` -> (in, out).
+
+    Experts and routers are left out: which rows an expert sees is for the router to say.
+    """
+    refuse_what_keeps_a_state(model)
     layers = decoder_layers(model)
     if not 1 <= num_msa_layers <= len(layers):
         raise UsageError(f"num_msa_layers must be between 1 and {len(layers)} (model depth), got {num_msa_layers}")
-    top = layers[len(layers) - num_msa_layers :]
     return {
-        f"{i}.{path}": (module.in_features, module.out_features)
-        for i, layer in enumerate(top)
+        f"{i}.{path}": features(module)
+        for i, layer in enumerate(layers[len(layers) - num_msa_layers :])
         for path, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)
+        and "Router" not in type(module).__name__
+        and not _ROUTED & set(path.split("."))
     }
+
+
+def features(projection: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear projection."""
+    if isinstance(projection, Conv1D):
+        return projection.nx, projection.nf
+    return projection.in_features, projection.out_features  # type: ignore[return-value]

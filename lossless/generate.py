@@ -19,13 +19,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from .adapter import StreamAdapter
-from .anatomy import find_projections
+from .anatomy import find_projections, shares_position_bias
 from .cache import RowCache
 from .config import StreamingConfig
 from .draft import Drafter
 from .errors import UsageError
 from .lookup import TextMemory
 from .models import fingerprint
+from .probe import check_served
 from .streams import PassOutput, StreamRunner
 from .text import NoiseTape, Text, result
 from .tree import DraftTree
@@ -89,6 +90,7 @@ class AcceleratedModel:
         self.adapter = adapter
         compute_dtype: Any = model.get_input_embeddings().weight.dtype
         self.runner = StreamRunner(model, adapter.copy_as(model.device, compute_dtype))
+        check_served(self.runner)
         self.drafter = Drafter(self.runner.adapter, model.get_input_embeddings(), model.get_output_embeddings())
         self.tree_nodes = adapter.config.tree_nodes
         self.tree_floor = adapter.config.tree_floor
@@ -124,7 +126,7 @@ class AcceleratedModel:
         streamer = kwargs.get("streamer")  # HF drops it on its way to a custom loop, so it is bound here
 
         def decode(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
-            if reason := not_served_in_a_batch(input_ids, streamer, **prepared):
+            if reason := not_served_in_a_batch(model, input_ids, streamer, **prepared):
                 self._hand_over(reason)
                 return model._sample(input_ids, streamer=streamer, **prepared)
             with self.runner.installed():
@@ -278,6 +280,7 @@ _ACROSS_ROWS = ("EncoderNoRepeatNGram", "EncoderRepetitionPenalty", "SynthID", "
 
 
 def not_served_in_a_batch(
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     streamer: Any,
     logits_processor: Any,
@@ -291,6 +294,8 @@ def not_served_in_a_batch(
         return "a prompt that is padded on the right"
     if len(input_ids) == 1:
         return None
+    if shares_position_bias(model):
+        return "a batch for a base whose position bias is one for all texts"
     if streamer is not None:
         return "a streamer for a batch"
     if generation_config.return_dict_in_generate:

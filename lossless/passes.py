@@ -33,6 +33,7 @@ class Slot(enum.Enum):
     CACHE = enum.auto()
     POSITIONS = enum.auto()
     MASK = enum.auto()
+    BIAS = enum.auto()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +50,9 @@ class RotaryCall:
 
 @dataclass(frozen=True)
 class Habit:
-    """How the base calls one of its top layers: hidden states first, then these; slots are filled anew."""
+    """How the base calls one of its layers: hidden states first, then these by name; slots are filled anew."""
 
-    args: list[Any]
-    kwargs: dict[str, Any]
+    given: dict[str, Any]
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Pass:
     """One trip through the layers: what the hooks and the attention function must know of it."""
 
     implementation: str  # the base's own attention
+    batch: int
     main_rows: int
     main: Sight | None = None  # None: a pass of streams alone
     stream: Sight | None = None  # its keys are the main keys and those of the streams
@@ -68,7 +69,7 @@ class Pass:
     cache: Any = None
     merged: bool = False  # the projections hold the MSA adapters already
     rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
-    slots: dict[Any, Any] = field(default_factory=dict)  # what fills the top layers' arguments
+    filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window
     entry: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] at layer N - N_s
     streams: torch.Tensor | None = None  # [batch, m * gamma, dim] after the final norm
     final: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] after it
@@ -115,12 +116,15 @@ def _attend(
 AttentionInterface.register(ATTENTION, _attend)
 
 
-def named(value: Any, plan: Pass, key: str = "") -> Any:
+_SLOTS = {
+    "attention_mask": Slot.MASK, "position_ids": Slot.POSITIONS, "alibi": Slot.BIAS, "position_bias": Slot.BIAS
+}  # fmt: skip
+
+
+def named(name: str, value: Any, plan: Pass) -> Any:
     """A layer's argument, or the slot or call that it came from."""
-    if key == "attention_mask":
-        return Slot.MASK
-    if key == "position_ids":
-        return Slot.POSITIONS
+    if name in _SLOTS:
+        return _SLOTS[name]
     if value is plan.cache:
         return Slot.CACHE
     return next((call for call, output in plan.rotaries if output is value), value)
@@ -148,12 +152,14 @@ def adapting(low_rank: nn.Module) -> Any:
 
     def add(projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         plan = PASS.get()
-        if plan is None or plan.merged or args[0].shape[1] == plan.main_rows:
+        if plan is None or plan.merged:
             return None
-        rows = args[0][:, plan.main_rows :]
         if plan.main_rows == 0:
-            return output + low_rank(rows)
-        output[:, plan.main_rows :] += low_rank(rows)
+            return output + low_rank(args[0])
+        # some families fold batch and rows into one dimension
+        rows, sums = (t.unflatten(0, (plan.batch, -1)) if t.ndim == 2 else t for t in (args[0], output))
+        if rows.shape[1] > plan.main_rows:
+            sums[:, plan.main_rows :] += low_rank(rows[:, plan.main_rows :])
         return output
 
     return add

@@ -70,14 +70,17 @@ def as_mask(allowed: torch.Tensor | None, query: torch.Tensor, implementation: s
     return torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(~allowed, torch.finfo(query.dtype).min)
 
 
-def side_by_side(main: Sight | None, stream: Sight | None, main_rows: int) -> torch.Tensor | None:
+def side_by_side(main: Sight | None, stream: Sight | None, window: int | None) -> torch.Tensor | None:
     """One mask `[batch, 1, rows, keys]` for main rows and streams, for a base whose attention is its own."""
-    if stream is None or stream.allowed is None:
-        return None
-    if main is None:
-        return stream.within(None)
-    allowed = stream.allowed.new_zeros(len(stream.allowed), main_rows, stream.allowed.shape[2])
-    keys = stream.allowed.shape[2] - stream.allowed.shape[1]
-    causal = main.rows[:, :, None] >= main.keys[:, None, :keys]
-    allowed[:, :, :keys] = causal if main.allowed is None else main.allowed
-    return torch.cat([allowed, stream.allowed], dim=1)[:, None]
+    if stream is None:
+        return None if main is None else main.within(window)
+    beside = stream.within(window)
+    if main is None or beside is None:
+        return beside
+    rows = main.rows.shape[1]
+    keys = main.keys.shape[1]
+    allowed = beside.new_zeros(len(beside), 1, rows, beside.shape[3])
+    seen = main.within(window)
+    causal = (main.rows[:, :, None] >= main.keys[:, None])[:, None]
+    allowed[..., :keys] = causal if seen is None else seen
+    return torch.cat([allowed, beside], dim=2)

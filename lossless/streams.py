@@ -16,8 +16,10 @@ the second, and so on. Keys: past rows, main rows, stream rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,17 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .adapter import StreamAdapter
-from .anatomy import decoder, decoder_layers, final_norm, find_projections, uses_attention_interface
+from .anatomy import (
+    after_layers,
+    column_masks,
+    decoder,
+    decoder_layers,
+    find_projections,
+    hides_where_true,
+    position_bias,
+    shares_position_bias,
+    uses_attention_interface,
+)
 from .errors import UsageError
 from .passes import ATTENTION, PASS, Habit, Pass, RotaryCall, Slot, adapting, named, note_rotary, running
 from .sight import Sight, as_mask, behind_the_past, side_by_side, stream_sight
@@ -68,7 +80,10 @@ class StreamRunner:
         self.top = self.layers[len(self.layers) - adapter.config.num_msa_layers :]
         self._rotaries = [m for m in decoder(model).children() if "Rotary" in type(m).__name__]
         self._own_attention = not uses_attention_interface(model)
-        self._habits: list[Habit] = []
+        self._after = after_layers(model)
+        self._names = [list(inspect.signature(layer.forward).parameters) for layer in self.layers]
+        self._windows = [_own_window(layer) for layer in self.layers] if self._own_attention else []
+        self._habits: dict[int, Habit] = {}  # of the top layers, by their number
         self.lm_head = model.get_output_embeddings()
         self._check_fit()
         self._merged = self._merge()
@@ -122,18 +137,29 @@ class StreamRunner:
         """Hooks in place and attention rerouted, for the time of the context."""
         implementation = self.text_config._attn_implementation
         self._implementation = implementation
-        handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True) for layer in self.top]
+        entered = self.layers if self._own_attention else self.top
+        first = len(self.layers) - len(entered)
+        handles = [
+            layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+            for number, layer in enumerate(entered, first)
+        ]
         handles += [module.register_forward_hook(note_rotary, with_kwargs=True) for module in self._rotaries]
+        handles.append(self.top[-1].register_forward_hook(self._part))
         handles.append(self.lm_head.register_forward_pre_hook(self._leave))
         for name, low_rank in self.adapter.adapters():
             handles.append(self._projection(name).register_forward_hook(adapting(low_rank)))
+        masks: list[tuple[Any, Any]] = [(module, module.bias) for layer in self.layers for module in column_masks(layer)] if self._own_attention else []
+        for module, mask in masks:  # rows of a tree do not stand in columns of their own place
+            module.bias = mask.new_ones(1, 1, 1, 1).expand_as(mask)
         if not self._own_attention:
             self.text_config._attn_implementation = ATTENTION
         try:
             yield
         finally:
             self.text_config._attn_implementation = implementation
-            self._habits = []
+            self._habits = {}
+            for module, mask in masks:
+                module.bias = mask
             for handle in handles:
                 handle.remove()
 
@@ -162,10 +188,10 @@ class StreamRunner:
             own = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=device).tril()
         keys = torch.cat([cache.places().to(device).expand(len(ids), -1), positions], dim=1)
         # one row sees everything, and sdpa knows by itself how to be causal: as the base's own calls
-        alone = ids.shape[1] == 1 or (cache.length == 0 and self._implementation == "sdpa")
+        alone = ids.shape[1] == 1 or (cache.length == 0 and self._knows_causal())
         plain = tree_mask is None and alone and cache.visible() is None
         allowed = None if plain else behind_the_past(own, cache, len(ids))
-        plan = Pass(self._implementation, ids.shape[1], Sight(allowed, positions, keys), last_only=last_only)
+        plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, keys), last_only=last_only)
         if nodes is not None:
             plan.nodes = nodes
             context = behind_the_past(own[:, nodes], cache, len(ids))
@@ -182,22 +208,21 @@ class StreamRunner:
         """
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         allowed = None
-        if self._implementation != "sdpa":
+        if not self._knows_causal():
             allowed = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        plan = Pass(self._implementation, ids.shape[1], Sight(allowed, positions, positions), last_only=True)
+        plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, positions), last_only=True)
         self._run(plan, ids, positions, cache)
         return plan.entry, plan.final
 
+    def _knows_causal(self) -> bool:
+        """Whether the base's attention is causal by itself over rows that are all of its keys."""
+        return self._implementation == "sdpa" and not self._own_attention
+
     def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
-        mask = None
-        if self._own_attention and plan.main is not None and (seen := plan.main.within(None)) is not None:
-            mask = as_mask(seen, self.model.get_input_embeddings().weight[:0], "eager")
-        self._habits, plan.cache = [], cache
+        self._habits, plan.cache = {}, cache
         with running(plan):
-            return self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).logits
+            return self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
     def speculate(
         self, entry: torch.Tensor, positions: torch.Tensor, context: torch.Tensor, cache: Any
@@ -215,66 +240,105 @@ class StreamRunner:
             them last, so that a pass of main rows must have come before.
         """
         keys = cache.places().to(entry.device).expand(len(entry), -1)
-        plan = Pass(self._implementation, 0, stream=stream_sight(context, positions, keys, self.adapter.config.num_streams), cache=cache)
+        sight = stream_sight(context, positions, keys, self.adapter.config.num_streams)
+        plan = Pass(self._implementation, len(entry), 0, stream=sight, cache=cache, merged=bool(self._merged))
         hidden = self.adapter.start_streams(entry)
-        plan.merged = bool(self._merged)
         with running(plan):
-            for number, (layer, habit) in enumerate(zip(self.top, self._habits, strict=True)):
-                args, kwargs = self._filled(habit, plan, hidden)
+            for i, (number, habit) in enumerate(self._habits.items()):
+                given = self._filled(number, habit, plan, hidden)
                 if plan.merged:
-                    hidden = functional_call(layer, self._merged[number], (hidden, *args), kwargs)
+                    hidden = functional_call(self.top[i], self._merged[i], (hidden,), given)
                 else:
-                    hidden = layer(hidden, *args, **kwargs)
+                    hidden = self.top[i](hidden, **given)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return final_norm(self.model)(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
+        return self._finish(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
 
-    def _enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before a top layer: at the first, the streams join the rows; at each, what it is given covers them."""
+    def _finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        """From the last layer to what the LM head reads."""
+        for part in self._after:
+            hidden = part(hidden)
+        return hidden
+
+    def _enter(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a layer: at the first of the top, the streams join the rows; what it is given covers them."""
         plan = PASS.get()
         if plan is None or plan.main is None:
             return None
-        kwargs = dict(kwargs)
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        given = dict(zip(self._names[number], args, strict=False)) | kwargs
+        hidden = given.pop(self._names[number][0])
+        habit = Habit({name: named(name, value, plan) for name, value in given.items()})
         if layer is self.top[0]:
             plan.entry = hidden
-        habit = Habit([named(value, plan) for value in args], {key: named(v, plan, key) for key, v in kwargs.items()})
-        self._habits.append(habit)
-        if plan.nodes is not None:
-            if layer is self.top[0]:
+            if plan.nodes is not None:
                 hidden = torch.cat([hidden, self.adapter.start_streams(hidden[:, plan.nodes])], dim=1)
-            args, kwargs = self._filled(habit, plan, hidden)
-        return (hidden, *args), kwargs
+        if number >= len(self.layers) - len(self.top):
+            self._habits[number] = habit
+        if self._own_attention or plan.nodes is not None:
+            given = self._filled(number, habit, plan, hidden)
+        return (hidden,), given
 
-    def _filled(self, habit: Habit, plan: Pass, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A layer's arguments for the rows of this pass, main rows and streams."""
-        if not plan.slots:
-            sights = [sight for sight in (plan.main, plan.stream) if sight is not None]
-            plan.slots[Slot.CACHE] = plan.cache
-            plan.slots[Slot.POSITIONS] = torch.cat([sight.rows.expand(len(hidden), -1) for sight in sights], dim=1)
-            plan.slots[Slot.MASK] = None
-            if self._own_attention:
-                plan.slots[Slot.MASK] = as_mask(side_by_side(plan.main, plan.stream, plan.main_rows), hidden, "eager")
-        positions = plan.slots[Slot.POSITIONS]
+    def _filled(self, number: int, habit: Habit, plan: Pass, hidden: torch.Tensor) -> dict[str, Any]:
+        """A layer's arguments for the rows of this pass: main rows, streams, or both."""
+        rows = hidden.shape[1]
+        main, stream = plan.main, plan.stream if rows > plan.main_rows else None
+
+        def once(key: Any, make: Callable[[], Any]) -> Any:
+            if (key, rows) not in plan.filled:
+                plan.filled[key, rows] = make()
+            return plan.filled[key, rows]
+
+        def positions() -> torch.Tensor:
+            return torch.cat([s.rows.expand(len(hidden), -1) for s in (main, stream) if s is not None], dim=1)
+
+        def mask() -> torch.Tensor | None:
+            seen = side_by_side(main, stream, self._windows[number])
+            if seen is not None and hides_where_true(self.layers[number]):
+                return ~seen
+            return as_mask(seen, hidden, "eager")
+
+        def bias() -> torch.Tensor:
+            keys = (stream or main).keys.expand(len(hidden), -1).clamp_min(0)  # type: ignore[union-attr]
+            found = position_bias(self.model, int(keys.max()) + 1)[:, keys].transpose(0, 1)  # [batch, heads, keys]
+            return (found[0] if shares_position_bias(self.model) else found.flatten(0, 1))[:, None]
 
         def fill(value: Any) -> Any:
-            if isinstance(value, Slot):
-                return plan.slots[value]
+            if value is Slot.CACHE:
+                return plan.cache
+            if value is Slot.POSITIONS:
+                return once(value, positions)
+            if value is Slot.MASK:
+                return once((value, self._windows[number]), mask) if self._own_attention else None
+            if value is Slot.BIAS:
+                return once(value, bias)
             if isinstance(value, RotaryCall):
-                if value not in plan.slots:
-                    plan.slots[value] = value(hidden, positions)
-                return plan.slots[value]
+                return once(value, lambda: value(hidden, once(Slot.POSITIONS, positions)))
             return value
 
-        return tuple(map(fill, habit.args)), {key: fill(value) for key, value in habit.kwargs.items()}
+        return {name: fill(value) for name, value in habit.given.items()}
+
+    def _part(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the last layer: stream rows step aside, main rows go on."""
+        plan = PASS.get()
+        if plan is None or plan.nodes is None or plan.main is None:
+            return None
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        plan.streams = self._finish(hidden[:, plan.main_rows :])
+        hidden = hidden[:, : plan.main_rows].contiguous()
+        return (hidden, *rest) if isinstance(output, tuple) else hidden
 
     def _leave(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Before the LM head: stream rows step aside, main rows go on."""
+        """Before the LM head: of a prefill only the last row goes on."""
         plan = PASS.get()
-        if plan is None:
+        if plan is None or plan.main is None:
             return None
-        hidden = args[0]
-        plan.final = hidden[:, : plan.main_rows]
-        if plan.nodes is not None:
-            plan.streams = hidden[:, plan.main_rows :]
-        first = plan.main_rows - 1 if plan.last_only else 0
-        return (hidden[:, first : plan.main_rows],)
+        plan.final = args[0]
+        return (args[0][:, -1:],) if plan.last_only else None
+
+
+def _own_window(layer: nn.Module) -> int | None:
+    """The sliding window of a layer that masks by column."""
+    for module in column_masks(layer):
+        mask: Any = module.bias
+        if (seen := int(mask[0, 0, -1].sum())) < mask.shape[3]:
+            return seen
+    return None
