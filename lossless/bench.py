@@ -83,6 +83,7 @@ class Run:
     decode_s: float
     target_passes: int
     drafted: int
+    reread: int
     acceptance_length: float
     baseline_tokens_per_s: float
     tokens_per_s: float
@@ -146,6 +147,7 @@ def run_pair(
         decode_s=clock.decode_s,
         target_passes=fast.stats.target_passes,
         drafted=fast.stats.drafted,
+        reread=fast.stats.reread,
         acceptance_length=fast.stats.acceptance_length,
         baseline_tokens_per_s=baseline,
         tokens_per_s=ours,
@@ -188,6 +190,7 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
         "prompts": len(runs),
         "tokens": sum(r.tokens for r in runs),
         "identical": sum(r.identical for r in runs),
+        "reread": sum(r.reread for r in runs),
         "acceptance_length": round(_pooled_acceptance(runs), 4),
         "baseline_tokens_per_s": round(statistics.median(r.baseline_tokens_per_s for r in runs), 3),
         "tokens_per_s": round(statistics.median(r.tokens_per_s for r in runs), 3),
@@ -210,9 +213,10 @@ def report(
         "versions": versions(),
         "decoding": asdict(decoding),
         "tree_nodes": fast.tree_nodes,
-        "tree_floor": fast.tree_floor,
+        "tree_floor": round(fast.tree_floor, 4),
         "schedule": fast.schedule,
         "recall": fast.recall,
+        "guarantee": fast.guarantee.describe(),
         **summarize(runs),
         "categories": {name: summarize([r for r in runs if r.category == name]) for name in _categories(runs)},
         "runs": [asdict(run) for run in runs],

@@ -142,6 +142,12 @@ class RowCache(Cache):
         for layer in self.rows:
             layer.length = max(ends)
 
+    def forget(self, length: int) -> None:
+        """Drop the certain rows from column `length` on, of a batch of one."""
+        self._ends = None
+        for layer in self.rows:
+            layer.length = length
+
     def select(self, sequences: Sequence[int]) -> None:
         """Forget all sequences of the batch but these."""
         for layer in self.rows:

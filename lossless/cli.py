@@ -1,4 +1,4 @@
-"""The command line: `lossless generate | compare | bench | verify | distill | train`.
+"""The command line: `lossless generate | compare | bench | verify | doctor | distill | train`.
 
 Knows: flags, what goes to the terminal, exit codes (0 done, 2 bad input, 3 tokens differ, 130 Ctrl-C).
 Does not know: anything that a script could not do through the modules above it.
@@ -101,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="OUT", help="write the certificate here")
     command.set_defaults(run=_verify)
 
+    command = commands.add_parser("doctor", help="say what this device, dtype and model can do, and how exactly")
+    _model_flags(command)
+    _adapter_flags(command)
+    command.set_defaults(run=_doctor)
+
     command = commands.add_parser("distill", help="collect the model's own answers to train on")
     _model_flags(command)
     defaults = DistillConfig()
@@ -144,6 +149,7 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
         help="folder or hub id of an adapter; 'random' for one of random numbers, which must not change a token; "
         "the demo model brings its own",
     )
+    command.add_argument("--exact", help="bitwise, near-tie or off; by default the strongest that passes of several rows can give")
     command.add_argument("--tree-nodes", type=int, help="most rows of a verification pass; the adapter's own choice by default")
     command.add_argument("--tree-floor", type=float, help="least probability of a path that is worth a row; the same")
     command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
@@ -175,7 +181,7 @@ def _attach(arguments: argparse.Namespace, base: Base) -> tuple[AcceleratedModel
     if source is None:
         raise UsageError(f"there is no adapter for {arguments.model!r} in the package: name one with --adapter")
     overrides = {n: getattr(arguments, n) for n in sorted(OVERRIDES) if getattr(arguments, n) is not None}
-    fast = accelerate(base.model, source, base.tokenizer, **overrides)
+    fast = accelerate(base.model, source, base.tokenizer, arguments.exact, **overrides)
     return fast, arguments.adapter or "shipped"
 
 
@@ -216,7 +222,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     runs = benchmark.bench(base, fast, prompts, decoding)
     found = benchmark.report(base, fast, name, arguments.dtype, arguments.load_in, decoding, runs)
     print(benchmark.table(found))
-    print(f"\n{found['dtype']}, {found['device']}, {found['threads']} threads, trees of {fast.tree_nodes}, {fast.schedule}")
+    print(
+        f"\n{found['dtype']}, {found['device']}, {found['threads']} threads, exact: {fast.guarantee.level}, "
+        f"trees of {fast.tree_nodes}, {fast.schedule}"
+    )
     return _finish(arguments, found)
 
 
@@ -228,6 +237,24 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, found)
     return 3 if found["mismatches"] else 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    base = _load(arguments)
+    fast, name = _attach(arguments, base)
+    found = fast.guarantee
+    for key, value in (
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+        ("model", f"{base.name}, {str(base.model.dtype).removeprefix('torch.')}, {base.model.device}, {torch.get_num_threads()} threads"),
+        ("adapter", f"{name}, {fast.adapter.parameter_count():,} weights"),
+        ("drafts", f"{fast.schedule}, trees of at most {fast.tree_nodes} rows, none below a probability of {fast.tree_floor:.2g}"),
+        ("exact", found.level),
+        ("noise", f"{found.noise:.2g} logits between passes of different shapes" if found.noise else "not measured"),
+        ("row cost", f"{found.row_cost:.2f} passes for each further row" if found.row_cost else "not measured"),
+        *((f"  {kind}", f"{rows} rows at a time keep their bits") for kind, rows in found.operations.items()),
+    ):
+        print(f"{key:<24}{value}")
+    return 0
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMode
 
 from .adapter import StreamAdapter
-from .anatomy import find_projections, shares_position_bias
+from .anatomy import find_projections
 from .cache import RowCache
 from .config import StreamingConfig
 from .draft import Drafter
 from .errors import UsageError
 from .lookup import TextMemory
 from .models import fingerprint
-from .probe import check_served
+from .probe import check_served, find_guarantee
+from .served import not_served, not_served_in_a_batch
 from .streams import PassOutput, StreamRunner
 from .text import NoiseTape, Text, result
 from .tree import DraftTree
@@ -46,6 +46,8 @@ class Stats:
         drafted: nodes proposed, roots not counted.
         accepted: how many passes emitted 1, 2, 3, ... tokens.
         prefill_s, decode_s: wall-clock seconds.
+        exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
+        reread: passes of one row in which choices that were too close to call were made again.
         served: False if the call was handed to the base's own generate.
     """
 
@@ -56,6 +58,8 @@ class Stats:
     accepted: dict[int, int] = field(default_factory=dict)
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    exact: str = "off"
+    reread: int = 0
     served: bool = True
 
     @property
@@ -85,15 +89,18 @@ class AcceleratedModel:
     untouched outside a call of `generate`; one call runs at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: StreamAdapter) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: StreamAdapter, exact: str | None = None) -> None:
         self.base: Any = model
         self.adapter = adapter
         compute_dtype: Any = model.get_input_embeddings().weight.dtype
         self.runner = StreamRunner(model, adapter.copy_as(model.device, compute_dtype))
         check_served(self.runner)
+        self.guarantee = find_guarantee(self.runner, exact)
+        self.runner.limits = self.guarantee.limits
         self.drafter = Drafter(self.runner.adapter, model.get_input_embeddings(), model.get_output_embeddings())
         self.tree_nodes = adapter.config.tree_nodes
-        self.tree_floor = adapter.config.tree_floor
+        # a row that costs more than it is likely to give is not worth it
+        self.tree_floor = max(adapter.config.tree_floor, min(self.guarantee.row_cost, 0.5))
         self.schedule = adapter.config.schedule
         self.recall = adapter.config.recall
         self.stats = Stats()
@@ -120,7 +127,7 @@ class AcceleratedModel:
         depend on each other) goes to the base's own `generate`, with one warning for each reason.
         """
         self.stats = Stats()
-        if reason := self._not_served(inputs, kwargs):
+        if reason := not_served(self.base, inputs, kwargs):
             self._hand_over(reason)
             return self.base.generate(inputs, **kwargs)
         streamer = kwargs.get("streamer")  # HF drops it on its way to a custom loop, so it is bound here
@@ -142,27 +149,6 @@ class AcceleratedModel:
             self._warned.add(reason)
             warnings.warn(f"not accelerated: {reason}; the base's own generate answers", stacklevel=3)
 
-    def _not_served(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
-        """Why this call must go to the base, if it must."""
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
-            return "the prompt is not given as input_ids of shape [batch, length]"
-        for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds", "negative_prompt_ids"):
-            if kwargs.get(name) is not None:
-                return f"{name} was given"
-        options = {k: v for k, v in kwargs.items() if k not in _CALL_ARGUMENTS}
-        prepared = self.base._prepare_generation_config(kwargs.get("generation_config"), **options)
-        config: GenerationConfig = prepared[0]
-        mode = config.get_generation_mode(None)
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            return f"the generation mode {mode.value}"
-        for name in ("output_attentions", "output_hidden_states", "cache_implementation"):
-            if getattr(config, name, None):
-                return f"{name} was set"
-        if config.guidance_scale not in (None, 1, 1.0) or config.use_cache is False:
-            return "guidance_scale or use_cache=False was set"
-        return None
-
     def _decode(
         self,
         input_ids: torch.Tensor,
@@ -176,11 +162,13 @@ class AcceleratedModel:
         """The loop that stands in for `GenerationMixin._sample`; `input_ids` is `[batch, prompt]`."""
         width, padding = input_ids.shape[1], None if attention_mask is None else attention_mask == 0
         noise = NoiseTape(len(input_ids)) if generation_config.do_sample else None
+        self.stats.exact = self.guarantee.level if len(input_ids) == 1 else "off"
+        guard = self.guarantee.noise if self.stats.exact == "near-tie" else 0.0
         texts = []
         for number, ids in enumerate(input_ids):
             hidden = 0 if padding is None else int(padding[number].sum())
             memory = TextMemory(ids[hidden:].tolist()) if self.recall else None
-            prepared = (logits_processor, stopping_criteria, generation_config, noise, memory, streamer)
+            prepared = (logits_processor, stopping_criteria, generation_config, noise, memory, streamer, guard)
             texts.append(Text(number, ids[None], hidden, *prepared))
         cache = RowCache(len(self.runner.layers), width + 256, padding)
 
@@ -189,7 +177,7 @@ class AcceleratedModel:
         out = self._read_prompts(input_ids, padding, cache)
         cache.keep(range(width))
         for text, logits in zip(texts, out.logits[:, -1], strict=True):
-            text.put((text.choose(logits)[0],))
+            text.put(text.choose_alone(logits))
         active, streams = self._go_on(texts, out, [width - 1] * len(texts), cache)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
 
@@ -206,8 +194,11 @@ class AcceleratedModel:
                 self._count(len(tree) - 1, len(accepted.tokens))
             # 5. keep the accepted rows; the last choice is the next root
             cache.keep_each([accepted.path for accepted in walks])
+            rows = [accepted.path[-1] for accepted in walks]
+            if walks[0].open:  # too close to call: made again from rows read one by one, as the base reads them
+                out, rows = self._read_alone(active[0], cache), [0]
             # 6. speculate: the streams of each last accepted node; finished texts leave the batch
-            active, streams = self._go_on(active, out, [accepted.path[-1] for accepted in walks], cache)
+            active, streams = self._go_on(active, out, rows, cache)
 
         self.stats.texts = len(texts)
         self.stats.tokens = sum(text.emitted for text in texts)
@@ -239,6 +230,20 @@ class AcceleratedModel:
         chosen = None if width == 1 else mask.to(device)
         return self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
 
+    def _read_alone(self, text: Text, cache: RowCache) -> PassOutput:
+        """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last."""
+        cache.forget(text.sound)
+        device, nodes = self.base.device, torch.zeros(1, dtype=torch.long) if self.schedule == "parallel" else None
+        for place in range(text.sound, text.ids.shape[1]):
+            position = torch.tensor([[place - text.padding]], device=device)
+            out = self.runner.verify(text.ids[:, place : place + 1].to(device), position, None, cache, nodes)
+            cache.keep([0])
+        self.stats.reread += text.ids.shape[1] - text.sound
+        self.stats.target_passes += text.ids.shape[1] - text.sound
+        text.sound = text.ids.shape[1]
+        text.put(text.choose_alone(out.logits[0, -1]))
+        return out
+
     def _go_on(
         self, texts: list[Text], out: PassOutput, rows: list[int], cache: RowCache
     ) -> tuple[list[Text], torch.Tensor]:
@@ -267,67 +272,31 @@ class AcceleratedModel:
         self.stats.accepted[emitted] = self.stats.accepted.get(emitted, 0) + 1
 
 
-# arguments of generate() that are not fields of a generation config
-_CALL_ARGUMENTS = frozenset(
-    ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
-     "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate",
-     "tokenizer", "assistant_tokenizer", "input_ids")
-)  # fmt: skip
-
-
-# HF's processors and criteria that look beyond the row that they are given
-_ACROSS_ROWS = ("EncoderNoRepeatNGram", "EncoderRepetitionPenalty", "SynthID", "UnbatchedClassifierFree")
-
-
-def not_served_in_a_batch(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    streamer: Any,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: GenerationConfig,
-    attention_mask: torch.Tensor | None = None,
-    **model_kwargs: Any,
-) -> str | None:
-    """Why a batch, as HF prepared it, must go to HF's own loop, if it must: here each text is chosen for alone."""
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        return "a prompt that is padded on the right"
-    if len(input_ids) == 1:
-        return None
-    if shares_position_bias(model):
-        return "a batch for a base whose position bias is one for all texts"
-    if streamer is not None:
-        return "a streamer for a batch"
-    if generation_config.return_dict_in_generate:
-        return "return_dict_in_generate for a batch"
-    for part in (*logits_processor, *stopping_criteria):
-        name = type(part).__name__
-        if not type(part).__module__.startswith("transformers.") or name.startswith(_ACROSS_ROWS):
-            return f"{name} for a batch"
-    if not any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria) and len(stopping_criteria) > 1:
-        return "stopping criteria without an EOS token for a batch"
-    return None
-
-
 def accelerate(
-    model: PreTrainedModel, adapter: str | Path | StreamingConfig | StreamAdapter, tokenizer: Any = None, **overrides: Any
-) -> AcceleratedModel:
+    model: PreTrainedModel, adapter: str | Path | StreamingConfig | StreamAdapter, tokenizer: Any = None,
+    exact: str | None = None, **overrides: Any,
+) -> AcceleratedModel:  # fmt: skip
     """Attach an adapter to a frozen model.
 
     Args:
         model: any HF decoder-only causal LM, 8-bit and 4-bit ones included.
         adapter: a folder or hub id; or a `StreamingConfig` for a fresh, untrained one; or the adapter itself.
         tokenizer: if given, it is part of the comparison with the base that the adapter was trained for.
+        exact: `bitwise`, every number that decides a token has the bits of the base's own pass of one row;
+            `near-tie`, passes of several rows may be rounded otherwise, but a choice that this could change is made
+            again from rows read one by one; `off`, it is not. None: the strongest that passes of several rows can
+            give on this device (`fast.guarantee` says which). Texts of a batch of several are always `off`.
         overrides: `tree_nodes`, `tree_floor`, `schedule` or `recall` (see `StreamingConfig`), in place of the adapter's own.
 
     Raises:
-        UsageError: the adapter cannot be read, or its shapes are another model's.
+        UsageError: the adapter cannot be read, its shapes are another model's, the model cannot be served, or the
+            device does not give the exactness that was asked for.
     """
     if isinstance(adapter, StreamingConfig):
         adapter = new_adapter(model, adapter, tokenizer)
     elif not isinstance(adapter, StreamAdapter):
         adapter = StreamAdapter.from_pretrained(adapter, base={"fingerprint": fingerprint(model, tokenizer)})
-    fast = AcceleratedModel(model, adapter)
+    fast = AcceleratedModel(model, adapter, exact)
     if unknown := sorted(overrides.keys() - OVERRIDES):
         raise UsageError(f"accelerate() takes {', '.join(sorted(OVERRIDES))} as overrides, got {', '.join(unknown)}")
     replace(adapter.config, **overrides)  # checks them

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .sight import Sight, as_mask
+from .rows import in_pieces, one_by_one
+from .sight import Reach, Sight, as_mask
 
 ATTENTION = "lossless_streams"
 
@@ -67,6 +68,7 @@ class Pass:
     last_only: bool = False  # logits of the last main row only
     nodes: torch.Tensor | None = None  # [m] main rows that speculate
     cache: Any = None
+    paths: list[list[int]] | None = None  # rows from the root to each main row, if each is to keep its bits
     merged: bool = False  # the projections hold the MSA adapters already
     rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window
@@ -82,6 +84,15 @@ def _base_attention(module: nn.Module, implementation: str) -> Any:
     """The attention function that the base itself would call."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
+def _reach(module: nn.Module, kwargs: dict[str, Any]) -> Reach:
+    """How far back a layer's attention looks."""
+    config: Any = getattr(module, "config", None)
+    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and number is not None and kinds[number] == "chunked_attention":
+        return Reach(chunk=config.attention_chunk_size)
+    return Reach(kwargs.get("sliding_window"))
 
 
 def _attend(
@@ -101,14 +112,18 @@ def _attend(
     if plan is None:
         raise RuntimeError("lossless attention was called outside a pass")
     attention = _base_attention(module, plan.implementation)
-    window = kwargs.get("sliding_window")
+    reach = _reach(module, kwargs)
     rows, outputs = plan.main_rows, []
     if plan.main is not None:
         keys = key.shape[2] - (query.shape[2] - rows)
-        seen = as_mask(plan.main.within(window), query, plan.implementation)
-        outputs.append(attention(module, query[:, :, :rows], key[:, :, :keys], value[:, :, :keys], seen, **kwargs)[0])
+        main = query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]
+        if plan.paths is not None:
+            alone = lambda q, k, v: attention(module, q, k, v, None, **kwargs)[0]  # noqa: E731
+            outputs.append(one_by_one(alone, *main, plan.paths, lambda length: reach.first(length - 1)))
+        else:
+            outputs.append(attention(module, *main, as_mask(plan.main.within(reach), query, plan.implementation), **kwargs)[0])
     if plan.stream is not None and query.shape[2] > rows:  # not in the lower layers
-        seen = as_mask(plan.stream.within(window), query, plan.implementation)
+        seen = as_mask(plan.stream.within(reach), query, plan.implementation)
         outputs.append(attention(module, query[:, :, rows:], key, value, seen, **kwargs)[0])
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
 
@@ -145,6 +160,32 @@ def running(plan: Pass) -> Iterator[None]:
         yield
     finally:
         PASS.reset(token)
+
+
+@contextlib.contextmanager
+def keeping_bits(limits: dict[nn.Module, int]) -> Iterator[None]:
+    """Projections see no more main rows at a time than keep their bits, in passes that ask for it."""
+    before = {module: module.__dict__.get("forward") for module in limits}  # Accelerate may have put one there
+
+    def careful(forward: Any, most: int) -> Any:
+        def run(rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            plan = PASS.get()
+            if plan is None or plan.paths is None:
+                return forward(rows, *args, **kwargs)
+            return in_pieces(forward, rows, plan.main_rows, most)
+
+        return run
+
+    try:
+        for module, most in limits.items():
+            module.forward = careful(module.forward, most)
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
 
 
 def adapting(low_rank: nn.Module) -> Any:

@@ -1,17 +1,34 @@
-"""Questions to a base before it is trusted: can it be served at all?
+"""Questions to a base at attach: can it be served, and how much of its arithmetic does a pass of several rows keep?
 
-Knows: how to compare a pass over a small draft tree, streams included, with the base's own forward.
-Does not know: adapters' worth, generation, or speed.
+Knows: how to compare a pass over a draft tree with the base's own passes, how many rows at a time a projection
+takes without rounding otherwise, and what level of exactness follows. Does not know: adapters' worth, or generation.
+
+    bitwise   every row has the very bits of a pass of its own
+    near-tie  rows may be rounded otherwise; where that could change a choice, the text is read again row by row
+    off       rows may be rounded otherwise, and a choice with them
 """
 
 from __future__ import annotations
 
-import torch
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from .anatomy import decoder, features
 from .cache import RowCache
 from .errors import UsageError
 from .streams import StreamRunner
 from .tree import DraftTree
+
+EXACTNESS = ("bitwise", "near-tie", "off")
 
 _FAR = 0.25  # logits further off than this part of their spread are another computation, not another rounding
 
@@ -52,3 +69,169 @@ def check_served(runner: StreamRunner) -> None:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"{name} cannot be accelerated: its layers cannot carry a draft tree ({reason[0]})") from error
+
+
+_PIECES = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # rows at a time that are tried
+_OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
+_RIVALS = 8  # the noise is that of differences between a position's best tokens
+_SAFETY = 4.0  # a short probe does not see the worst
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What holds for this base on this device, in this dtype.
+
+    Attributes:
+        level: one of `EXACTNESS`.
+        limits: rows at a time that keep their bits, for each projection; None if the level is not bitwise.
+        operations: the same by kind of projection, to be read: `in x out` -> rows.
+        noise: how far differences between logits move with the shape of a pass, in logits.
+        row_cost: what a further row adds to a pass, in passes of one row; 0 if it was not measured.
+    """
+
+    level: str
+    limits: dict[nn.Module, int] | None = field(default=None, repr=False)
+    operations: dict[str, int] = field(default_factory=dict)
+    noise: float = 0.0
+    row_cost: float = 0.0
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"exact": self.level, "rows_that_keep_bits": self.operations, "noise": self.noise,
+                "row_cost": round(self.row_cost, 3)}  # fmt: skip
+
+
+@torch.no_grad()
+def find_guarantee(runner: StreamRunner, wanted: str | None) -> Guarantee:
+    """Probe the base, in a second or two.
+
+    Args:
+        wanted: a level; None for the strongest that passes of several rows can give: bitwise if most of the
+            weights take several rows at a time without rounding otherwise, near-tie if not.
+
+    Raises:
+        UsageError: there is no such level, or the device does not give it.
+    """
+    if wanted is not None and wanted not in EXACTNESS:
+        raise UsageError(f"exact must be one of {', '.join(EXACTNESS)}, got {wanted!r}")
+    if wanted == "off":
+        return Guarantee("off")
+    limits, operations, together = find_limits(runner.model)
+    worth_it = wanted == "bitwise" or (wanted is None and together > 0.5)
+    bits, noise = _compare(runner, limits if worth_it else None)
+    if worth_it and bits:
+        return Guarantee("bitwise", limits, operations, noise, _row_cost(runner, limits))
+    if wanted == "bitwise":
+        raise UsageError(
+            f"exact='bitwise' is not to be had for {type(runner.model).__name__} in {runner.model.dtype} on "
+            f"{runner.model.device}: something besides its projections and attention depends on the rows of a pass"
+        )
+    return Guarantee("near-tie", None, operations, noise)
+
+
+def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float]:
+    """How many rows at a time each projection takes so that each has the bits that it has alone.
+
+    Returns:
+        The rows for each module; by kind; and the part of all weights that take more than one.
+    """
+    modules = [m for m in decoder(model).modules() if isinstance(m, nn.Linear | Conv1D)]
+    head = model.get_output_embeddings()
+    limits: dict[nn.Module, int] = {}
+    kinds: dict[tuple[Any, ...], int] = {}
+    weights = several = 0
+    for module in [*modules, *([] if head in modules else [head])]:
+        kind = (type(module).__name__, *features(module), module.weight.dtype)
+        if kind not in kinds:
+            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, model.device)
+        limits[module] = kinds[kind]
+        size = features(module)[0] * features(module)[1]
+        weights += size
+        several += size * (kinds[kind] > 1)
+    operations = {f"{name} {ins}x{outs}": rows for (name, ins, outs, _), rows in kinds.items()}
+    return limits, operations, several / weights
+
+
+def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
+    """The most rows of `_PIECES` up to which no number differs."""
+    ins, outs = features(projection)
+    count = min(256, max(16, _OUTPUTS // outs))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, ins, generator=generator).to(device, dtype)
+    alone = [projection(row[None, None])[0] for row in rows[:2]]
+    if not torch.equal(projection(rows[:2]), torch.cat(alone)):
+        return 1
+    expected = torch.cat([*alone, *(projection(row[None, None])[0] for row in rows[2:])])
+    most = 1
+    for size in _PIECES:
+        if size > count or not torch.equal(torch.cat([projection(piece) for piece in rows.split(size)]), expected):
+            break
+        most = size
+    return most
+
+
+def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple[bool, float]:
+    """Over one tree: whether rows have the bits of one-row passes under `limits`, and the noise without."""
+    model = runner.model
+    top = min(runner.text_config.vocab_size, 50_000) - 1
+    tokens = torch.randint(0, top, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt, parents = tokens[:24], [-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 6, 9]
+    tree = DraftTree(tuple(range(1, 1 + len(parents))), tuple(parents))  # twins are not allowed: any distinct tokens
+    with runner.installed():
+        read = _behind(runner, prompt)
+        native = read(tree)
+    with _limited(runner, limits), runner.installed():
+        apart = native if limits is None else read(tree)
+    bits, noise = limits is not None, 0.0
+    for leaf in (4, 8, 11):
+        path = [node for node, seen in enumerate(tree.mask()[leaf].tolist()) if seen]
+        cache = DynamicCache(config=model.config)
+        feed = lambda ids, cache=cache: model(  # noqa: E731
+            input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True
+        ).logits[0, -1].float()
+        feed(prompt)
+        for node in path:
+            one = feed([tree.tokens[node]])
+            bits = bits and torch.equal(one, apart[node])
+            rivals = one.topk(min(_RIVALS, len(one))).indices
+            moved = (native[node] - one)[rivals]
+            noise = max(noise, float((moved - moved[0]).abs().max()))
+    return bits, _SAFETY * noise
+
+
+def _behind(runner: StreamRunner, prompt: list[int]) -> Callable[[DraftTree], torch.Tensor]:
+    """Read a prompt once; returns: tree -> `[nodes, vocab]`, the logits of a pass over it behind the prompt."""
+    device, cache, length = runner.model.device, RowCache(len(runner.layers)), len(prompt)
+    runner.verify(torch.tensor([prompt], device=device), torch.arange(length, device=device)[None], None, cache, None)
+    cache.keep(range(length))
+
+    def read(tree: DraftTree) -> torch.Tensor:
+        places = torch.tensor([tree.depths], device=device) + length
+        mask = tree.mask()[None].to(device) if len(tree) > 1 else None
+        return runner.verify(torch.tensor([tree.tokens], device=device), places, mask, cache, None).logits[0].float()
+
+    return read
+
+
+@contextlib.contextmanager
+def _limited(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> Iterator[None]:
+    before, runner.limits = runner.limits, limits
+    try:
+        yield
+    finally:
+        runner.limits = before
+
+
+def _row_cost(runner: StreamRunner, limits: dict[nn.Module, int]) -> float:
+    """Time that a further row adds to a bitwise pass, in passes of one row."""
+    bushes = [DraftTree(tuple(range(1, rows + 1)), (-1, *(0 for _ in range(rows - 1)))) for rows in (1, 5)]
+    times: list[list[float]] = [[], []]
+    with _limited(runner, limits), runner.installed():
+        read = _behind(runner, list(range(1, 65)))
+        for _ in range(4):
+            for bush, seen in zip(bushes, times, strict=True):
+                started = time.perf_counter()
+                read(bush).sum().item()  # waits for a device that works on its own
+                seen.append(time.perf_counter() - started)
+    one, five = (statistics.median(seen[1:]) for seen in times)
+    return max(0.0, (five - one) / 4 / one)

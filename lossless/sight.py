@@ -1,7 +1,7 @@
 """What the rows of a pass may see: masks over places in a text.
 
 Knows: main rows see what is certain and their own ancestors; a stream sees its node's main context and the
-earlier streams of its node; a sliding window cuts both by distance in the text. Does not know: models,
+earlier streams of its node; a sliding window or a chunk cuts both by distance in the text. Does not know: models,
 layers, or what is done with a mask.
 """
 
@@ -13,9 +13,33 @@ from typing import Any
 import torch
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far back a layer looks: everywhere, over the last `window` places, or in its own `chunk` of the text."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first(self, place: int) -> int:
+        """The first place that is seen from a place."""
+        if self.window is not None:
+            return max(0, place - self.window + 1)
+        return 0 if self.chunk is None else place // self.chunk * self.chunk
+
+    def cuts(self, key: int, row: int) -> bool:
+        """Whether there is anything between a key's place and a row's that is not seen."""
+        return self.first(row) > key
+
+    def sees(self, rows: torch.Tensor, keys: torch.Tensor) -> Any:
+        """Whether places of keys are within reach of places of rows."""
+        if self.window is not None:
+            return rows - keys < self.window
+        return self.chunk is None or rows // self.chunk == keys // self.chunk
+
+
 @dataclass
 class Sight:
-    """Which keys some rows of a pass may attend to, in layers with and without a sliding window.
+    """Which keys some rows of a pass may attend to, by each layer's reach.
 
     Args:
         allowed: `[batch, rows, keys]`, None if the base's attention knows by itself (one row, or plain causal).
@@ -25,18 +49,17 @@ class Sight:
     allowed: torch.Tensor | None
     rows: torch.Tensor
     keys: torch.Tensor
-    _found: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    _found: dict[Reach, torch.Tensor | None] = field(default_factory=dict)
 
-    def within(self, window: int | None) -> torch.Tensor | None:
-        """`[batch, 1, rows, keys]`, True where a row may attend: to at most the last `window` places."""
-        if window not in self._found:
+    def within(self, reach: Reach) -> torch.Tensor | None:
+        """`[batch, 1, rows, keys]`, True where a row may attend in a layer of this reach."""
+        if reach not in self._found:
             seen = self.allowed
-            if window is not None and int(self.rows.max() - self.keys.min()) >= window:
-                distance = self.rows[:, :, None] - self.keys[:, None]
-                near = distance < window
-                seen = near & (distance >= 0) if seen is None else near & seen
-            self._found[window] = None if seen is None else seen[:, None]
-        return self._found[window]
+            if reach.cuts(int(self.keys.min()), int(self.rows.max())):
+                near = reach.sees(self.rows[:, :, None], self.keys[:, None])
+                seen = near & (self.keys[:, None] <= self.rows[:, :, None]) if seen is None else near & seen
+            self._found[reach] = None if seen is None else seen[:, None]
+        return self._found[reach]
 
 
 def behind_the_past(own: torch.Tensor, cache: Any, batch: int) -> torch.Tensor:
@@ -70,17 +93,17 @@ def as_mask(allowed: torch.Tensor | None, query: torch.Tensor, implementation: s
     return torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(~allowed, torch.finfo(query.dtype).min)
 
 
-def side_by_side(main: Sight | None, stream: Sight | None, window: int | None) -> torch.Tensor | None:
+def side_by_side(main: Sight | None, stream: Sight | None, reach: Reach) -> torch.Tensor | None:
     """One mask `[batch, 1, rows, keys]` for main rows and streams, for a base whose attention is its own."""
     if stream is None:
-        return None if main is None else main.within(window)
-    beside = stream.within(window)
+        return None if main is None else main.within(reach)
+    beside = stream.within(reach)
     if main is None or beside is None:
         return beside
     rows = main.rows.shape[1]
     keys = main.keys.shape[1]
     allowed = beside.new_zeros(len(beside), 1, rows, beside.shape[3])
-    seen = main.within(window)
+    seen = main.within(reach)
     causal = (main.rows[:, :, None] >= main.keys[:, None])[:, None]
     allowed[..., :keys] = causal if seen is None else seen
     return torch.cat([allowed, beside], dim=2)

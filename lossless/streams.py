@@ -40,8 +40,8 @@ from .anatomy import (
     uses_attention_interface,
 )
 from .errors import UsageError
-from .passes import ATTENTION, PASS, Habit, Pass, RotaryCall, Slot, adapting, named, note_rotary, running
-from .sight import Sight, as_mask, behind_the_past, side_by_side, stream_sight
+from .passes import ATTENTION, PASS, Habit, Pass, RotaryCall, Slot, adapting, keeping_bits, named, note_rotary, running
+from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
 
 _MERGED_BYTES = 64 * 2**20  # most that a copy of the top layers' projections may take
 
@@ -82,7 +82,8 @@ class StreamRunner:
         self._own_attention = not uses_attention_interface(model)
         self._after = after_layers(model)
         self._names = [list(inspect.signature(layer.forward).parameters) for layer in self.layers]
-        self._windows = [_own_window(layer) for layer in self.layers] if self._own_attention else []
+        self._reaches = [_own_reach(layer) for layer in self.layers] if self._own_attention else []
+        self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits; None: nobody cares
         self._habits: dict[int, Habit] = {}  # of the top layers, by their number
         self.lm_head = model.get_output_embeddings()
         self._check_fit()
@@ -154,7 +155,8 @@ class StreamRunner:
         if not self._own_attention:
             self.text_config._attn_implementation = ATTENTION
         try:
-            yield
+            with keeping_bits(self.limits or {}):
+                yield
         finally:
             self.text_config._attn_implementation = implementation
             self._habits = {}
@@ -192,6 +194,8 @@ class StreamRunner:
         plain = tree_mask is None and alone and cache.visible() is None
         allowed = None if plain else behind_the_past(own, cache, len(ids))
         plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, keys), last_only=last_only)
+        if self.limits is not None and len(ids) == 1 and cache.length > 0 and cache.visible() is None:
+            plan.paths = [[i for i, seen in enumerate(row) if seen] for row in own[0].tolist()]
         if nodes is not None:
             plan.nodes = nodes
             context = behind_the_past(own[:, nodes], cache, len(ids))
@@ -291,7 +295,7 @@ class StreamRunner:
             return torch.cat([s.rows.expand(len(hidden), -1) for s in (main, stream) if s is not None], dim=1)
 
         def mask() -> torch.Tensor | None:
-            seen = side_by_side(main, stream, self._windows[number])
+            seen = side_by_side(main, stream, self._reaches[number])
             if seen is not None and hides_where_true(self.layers[number]):
                 return ~seen
             return as_mask(seen, hidden, "eager")
@@ -307,7 +311,7 @@ class StreamRunner:
             if value is Slot.POSITIONS:
                 return once(value, positions)
             if value is Slot.MASK:
-                return once((value, self._windows[number]), mask) if self._own_attention else None
+                return once((value, self._reaches[number]), mask) if self._own_attention else None
             if value is Slot.BIAS:
                 return once(value, bias)
             if isinstance(value, RotaryCall):
@@ -335,10 +339,10 @@ class StreamRunner:
         return (args[0][:, -1:],) if plan.last_only else None
 
 
-def _own_window(layer: nn.Module) -> int | None:
-    """The sliding window of a layer that masks by column."""
+def _own_reach(layer: nn.Module) -> Reach:
+    """How far a layer looks that masks by column."""
     for module in column_masks(layer):
         mask: Any = module.bias
         if (seen := int(mask[0, 0, -1].sum())) < mask.shape[3]:
-            return seen
-    return None
+            return Reach(seen)
+    return Reach()

@@ -31,15 +31,17 @@ class NoiseTape:
         self._first = 0  # position of the first draw that is kept
         self._draws: list[torch.Tensor] = []
 
-    def next(self, text: int, like: torch.Tensor) -> torch.Tensor:
+    def at(self, text: int, like: torch.Tensor) -> torch.Tensor:
         """`[vocab]`, the noise for the next position of this text; `like` is `[1, vocab]` of probabilities."""
         position = self._read[text]
         while position >= self._first + len(self._draws):
             self._draws.append(like.new_empty(len(self._read), like.shape[1]).exponential_(1))
-        noise = self._draws[position - self._first][text]
+        return self._draws[position - self._first][text]
+
+    def go_on(self, text: int) -> None:
+        """This text's next position is chosen."""
         self._read[text] += 1
         self._forget()
-        return noise
 
     def leave(self, text: int) -> None:
         """This text is finished."""
@@ -60,6 +62,7 @@ class Text:
         processor, criteria, config: as HF prepared them.
         noise: of the batch, None if decoding is greedy.
         memory: what the drafter recalls from, or None.
+        guard: how much closer than its rival a choice may not be, in logits, if its row was not read alone.
     """
 
     def __init__(
@@ -73,11 +76,14 @@ class Text:
         noise: NoiseTape | None,
         memory: TextMemory | None,
         streamer: Any = None,
+        guard: float = 0.0,
     ) -> None:
+        self.guard = guard / min(1.0, config.temperature or 1.0) if noise is not None else guard
         self.number, self.ids, self.padding, self.prompt = number, ids, padding, ids.shape[1]
         self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
         self.noise, self.memory, self.streamer = noise, memory, streamer
         self.stopped = False
+        self.sound = ids.shape[1]  # so many of its rows were read in the base's own shapes: the prompt at once, others alone
         keep = config.return_dict_in_generate
         self.scores: tuple[torch.Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep and config.output_logits else None
@@ -96,31 +102,47 @@ class Text:
     def emitted(self) -> int:
         return self.ids.shape[1] - self.prompt
 
-    def choose(self, logits: torch.Tensor) -> tuple[int, bool]:
+    def choose(self, logits: torch.Tensor, alone: bool = True) -> tuple[int, bool] | None:
         """The base's choice given `[vocab]` logits, and whether it ends the text.
 
         Greedy is argmax; sampled is the very draw that `model.generate` makes at this position.
+
+        Args:
+            alone: the row was read in a pass of its own. If not, and another token is closer to the choice than
+                the guard allows, the answer is None, and the position must be asked for again, alone.
         """
         raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
         scores = self.processor(self.ids, raw)
+        ranking = scores
+        if self.noise is not None:
+            probabilities = torch.softmax(scores, dim=-1)
+            noise = self.noise.at(self.number, probabilities)
+            ranking = probabilities / noise
+        token = ranking.argmax(dim=-1, keepdim=True)
+        if not alone and self.guard:
+            best = (ranking if self.noise is None else ranking.log()).topk(2).values[0]
+            if best[0] - best[1] < self.guard:
+                return None
+        if self.noise is not None:
+            self.noise.go_on(self.number)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (raw,)
-        if self.noise is not None:
-            probabilities = torch.softmax(scores, dim=-1)
-            token = (probabilities / self.noise.next(self.number, probabilities)).argmax(dim=-1, keepdim=True)
-        else:
-            token = scores.argmax(dim=-1, keepdim=True)
         self.ids = torch.cat([self.ids, token], dim=-1)
         self.stopped = bool(self.criteria(self.ids, self.scores)[0])
         if self.stopped and self.noise is not None:
             self.noise.leave(self.number)
         return int(token), self.stopped
 
-    def choose_after(self, logits: torch.Tensor) -> Callable[[int], tuple[int, bool]]:
-        """For a walk: node -> the choice after it, given `[nodes, vocab]`."""
-        return lambda node: self.choose(logits[node])
+    def choose_alone(self, logits: torch.Tensor) -> tuple[int, ...]:
+        """The choice given `[vocab]` logits of a row that was read in the base's own shape."""
+        choice = self.choose(logits)
+        return () if choice is None else (choice[0],)
+
+    def choose_after(self, logits: torch.Tensor) -> Callable[[int], tuple[int, bool] | None]:
+        """For a walk: node -> the choice after it, given `[nodes, vocab]`; None if it is too close to call."""
+        return lambda node: self.choose(logits[node], alone=len(logits) == 1)
 
     def put(self, tokens: tuple[int, ...]) -> None:
         """Hand tokens to the text's memory, and to the streamer, one call each, as the base does."""

@@ -12,6 +12,7 @@ that. Does not know: adapters, drafts, or how the answer came about.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,19 +40,23 @@ class Position:
         emitted, chosen: token ids, ours and the base's own choice after the same text.
         gap: how far the emitted token is behind the chosen one, in units of (processed) logits; 0 if it is the same.
         lead: how far the base's choice is ahead of its next rival.
+        same_bits: the logits that ours was chosen from are the base's own in every bit.
     """
 
     emitted: int
     chosen: int
     gap: float
     lead: float
+    same_bits: bool
 
 
-def force(base: Base, ids: torch.Tensor, answer: list[int], decoding: Decoding) -> list[Position]:
+def force(
+    base: Base, ids: torch.Tensor, answer: list[int], logits: Sequence[torch.Tensor], decoding: Decoding
+) -> list[Position]:
     """The base's own choice at every position of an answer, read in one-row steps, as `model.generate` would.
 
     Args:
-        ids: `[1, prompt]`; answer: emitted token ids, as they came.
+        ids: `[1, prompt]`; answer: emitted token ids, as they came; logits: `[1, vocab]` that each was chosen from.
     """
     found: list[Position] = []
 
@@ -60,11 +65,12 @@ def force(base: Base, ids: torch.Tensor, answer: list[int], decoding: Decoding) 
     ) -> torch.Tensor:
         cache = DynamicCache(config=model.config)
         fed = input_ids
-        for token in answer:
+        for token, ours in zip(answer, logits, strict=True):
             raw = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             raw = raw.to(copy=True, dtype=torch.float32)
             # a processor may write into what it is given
-            found.append(_judge(raw.clone(), logits_processor(input_ids, raw), token, generation_config.do_sample))
+            scores = logits_processor(input_ids, raw.clone())
+            found.append(_judge(raw, scores, token, ours, generation_config.do_sample))
             fed = torch.tensor([[token]], device=input_ids.device)
             input_ids = torch.cat([input_ids, fed], dim=1)
         return input_ids
@@ -74,8 +80,8 @@ def force(base: Base, ids: torch.Tensor, answer: list[int], decoding: Decoding) 
     return found
 
 
-def _judge(raw: torch.Tensor, scores: torch.Tensor, emitted: int, do_sample: bool) -> Position:
-    """One position; `raw` and `scores` are `[1, vocab]`, before and after the logits processors."""
+def _judge(raw: torch.Tensor, scores: torch.Tensor, emitted: int, ours: torch.Tensor, do_sample: bool) -> Position:
+    """One position; `raw` and `scores` are `[1, vocab]`, before and after the logits processors; `ours` as `raw`."""
     ranking = scores
     if do_sample:  # argmax(p / q), in logarithms: the draw of torch.multinomial
         probabilities = torch.softmax(scores, dim=-1)
@@ -91,7 +97,7 @@ def _judge(raw: torch.Tensor, scores: torch.Tensor, emitted: int, do_sample: boo
         if scores[0, emitted] == -torch.inf:  # cut off by top-k or the like: how far outside it stood
             kept = scores[0] > -torch.inf
             gap = float((raw[0][kept].min() - raw[0, emitted]).clamp_min(0.0)) if kept.any() else torch.inf
-    return Position(emitted, chosen, gap, float(best[0] - best[1]))
+    return Position(emitted, chosen, gap, float(best[0] - best[1]), torch.equal(raw, ours.to(raw)))
 
 
 @torch.no_grad()
@@ -150,9 +156,10 @@ def certify(
     judged: list[list[Position]] = []
     for ids in tqdm(encoded, unit="prompt", desc="verify"):
         torch.manual_seed(decoding.seed)
-        out = fast.generate(ids, attention_mask=torch.ones_like(ids), **decoding.arguments())
-        answers.append(out[0, ids.shape[1] :].tolist())
-        judged.append(force(base, ids, answers[-1], decoding))
+        options = decoding.arguments() | {"return_dict_in_generate": True, "output_logits": True}
+        out = fast.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        answers.append(out.sequences[0, ids.shape[1] :].tolist())
+        judged.append(force(base, ids, answers[-1], out.logits, decoding))
     sample = [ids[0].tolist() + answer for ids, answer in zip(encoded, answers, strict=True)][: max(4, len(answers) // 16)]
     noise = measure_noise(base, sample)
     scale = 1 / decoding.temperature if decoding.do_sample else 1.0  # a temperature magnifies logits, and their noise
@@ -169,8 +176,13 @@ def certify(
         "device": str(base.model.device),
         "versions": versions(),
         "decoding": asdict(decoding),
+        "guarantee": fast.guarantee.describe(),
+        "tree_nodes": fast.tree_nodes,
+        "tree_floor": round(fast.tree_floor, 4),
+        "schedule": fast.schedule,
         "prompts": len(prompts),
         "tokens": len(gaps),
+        "same_bits": sum(position.same_bits for positions in judged for position in positions),
         "identical_prompts": sum(entry["near_ties"] + entry["mismatches"] == 0 for entry in entries),
         "near_ties": sum(entry["near_ties"] for entry in entries),
         "mismatches": sum(entry["mismatches"] for entry in entries),
@@ -211,6 +223,8 @@ def summary(found: dict[str, Any]) -> str:
         f"identical answers   {found['identical_prompts']} of {found['prompts']}",
         f"near-ties           {found['near_ties']}  (within {found['noise']['limit']:.2g}, the base's own noise between shapes)",
         f"mismatches          {found['mismatches']}",
+        f"same in every bit   the logits of {found['same_bits']} tokens",
+        f"guaranteed          {found['guarantee']['exact']}",
     ]
     for entry in [entry for entry in found["runs"] if "first" in entry][:5]:
         first = entry["first"]

@@ -119,7 +119,8 @@ def test_a_tape_holds_what_multinomial_would_draw() -> None:
     torch.manual_seed(2)
     tape, found = NoiseTape(3), torch.zeros(4, 3, dtype=torch.long)
     for text, position in [(1, 0), (1, 1), (0, 0), (2, 0), (2, 1), (2, 2), (2, 3), (1, 2), (0, 1), (0, 2), (1, 3), (0, 3)]:
-        noise = tape.next(text, probabilities[text : text + 1])
+        noise = tape.at(text, probabilities[text : text + 1])
+        tape.go_on(text)
         found[position, text] = (probabilities[text] / noise).argmax()
     assert torch.equal(found, torch.stack(expected))
     assert torch.equal(torch.random.get_rng_state(), state)
