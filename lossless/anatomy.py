@@ -99,6 +99,11 @@ def column_masks(layer: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Whether it multiplies rows with a matrix and does nothing else (some routers are linear, and then choose)."""
+    return isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
+
+
 def find_projections(model: PreTrainedModel, num_msa_layers: int) -> dict[str, tuple[int, int]]:
     """The linear projections that every row of the top layers passes: `<layer from N - N_s>.<path>` -> (in, out).
 
@@ -112,8 +117,7 @@ def find_projections(model: PreTrainedModel, num_msa_layers: int) -> dict[str, t
         f"{i}.{path}": features(module)
         for i, layer in enumerate(layers[len(layers) - num_msa_layers :])
         for path, module in layer.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and "Router" not in type(module).__name__
+        if is_projection(module)
         and not _ROUTED & set(path.split("."))
     }
 

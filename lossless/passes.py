@@ -68,7 +68,8 @@ class Pass:
     last_only: bool = False  # logits of the last main row only
     nodes: torch.Tensor | None = None  # [m] main rows that speculate
     cache: Any = None
-    paths: list[list[int]] | None = None  # rows from the root to each main row, if each is to keep its bits
+    keeps_bits: bool = False  # main rows are to have the bits of the base's own passes
+    paths: list[list[int]] | None = None  # rows from the root to each main row, if those would be passes of one row
     merged: bool = False  # the projections hold the MSA adapters already
     rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window
@@ -170,9 +171,9 @@ def keeping_bits(limits: dict[nn.Module, int]) -> Iterator[None]:
     def careful(forward: Any, most: int) -> Any:
         def run(rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             plan = PASS.get()
-            if plan is None or plan.paths is None:
+            if plan is None or not plan.keeps_bits:
                 return forward(rows, *args, **kwargs)
-            return in_pieces(forward, rows, plan.main_rows, most)
+            return in_pieces(forward, rows, plan.main_rows, plan.main_rows if plan.paths is None else most)
 
         return run
 

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
-from transformers.pytorch_utils import Conv1D
 
-from .anatomy import decoder, features
+from .anatomy import decoder, features, is_projection
 from .cache import RowCache
 from .errors import UsageError
 from .streams import StreamRunner
@@ -64,7 +63,7 @@ def check_served(runner: StreamRunner) -> None:
                     f"{name} cannot be accelerated: over a draft tree it gives other logits than in a pass of its "
                     f"own (off by {off:.2g} of their spread, allowed is {_FAR})"
                 )
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
         if isinstance(error, UsageError):
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -135,7 +134,7 @@ def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float
     Returns:
         The rows for each module; by kind; and the part of all weights that take more than one.
     """
-    modules = [m for m in decoder(model).modules() if isinstance(m, nn.Linear | Conv1D)]
+    modules = [module for module in decoder(model).modules() if is_projection(module)]
     head = model.get_output_embeddings()
     limits: dict[nn.Module, int] = {}
     kinds: dict[tuple[Any, ...], int] = {}

@@ -58,10 +58,11 @@ def in_pieces(
 
     rows: `[1, rows, in]` or `[rows, in]`.
     """
-    flat = rows.flatten(0, -2)  # one dimension of rows: others take slow ways when a piece is cut from them
+    flat = rows.flatten(0, -2)
     count, main = len(flat), min(main_rows, len(flat))
     if main <= most and main == count:
         return forward(rows)
     sizes = [most] * (main // most) + [main % most, count - main]
-    done = torch.cat([forward(piece) for piece in flat.split([size for size in sizes if size])])
-    return done.view(*rows.shape[:-1], done.shape[-1])
+    # a piece is given the dimensions and the strides of a tensor of its own: others take slow ways
+    done = [forward(piece.view(*rows.shape[:-2], -1, rows.shape[-1])) for piece in flat.split([n for n in sizes if n])]
+    return torch.cat(done, dim=-2)

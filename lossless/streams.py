@@ -194,7 +194,8 @@ class StreamRunner:
         plain = tree_mask is None and alone and cache.visible() is None
         allowed = None if plain else behind_the_past(own, cache, len(ids))
         plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, keys), last_only=last_only)
-        if self.limits is not None and len(ids) == 1 and cache.length > 0 and cache.visible() is None:
+        plan.keeps_bits = self.limits is not None and len(ids) == 1 and cache.visible() is None
+        if plan.keeps_bits and cache.length > 0:
             plan.paths = [[i for i, seen in enumerate(row) if seen] for row in own[0].tolist()]
         if nodes is not None:
             plan.nodes = nodes

@@ -23,6 +23,7 @@ def base(tiny_folder: Path) -> Base:
     return load_base(str(tiny_folder), "float32")
 
 
+NO_LOGITS = torch.zeros(1, 96)  # where ours do not matter
 SAMPLED = Decoding(max_new_tokens=24, do_sample=True, temperature=0.8, top_p=0.9, seed=5)
 
 
@@ -30,8 +31,11 @@ SAMPLED = Decoding(max_new_tokens=24, do_sample=True, temperature=0.8, top_p=0.9
 def test_the_base_s_own_answer_is_identical_everywhere(base: Base, decoding: Decoding) -> None:
     ids = prompt_ids()
     torch.manual_seed(decoding.seed)
-    plain = base.model.generate(ids, attention_mask=torch.ones_like(ids), **decoding.arguments())[0, 7:].tolist()
-    positions = force(base, ids, plain, decoding)
+    options = decoding.arguments() | {"return_dict_in_generate": True, "output_logits": True}
+    out = base.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    plain = out.sequences[0, 7:].tolist()
+    positions = force(base, ids, plain, out.logits, decoding)
+    assert all(position.same_bits for position in positions)
     assert [position.chosen for position in positions] == plain
     assert all(position.gap == 0 and position.lead > 0 for position in positions)
 
@@ -42,7 +46,8 @@ def test_a_changed_token_is_found_and_the_rest_is_judged_in_its_own_context(base
     wrong = (plain[9] + 1) % 90
     after = torch.tensor([[*ids[0].tolist(), *plain[:9], wrong]])
     rest = base.model.generate(after, attention_mask=torch.ones_like(after), max_new_tokens=14, do_sample=False)
-    positions = force(base, ids, [*plain[:9], wrong, *rest[0, after.shape[1] :].tolist()], decoding)
+    positions = force(base, ids, [*plain[:9], wrong, *rest[0, after.shape[1] :].tolist()], [NO_LOGITS] * 24, decoding)
+    assert not any(position.same_bits for position in positions)
     assert [i for i, position in enumerate(positions) if position.chosen != position.emitted] == [9]
     assert positions[9].chosen == plain[9]
     assert positions[9].gap > 1e-3
@@ -52,7 +57,7 @@ def test_a_token_that_was_cut_off_is_as_far_behind_as_it_stood_outside(base: Bas
     ids, decoding = prompt_ids(), Decoding(max_new_tokens=1, do_sample=True, top_p=0.3)
     logits = base.model(ids).logits[0, -1]
     last = int(logits.argmin())
-    [position] = force(base, ids, [last], decoding)
+    [position] = force(base, ids, [last], [NO_LOGITS], decoding)
     assert position.gap > 0.5
     assert position.gap < float("inf")
 
@@ -72,12 +77,13 @@ def test_a_certificate_counts_and_shows_a_defect(base: Base, monkeypatch: pytest
     assert (good["prompts"], good["identical_prompts"], good["near_ties"], good["mismatches"]) == (4, 4, 0, 0)
     assert good["tokens"] == 4 * 24
     assert good["worst"] == 0
+    assert good["guarantee"]["exact"] == fast.guarantee.level
 
     real = fast.generate
 
-    def faulty(ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    def faulty(ids: torch.Tensor, **kwargs: object) -> object:
         out = real(ids, **kwargs)
-        out[0, -3] = (out[0, -3] + 1) % 90
+        out.sequences[0, -3] = (out.sequences[0, -3] + 1) % 90
         return out
 
     monkeypatch.setattr(fast, "generate", faulty)

@@ -15,14 +15,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lossless.models import freeze
 
 VOCAB, WINDOW = 96, 12
+_MOST_WEIGHTS = 5_000_000
 
 # the families that must be served
-REQUIRED = """
-    llama mistral mixtral ministral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 phimoe gpt2
-    gpt_neo gpt_neox gptj codegen gpt_bigcode opt bloom falcon mpt stablelm starcoder2 olmo olmo2 olmo3 olmoe granite
-    granitemoe cohere cohere2 smollm3 glm glm4 ernie4_5 exaone4 nemotron persimmon helium seed_oss hunyuan_v1_dense
-    apertus arcee biogpt xglm deepseek_v2 deepseek_v3 gpt_oss llama4_text dbrx jetmoe diffllama
-""".split()
+REQUIRED = [
+    "apertus", "arcee", "biogpt", "bloom", "codegen", "cohere", "cohere2", "dbrx", "deepseek_v2", "deepseek_v3",
+    "diffllama", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode",
+    "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "jetmoe", "llama",
+    "llama4_text", "ministral", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt",
+    "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm",
+    "starcoder2", "xglm",
+]  # fmt: skip
 
 ALL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -37,9 +40,11 @@ _SIZES: dict[str, Any] = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1,
     "max_position_embeddings": 256, "n_positions": 256, "n_ctx": 256, "max_seq_len": 256,
-    "sliding_window": WINDOW, "window_size": WINDOW, "attention_chunk_size": 64,
+    "sliding_window": WINDOW, "window_size": WINDOW, "attention_chunk_size": 16,
     "rotary_dim": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "initializer_range": 0.3, "init_std": 0.3,
+    "decoder_layers": 4, "encoder_layers": 4, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "embedding_size": 32, "type_vocab_size": 2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
 }  # fmt: skip
 
@@ -53,26 +58,37 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
     },
     "llama4_text": {"interleave_moe_layer_step": 2},
-    "deepseek_v2": {"head_dim": 8, "num_key_value_heads": 4},
-    "deepseek_v3": {"head_dim": 8, "num_key_value_heads": 4},
 }
+
+
+# tied, scaled embeddings of random models say the last token again and again
+_SELF_CENTRED = frozenset(("gemma2", "gemma3_text", "xglm"))
 
 
 def config_of(family: str) -> PretrainedConfig:
     """Its default config with every size made tiny."""
     kind = CONFIG_MAPPING[family]
+    inner = {name: sizes_of(sub, name) for name, sub in getattr(kind, "sub_configs", {}).items() if sub.model_type in CONFIG_MAPPING}
+    return kind(**sizes_of(kind, family), **inner)
+
+
+def sizes_of(kind: type[PretrainedConfig], family: str) -> dict[str, Any]:
+    """Tiny values for those sizes that a config has, by the names that it gives them."""
     known = kind().to_dict() | dict.fromkeys(getattr(kind, "attribute_map", {}))
     sizes = {name: size for name, size in _SIZES.items() if name in known and known.get(name, 0) is not False}
     for name in ("sliding_window", "q_lora_rank"):
         if name in sizes and known[name] is None and family not in ("ministral", "phi3", "starcoder2"):
             del sizes[name]
-    sizes |= {k: v for k, v in _SPECIAL.get(family, {}).items() if v is not None}
-    for name in [k for k, v in _SPECIAL.get(family, {}).items() if v is None]:
-        sizes.pop(name, None)
-    if "layer_types" in known and known["layer_types"] is not None:
+    special = _SPECIAL.get(family, {})
+    if "kv_lora_rank" in sizes:  # latent attention has as many key heads as heads
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if "is_decoder" in known:
+        sizes["is_decoder"] = True
+    sizes = {name: size for name, size in (sizes | special).items() if special.get(name, 0) is not None}
+    if known.get("layer_types") is not None:
         kinds = list(dict.fromkeys(known["layer_types"]))
         sizes["layer_types"] = (kinds * 4)[:4]
-    return kind(**sizes)
+    return sizes
 
 
 def build(family: str, attention: str | None = None) -> PreTrainedModel:
@@ -80,6 +96,10 @@ def build(family: str, attention: str | None = None) -> PreTrainedModel:
     torch.manual_seed(3)
     config = config_of(family)
     options = {} if attention is None else {"attn_implementation": attention}
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config, **options).num_parameters()
+    if weights > _MOST_WEIGHTS:
+        raise ValueError(f"its sizes have other names: a tiny one would have {weights:,} weights")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     with torch.no_grad():  # some families start from weights that are all alike
         for name, parameter in model.named_parameters():
@@ -87,5 +107,7 @@ def build(family: str, attention: str | None = None) -> PreTrainedModel:
                 parameter.normal_(std=0.3)
             elif parameter.ndim == 1 and "norm" in name.lower() and not parameter.any():
                 parameter.normal_(std=0.1)
+        if family in _SELF_CENTRED:
+            model.get_input_embeddings().weight.mul_(0.1)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     return freeze(model)  # type: ignore[return-value]

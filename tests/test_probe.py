@@ -1,0 +1,155 @@
+"""What a probe finds at attach, and that what it promises holds to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lossless.draft import Drafter
+from lossless.errors import UsageError
+from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.probe import find_limits
+from lossless.tree import DraftTree
+
+from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
+from .test_lossless import Bushy, both
+
+
+def attach(exact: str | None, dtype: torch.dtype = torch.float32, schedule: str = "deferred") -> AcceleratedModel:
+    model = build_tiny(seed=5, hidden=64, inner=160).to(dtype)
+    return accelerate(model, new_adapter(model, tiny_config(schedule=schedule)).randomize(2), exact=exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("schedule", ["parallel", "deferred"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_bitwise_means_every_bit_of_the_logits(dtype: torch.dtype, schedule: str, do_sample: bool) -> None:
+    fast = attach("bitwise", dtype, schedule)
+    fast.tree_floor = 0.0  # wide trees
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 40}
+    for seed in range(3):
+        expected, found = both(fast, prompt_ids(9 + seed, seed), seed, **options)
+        assert torch.equal(expected.sequences, found.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(expected.logits, found.logits, strict=True))
+        assert fast.stats.exact == "bitwise"
+
+
+def test_bitwise_holds_on_accepted_branches_too() -> None:
+    """Rows of accepted tokens stay in the cache: their bits decide later tokens."""
+    fast = attach("bitwise", torch.bfloat16)
+    ids = prompt_ids(6)
+    answer = fast.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)[0, 6:].tolist()
+    fast.drafter = Bushy(answer)
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 51}
+    expected, found = both(fast, ids, **options)
+    assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
+    assert fast.stats.target_passes == 10
+
+
+def test_a_choice_too_close_to_call_is_made_again_from_rows_read_alone() -> None:
+    fast = attach("near-tie")
+    for guard, reread in ((0.0, False), (0.5, True), (1e9, True)):
+        fast.guarantee = type(fast.guarantee)("near-tie", noise=guard)
+        for options in ({}, {"do_sample": True, "temperature": 0.8, "repetition_penalty": 1.2}):
+            expected, found = both(fast, prompt_ids(), 3, **options)
+            assert torch.equal(expected, found)
+            assert (fast.stats.reread > 0) == reread
+            assert fast.stats.tokens == 48
+    # with nothing ever sure, each position is read once in a tree, and once alone
+    assert fast.stats.reread == 47
+    assert fast.stats.exact == "near-tie"
+
+
+def test_a_reread_text_goes_on_with_several_tokens_a_pass() -> None:
+    fast = attach("near-tie")
+    ids = prompt_ids(6)
+    answer = fast.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)[0, 6:].tolist()
+
+    class Chain(Drafter):
+        def __init__(self) -> None: ...
+
+        def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: object, floor: float = 0) -> list[DraftTree]:
+            done = fast.stats_text()
+            chain = answer[done - 1 : done + 3]
+            assert chain[0] == roots[0]
+            return [DraftTree(tuple(chain), tuple(range(-1, len(chain) - 1)))]
+
+    emitted: list[int] = []
+
+    class Counter:
+        def put(self, value: torch.Tensor) -> None:
+            emitted.extend(value.flatten().tolist())
+
+        def end(self) -> None: ...
+
+    fast.stats_text = lambda: len(emitted) - 6  # type: ignore[attr-defined]
+    fast.drafter = Chain()
+    fast.guarantee = type(fast.guarantee)("near-tie", noise=0.3)
+    found = fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False, streamer=Counter())
+    assert found[0, 6:].tolist() == answer[:50]
+    assert 0 < fast.stats.reread < 49
+    assert max(fast.stats.accepted) == 4
+
+
+def test_levels_and_what_is_said_of_them(tiny: LlamaForCausalLM) -> None:
+    adapter = new_adapter(tiny, tiny_config()).randomize(1)
+    with pytest.raises(UsageError, match="exact must be one of bitwise, near-tie, off, got 'exactly'"):
+        accelerate(tiny, adapter, exact="exactly")
+    off = accelerate(tiny, adapter, exact="off")
+    assert off.guarantee.describe() == {"exact": "off", "rows_that_keep_bits": {}, "noise": 0.0, "row_cost": 0.0}
+    near = accelerate(tiny, adapter, exact="near-tie").guarantee
+    assert (near.level, near.limits) == ("near-tie", None)
+    assert 0 <= near.noise < 1e-3
+    assert accelerate(tiny, adapter).guarantee.level in ("bitwise", "near-tie")
+
+
+def test_a_projection_that_depends_on_its_rows_is_found_out(tiny: LlamaForCausalLM) -> None:
+    class Moody(nn.Linear):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return super().forward(rows) + (rows.numel() // self.in_features > 3)
+
+    layer = tiny.model.layers[0].mlp
+    moody = Moody(32, 48, bias=False)
+    moody.weight = layer.gate_proj.weight
+    layer.gate_proj = moody
+    limits, operations, _ = find_limits(tiny)
+    assert limits[moody] <= 3
+    assert operations["Moody 32x48"] == limits[moody]
+
+
+def test_a_base_that_cannot_keep_bits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_tiny()
+    norm = type(model.model.norm)
+    real = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: real(self, x) * (1 + 1e-6 * x.shape[1]))
+    adapter = new_adapter(model, tiny_config()).randomize(1)
+    with pytest.raises(UsageError, match="exact='bitwise' is not to be had for LlamaForCausalLM in torch.float32 on cpu"):
+        accelerate(model, adapter, exact="bitwise")
+    assert accelerate(model, adapter).guarantee.level == "near-tie"
+
+
+def test_a_base_that_computes_otherwise_over_a_tree_is_refused() -> None:
+    model = build_tiny()
+    model.model.layers[3].register_forward_hook(lambda layer, args, out: out.flip(1))
+    with pytest.raises(UsageError, match="over a draft tree it gives other logits than in a pass of its own"):
+        accelerate(model, tiny_config())
+
+
+def test_a_base_whose_layers_cannot_take_more_rows_is_refused() -> None:
+    model = build_tiny()
+    rows = torch.ones(1, 3, 32)
+    model.model.layers[2].register_forward_hook(lambda layer, args, out: out + rows[:, : out.shape[1]])
+    with pytest.raises(UsageError, match="its layers cannot carry a draft tree"):
+        accelerate(model, tiny_config())
+
+
+def test_nothing_is_left_behind() -> None:
+    tiny = build_tiny(hidden=64, inner=160)
+    before = {name: module.__dict__.get("forward") for name, module in tiny.named_modules()}
+    fast = accelerate(tiny, new_adapter(tiny, tiny_config()).randomize(1), exact="bitwise")
+    both(fast, prompt_ids())
+    assert before == {name: module.__dict__.get("forward") for name, module in tiny.named_modules()}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.modules())
+    assert VOCAB == tiny.config.vocab_size
