@@ -148,6 +148,18 @@ class RowCache(Cache):
         for layer in self.rows:
             layer.length = length
 
+    def adopt(self, past: Any) -> None:
+        """Start from the rows of another cache, one that keeps every row."""
+        for layer, theirs in zip(self.rows, past.layers, strict=True):
+            layer.update(theirs.keys, theirs.values)
+        self.keep(range(past.get_seq_length()))
+
+    def pass_on(self, past: Any) -> None:
+        """Append to another cache the rows that it does not have yet."""
+        first = past.get_seq_length()
+        for number, layer in enumerate(self.rows):
+            past.update(layer.keys[:, :, first : layer.length], layer.values[:, :, first : layer.length], number)
+
     def select(self, sequences: Sequence[int]) -> None:
         """Forget all sequences of the batch but these."""
         for layer in self.rows:

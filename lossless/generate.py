@@ -122,14 +122,15 @@ class AcceleratedModel:
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As `model.generate`: same arguments, same result, same random numbers drawn.
 
-        What is not served (beams, assistants, `inputs_embeds`, a passed-in cache, attentions or hidden states as
-        output; in batches also streamers, scores, and processors or criteria of your own, whose sequences might
+        What is not served (beams, assistants, caches of a fixed size, attentions or hidden states as output; in
+        batches also a passed-in cache, streamers, scores, and processors or criteria of your own, whose sequences might
         depend on each other) goes to the base's own `generate`, with one warning for each reason.
         """
         self.stats = Stats()
         if reason := not_served(self.base, inputs, kwargs):
             self._hand_over(reason)
             return self.base.generate(inputs, **kwargs)
+        passed_in = kwargs.get("past_key_values") is not None
         streamer = kwargs.get("streamer")  # HF drops it on its way to a custom loop, so it is bound here
 
         def decode(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
@@ -137,7 +138,7 @@ class AcceleratedModel:
                 self._hand_over(reason)
                 return model._sample(input_ids, streamer=streamer, **prepared)
             with self.runner.installed():
-                return self._decode(input_ids, streamer=streamer, **prepared)
+                return self._decode(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
 
         with self._lock:
             return self.base.generate(inputs, custom_generate=decode, **kwargs)
@@ -157,28 +158,29 @@ class AcceleratedModel:
         generation_config: GenerationConfig,
         streamer: Any = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        passed_in: bool = False,
         **model_kwargs: Any,
     ) -> Any:
         """The loop that stands in for `GenerationMixin._sample`; `input_ids` is `[batch, prompt]`."""
-        width, padding = input_ids.shape[1], None if attention_mask is None else attention_mask == 0
-        noise = NoiseTape(len(input_ids)) if generation_config.do_sample else None
         self.stats.exact = self.guarantee.level if len(input_ids) == 1 else "off"
-        guard = self.guarantee.noise if self.stats.exact == "near-tie" else 0.0
-        texts = []
-        for number, ids in enumerate(input_ids):
-            hidden = 0 if padding is None else int(padding[number].sum())
-            memory = TextMemory(ids[hidden:].tolist()) if self.recall else None
-            prepared = (logits_processor, stopping_criteria, generation_config, noise, memory, streamer, guard)
-            texts.append(Text(number, ids[None], hidden, *prepared))
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        # with a passed-in cache the ids may be the new ones only; the mask is always of the whole text
+        width = getattr(generation_config, "_mask_length", 0) if attention_mask is None else attention_mask.shape[1]
+        width, padding = max(width, prompt.shape[1]), None if attention_mask is None else attention_mask == 0
+        texts = self._texts(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
         cache = RowCache(len(self.runner.layers), width + 256, padding)
+        if past_key_values is not None and past_key_values.get_seq_length():
+            cache.adopt(past_key_values)
 
         # 1. prefill: each prompt's last row gives the first token and speculates
         started = time.perf_counter()
-        out = self._read_prompts(input_ids, padding, cache)
-        cache.keep(range(width))
+        out = self._read_prompts(prompt[:, cache.length - width :], padding, cache)
+        cache.keep(range(width - cache.length))
         for text, logits in zip(texts, out.logits[:, -1], strict=True):
             text.put(text.choose_alone(logits))
-        active, streams = self._go_on(texts, out, [width - 1] * len(texts), cache)
+        active, streams = self._go_on(texts, out, [out.entry.shape[1] - 1] * len(texts), cache)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
 
         while active:
@@ -203,19 +205,39 @@ class AcceleratedModel:
         self.stats.texts = len(texts)
         self.stats.tokens = sum(text.emitted for text in texts)
         self.stats.decode_s = time.perf_counter() - begun
-        return result(texts, cache)
+        if passed_in:
+            cache.pass_on(past_key_values)
+        return result(texts, past_key_values if passed_in else cache)
 
-    def _read_prompts(self, ids: torch.Tensor, padding: torch.Tensor | None, cache: RowCache) -> PassOutput:
-        """The pass over the prompts `[batch, width]`, padded on the left; the last rows speculate."""
-        width, device = ids.shape[1], self.base.device
-        positions, mask = torch.arange(width)[None].expand(len(ids), -1), None
+    def _texts(
+        self, input_ids: torch.Tensor, width: int, padding: torch.Tensor | None, config: GenerationConfig,
+        processor: Any, criteria: Any, streamer: Any,
+    ) -> list[Text]:  # fmt: skip
+        """The sequences of the batch before anything is generated; `width` columns hold each prompt."""
+        noise = NoiseTape(len(input_ids)) if config.do_sample else None
+        guard = self.guarantee.noise if self.stats.exact == "near-tie" else 0.0
+        texts = []
+        for number, ids in enumerate(input_ids):
+            hidden, before = 0 if padding is None else int(padding[number].sum()), width - len(ids)
+            memory = TextMemory(ids[max(0, hidden - before) :].tolist()) if self.recall else None
+            prepared = (processor, criteria, config, noise, memory, streamer, guard)
+            texts.append(Text(number, ids[None], hidden, before, *prepared))
+        return texts
+
+    def _read_prompts(self, prompt: torch.Tensor, padding: torch.Tensor | None, cache: RowCache) -> PassOutput:
+        """The pass over what the cache has not of the prompts, `[batch, rows]` ids or `[batch, rows, dim]` embeddings.
+
+        Prompts are padded on the left; their last rows speculate.
+        """
+        rows, device = prompt.shape[1], self.base.device
+        positions, mask = torch.arange(cache.length, cache.length + rows)[None].expand(len(prompt), -1), None
         if padding is not None:
             positions = (positions - padding.sum(1, keepdim=True).to(positions.device)).clamp_min(0)
-            own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+            own = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
             # a padding row sees itself, so that its softmax has something to sum
-            mask = own & ~padding[:, None].to(device) | torch.eye(width, dtype=torch.bool, device=device)
-        nodes = torch.tensor([width - 1], device=device) if self.schedule == "parallel" else None
-        return self.runner.verify(ids.to(device), positions.to(device), mask, cache, nodes, last_only=True)
+            mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
+        nodes = torch.tensor([rows - 1], device=device) if self.schedule == "parallel" else None
+        return self.runner.verify(prompt.to(device), positions.to(device), mask, cache, nodes, last_only=True)
 
     def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache) -> PassOutput:
         """One target pass over a tree for each text; with the parallel schedule every node speculates."""
@@ -232,10 +254,10 @@ class AcceleratedModel:
 
     def _read_alone(self, text: Text, cache: RowCache) -> PassOutput:
         """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last."""
-        cache.forget(text.sound)
+        cache.forget(text.before + text.sound)
         device, nodes = self.base.device, torch.zeros(1, dtype=torch.long) if self.schedule == "parallel" else None
         for place in range(text.sound, text.ids.shape[1]):
-            position = torch.tensor([[place - text.padding]], device=device)
+            position = torch.tensor([[place - text.start]], device=device)
             out = self.runner.verify(text.ids[:, place : place + 1].to(device), position, None, cache, nodes)
             cache.keep([0])
         self.stats.reread += text.ids.shape[1] - text.sound

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode
 
 from .anatomy import shares_position_bias
@@ -18,7 +19,7 @@ from .anatomy import shares_position_bias
 _CALL_ARGUMENTS = frozenset(
     ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
      "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate",
-     "tokenizer", "assistant_tokenizer", "input_ids")
+     "tokenizer", "assistant_tokenizer", "input_ids", "inputs_embeds", "past_key_values")
 )  # fmt: skip
 
 # HF's processors and criteria that look beyond the row that they are given
@@ -28,11 +29,18 @@ _ACROSS_ROWS = ("EncoderNoRepeatNGram", "EncoderRepetitionPenalty", "SynthID", "
 def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this call must go to the base, if it must."""
     ids = inputs if inputs is not None else kwargs.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
+    if kwargs.get("inputs_embeds") is not None:
+        if ids is not None:
+            return "input_ids and inputs_embeds were both given"
+    elif not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
         return "the prompt is not given as input_ids of shape [batch, length]"
-    for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds", "negative_prompt_ids"):
+    for name in ("assistant_model", "custom_generate", "negative_prompt_ids"):
         if kwargs.get(name) is not None:
             return f"{name} was given"
+    if (past := kwargs.get("past_key_values")) is not None and (
+        not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers)
+    ):
+        return "past_key_values is not a DynamicCache that keeps every row"
     options = {k: v for k, v in kwargs.items() if k not in _CALL_ARGUMENTS}
     prepared = model._prepare_generation_config(kwargs.get("generation_config"), **options)
     config: GenerationConfig = prepared[0]
@@ -42,8 +50,8 @@ def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) 
     for name in ("output_attentions", "output_hidden_states", "cache_implementation"):
         if getattr(config, name, None):
             return f"{name} was set"
-    if config.guidance_scale not in (None, 1, 1.0) or config.use_cache is False:
-        return "guidance_scale or use_cache=False was set"
+    if config.guidance_scale not in (None, 1, 1.0) or config.use_cache is False or config.prefill_chunk_size:
+        return "guidance_scale, prefill_chunk_size or use_cache=False was set"
     return None
 
 
@@ -62,6 +70,8 @@ def not_served_in_a_batch(
         return "a prompt that is padded on the right"
     if len(input_ids) == 1:
         return None
+    if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():
+        return "a passed-in cache for a batch"
     if shares_position_bias(model):
         return "a batch for a base whose position bias is one for all texts"
     if streamer is not None:

@@ -177,7 +177,8 @@ class StreamRunner:
         """One pass of the base over some rows, and of the streams of some of them.
 
         Args:
-            ids: `[batch, rows]`; positions: `[batch, rows]`, each row's place in its text.
+            ids: `[batch, rows]`, or embeddings `[batch, rows, dim]` in place of tokens.
+            positions: `[batch, rows]`, each row's place in its text.
             tree_mask: `[batch, rows, rows]`, True where a row may attend to another row of this pass; every
                 row attends to what is certain in the cache. None for a chain (each row sees those before it).
             cache: a `RowCache`; the rows stay provisional in it.
@@ -195,7 +196,7 @@ class StreamRunner:
         allowed = None if plain else behind_the_past(own, cache, len(ids))
         plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, keys), last_only=last_only)
         plan.keeps_bits = self.limits is not None and len(ids) == 1 and cache.visible() is None
-        if plan.keeps_bits and cache.length > 0:
+        if plan.keeps_bits and not last_only:
             plan.paths = [[i for i, seen in enumerate(row) if seen] for row in own[0].tolist()]
         if nodes is not None:
             plan.nodes = nodes
@@ -227,7 +228,8 @@ class StreamRunner:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
         self._habits, plan.cache = {}, cache
         with running(plan):
-            return self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+            given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
+            return self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
     def speculate(
         self, entry: torch.Tensor, positions: torch.Tensor, context: torch.Tensor, cache: Any

@@ -58,7 +58,8 @@ class Text:
     """One sequence of a batch.
 
     Args:
-        number: which sequence it is; ids: `[1, prompt]`, padding included; padding: how much of it is that.
+        number: which sequence it is; ids: `[1, prompt]`, padding included.
+        padding: columns without a token at the start; before: columns of the prompt that are not among the ids.
         processor, criteria, config: as HF prepared them.
         noise: of the batch, None if decoding is greedy.
         memory: what the drafter recalls from, or None.
@@ -70,6 +71,7 @@ class Text:
         number: int,
         ids: torch.Tensor,
         padding: int,
+        before: int,
         processor: Any,
         criteria: Any,
         config: GenerationConfig,
@@ -79,7 +81,8 @@ class Text:
         guard: float = 0.0,
     ) -> None:
         self.guard = guard / min(1.0, config.temperature or 1.0) if noise is not None else guard
-        self.number, self.ids, self.padding, self.prompt = number, ids, padding, ids.shape[1]
+        self.number, self.ids, self.prompt, self.before = number, ids, ids.shape[1], before
+        self.start = padding - before  # of the text, counted in ids
         self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
         self.noise, self.memory, self.streamer = noise, memory, streamer
         self.stopped = False
@@ -96,7 +99,7 @@ class Text:
     @property
     def position(self) -> int:
         """Its place in the text."""
-        return self.ids.shape[1] - 1 - self.padding
+        return self.ids.shape[1] - 1 - self.start
 
     @property
     def emitted(self) -> int:

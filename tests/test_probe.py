@@ -13,7 +13,7 @@ from lossless.generate import AcceleratedModel, accelerate, new_adapter
 from lossless.probe import find_limits
 from lossless.tree import DraftTree
 
-from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
+from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import Bushy, both
 
 
@@ -125,7 +125,7 @@ def test_a_base_that_cannot_keep_bits_says_so(monkeypatch: pytest.MonkeyPatch) -
     real = norm.forward
     monkeypatch.setattr(norm, "forward", lambda self, x: real(self, x) * (1 + 1e-6 * x.shape[1]))
     adapter = new_adapter(model, tiny_config()).randomize(1)
-    with pytest.raises(UsageError, match="exact='bitwise' is not to be had for LlamaForCausalLM in torch.float32 on cpu"):
+    with pytest.raises(UsageError, match="exact='bitwise' is not to be had for LlamaForCausalLM"):
         accelerate(model, adapter, exact="bitwise")
     assert accelerate(model, adapter).guarantee.level == "near-tie"
 
@@ -152,4 +152,3 @@ def test_nothing_is_left_behind() -> None:
     both(fast, prompt_ids())
     assert before == {name: module.__dict__.get("forward") for name, module in tiny.named_modules()}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.modules())
-    assert VOCAB == tiny.config.vocab_size

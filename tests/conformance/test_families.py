@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from lossless.adapter import StreamAdapter
-from lossless.config import StreamingConfig
-from lossless.errors import UsageError
-from lossless.generate import AcceleratedModel, accelerate, new_adapter
 
 from ..conftest import prompt_ids
 from ..test_batches import padded
 from ..test_lossless import both
 from .families import ALL, REQUIRED, WINDOW, build
+from .judge import ALONE, SERVED, attach, check, judge, written
 
-CONFIG = StreamingConfig(num_streams=3, num_msa_layers=2, lora_rank=4, transition_rank=8, tree_nodes=12)
+# Models of other people's making warn of their own matters (deprecated options, unused weights); what is asked
+# here is only whether tokens agree.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def digest(model: PreTrainedModel) -> str:
@@ -29,41 +31,32 @@ def digest(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def attach(model: PreTrainedModel, schedule: str = "deferred") -> AcceleratedModel:
-    return accelerate(model, new_adapter(model, CONFIG).randomize(2), schedule=schedule)
-
-
 @pytest.mark.parametrize("family", REQUIRED)
 def test_a_required_family_is_served_exactly(family: str, tmp_path: Path) -> None:
     model = build(family)
     before = digest(model)
-    for schedule in ("parallel", "deferred"):
-        fast = attach(model, schedule)
-        for options in ({}, {"do_sample": True, "top_k": 0}):
-            expected, found = both(fast, prompt_ids(2 * WINDOW, seed=1), seed=5, max_new_tokens=2 * WINDOW, **options)
-            assert torch.equal(expected, found), (schedule, options)
-            assert fast.stats.served
-            ids, mask = padded(5, 2 * WINDOW, 9)
-            expected, found = both(fast, ids, seed=5, attention_mask=mask, max_new_tokens=WINDOW, **options)
-            assert torch.equal(expected, found), (schedule, options, "batch")
+    fast = attach(model)
+    assert check(fast) == (ALONE if family == "mpt" else SERVED)
+    fast.schedule = "parallel"
+    expected, found = both(fast, prompt_ids(2 * WINDOW, seed=2), seed=6, max_new_tokens=WINDOW, do_sample=True)
+    assert torch.equal(expected, found)
+    ids, mask = padded(7, 2 * WINDOW, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, found = both(fast, ids, attention_mask=mask, max_new_tokens=WINDOW)
+    assert torch.equal(expected, found)
+    assert len(set(expected[:, 2 * WINDOW :].flatten().tolist())) > 1  # a model that repeats itself proves little
     fast.adapter.save_pretrained(tmp_path)
-    again = StreamAdapter.from_pretrained(tmp_path)
-    assert again.projections() == fast.adapter.projections()
+    assert StreamAdapter.from_pretrained(tmp_path).projections() == fast.adapter.projections()
     assert digest(fast.detach()) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("family", [family for family in ALL if family not in REQUIRED])
-def test_any_other_family_is_served_exactly_or_refused(family: str) -> None:
-    try:
-        model = build(family)
-    except (ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, IndexError) as error:
-        pytest.skip(f"no tiny model of it can be built here: {type(error).__name__}: {error}"[:160])
-    try:
-        fast = attach(model)
-    except UsageError as refusal:
-        assert len(str(refusal)) > 30
-        return
-    expected, found = both(fast, prompt_ids(2 * WINDOW, seed=1), seed=5, max_new_tokens=WINDOW)
-    assert torch.equal(expected, found)
-    assert fast.stats.served
+@pytest.mark.parametrize("family", ALL)
+def test_the_table_in_the_readme_tells_the_truth(family: str) -> None:
+    found = written()
+    if f"transformers {transformers.__version__}," not in found:
+        pytest.skip(f"the table was written with another version than {transformers.__version__}")
+    verdict = judge(family)
+    [line] = [line for line in found.splitlines() if line.startswith(f"| {verdict} |")]
+    assert family in line.split("|")[3].replace(",", " ").split()

@@ -1,0 +1,275 @@
+"""All of generate(): whatever its arguments switch on gives what the base's own loop gives."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AsyncTextIteratorStreamer,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+
+from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.models import Base, load_base
+
+from .conftest import build_tiny, prompt_ids, tiny_config
+from .test_lossless import both
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.4},
+    "encoder-repetition": {"encoder_repetition_penalty": 1.3},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "encoder-n-grams": {"encoder_no_repeat_ngram_size": 2},
+    "bad-words": {"bad_words_ids": [[5], [11, 12], [40]]},
+    "forced-eos": {"forced_eos_token_id": 2, "eos_token_id": 2},
+    "suppressed": {"suppress_tokens": [3, 4, 5, 6, 7, 8, 9, 10]},
+    "suppressed-first": {"begin_suppress_tokens": list(range(40, 90))},
+    "bias": {"sequence_bias": {(10,): 4.0, (20, 21): -5.0, (30,): 2.5}},
+    "decay": {"exponential_decay_length_penalty": (4, 1.5), "eos_token_id": 7},
+    "min-length": {"min_length": 20, "eos_token_id": list(range(10, 40))},
+    "min-new": {"min_new_tokens": 15, "eos_token_id": list(range(10, 40))},
+    "eos-list": {"eos_token_id": [17, 23, 31, 44]},
+    "max-length": {"max_new_tokens": None, "max_length": 19},
+    "invalid": {"remove_invalid_values": True, "renormalize_logits": True},
+    "several": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [9], "sequence_bias": {(12,): 3.0}},
+}
+WARPERS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.6},
+    "top-k": {"top_k": 7},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.05},
+    "top-h": {"top_h": 0.4},
+    "typical": {"typical_p": 0.6},
+    "epsilon": {"epsilon_cutoff": 0.01},
+    "eta": {"eta_cutoff": 0.02},
+    "all": {"temperature": 1.3, "top_k": 30, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_every_processor_that_a_config_switches_on(fast: AcceleratedModel, switch: str, do_sample: bool) -> None:
+    for seed in range(2):
+        expected, found = both(fast, prompt_ids(7, seed), seed, do_sample=do_sample, **SWITCHES[switch])
+        assert torch.equal(expected, found)
+        assert fast.stats.served
+
+
+@pytest.mark.parametrize("warper", WARPERS)
+def test_every_warper(fast: AcceleratedModel, warper: str) -> None:
+    for seed in range(3):
+        expected, found = both(fast, prompt_ids(7, seed), seed, do_sample=True, **{"top_k": 0, **WARPERS[warper]})
+        assert torch.equal(expected, found)
+        assert fast.stats.served
+
+
+class Shift(LogitsProcessor):
+    """Depends on the whole text, and counts how often it is asked."""
+
+    calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return scores.roll(int(input_ids.sum()) % 5, dims=1)
+
+
+class Sum(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), int(input_ids[0, -3:].sum()) % 17 == 0)
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_processors_and_criteria_of_one_s_own(fast: AcceleratedModel, do_sample: bool) -> None:
+    shift = Shift()
+    options = {"logits_processor": LogitsProcessorList([shift]), "stopping_criteria": StoppingCriteriaList([Sum()])}
+    expected, found = both(fast, prompt_ids(), 2, do_sample=do_sample, **options)
+    assert torch.equal(expected, found)
+    assert shift.calls == 2 * (found.shape[1] - 7)  # once for each token, on either side
+
+
+def test_a_grammar(fast: AcceleratedModel) -> None:
+    def allowed(batch: int, ids: torch.Tensor) -> list[int]:
+        return [3 + (int(ids[-1]) * k) % 80 for k in (1, 2, 3, 5)]
+
+    for do_sample in (False, True):
+        expected, found = both(fast, prompt_ids(), 1, do_sample=do_sample, prefix_allowed_tokens_fn=allowed)
+        assert torch.equal(expected, found)
+        ids = prompt_ids(6).repeat(3, 1)
+        expected, found = both(fast, ids, 1, do_sample=do_sample, prefix_allowed_tokens_fn=allowed)
+        assert torch.equal(expected, found)
+
+
+@pytest.fixture
+def chat(tiny_folder: Any) -> tuple[Base, AcceleratedModel]:
+    base = load_base(str(tiny_folder), "float32")
+    return base, accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1))
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters, in the manner of byte-level ones."""
+    symbols = [*pre_tokenizers.ByteLevel.alphabet()]
+    ascii_ones = sorted(symbol for symbol in symbols if 33 <= ord(symbol) < 127)
+    tokenizer = Tokenizer(BPE({symbol: i for i, symbol in enumerate([*ascii_ones, "\u0120"][:95])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_stop_strings(fast: AcceleratedModel, do_sample: bool) -> None:
+    ids, tokenizer = prompt_ids(), letters()
+    torch.manual_seed(5)
+    plain = fast.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=do_sample)
+    stop = tokenizer.decode(plain[0, 30:32])
+    assert len(stop) == 2
+    expected, found = both(fast, ids, 5, do_sample=do_sample, stop_strings=[stop, "no such"], tokenizer=tokenizer)
+    assert torch.equal(expected, found)
+    assert found.shape[1] <= 32
+
+
+def test_no_time_left(fast: AcceleratedModel) -> None:
+    expected, found = both(fast, prompt_ids(), max_time=0.0)
+    assert torch.equal(expected, found)
+    assert found.shape[1] == 8
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_scores_and_logits(fast: AcceleratedModel, do_sample: bool) -> None:
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "do_sample": do_sample}
+    expected, found = both(fast, prompt_ids(), 4, temperature=0.7, repetition_penalty=1.2, **options)
+    assert type(expected) is type(found)
+    assert torch.equal(expected.sequences, found.sequences)
+    for name in ("scores", "logits"):
+        ours, theirs = torch.cat(getattr(found, name)), torch.cat(getattr(expected, name))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+
+
+def test_several_answers_to_each_prompt(fast: AcceleratedModel) -> None:
+    ids = torch.cat([prompt_ids(5, 1), prompt_ids(5, 2)])
+    expected, found = both(fast, ids, 3, do_sample=True, num_return_sequences=3)
+    assert torch.equal(expected, found)
+    assert len({tuple(row) for row in found.tolist()}) == 6
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "deferred"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_embeddings_in_place_of_tokens(schedule: str, do_sample: bool) -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), schedule=schedule)
+    lengths = (9, 4, 6)
+    embeds, mask = torch.zeros(3, 9, 32), torch.zeros(3, 9, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        embeds[row, 9 - length :] = torch.randn(length, 32)
+        mask[row, 9 - length :] = 1
+    for rows in (slice(0, 1), slice(1, 2), slice(0, 3)):
+        given = {"inputs_embeds": embeds[rows], "attention_mask": mask[rows], "max_new_tokens": 30, "do_sample": do_sample}
+        torch.manual_seed(1)
+        expected = model.generate(**given)
+        torch.manual_seed(1)
+        assert torch.equal(fast.generate(**given), expected)
+        assert fast.stats.served
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "deferred"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all ids", "new ids"])
+def test_a_conversation_that_goes_on_from_its_cache(schedule: str, whole: bool) -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), schedule=schedule)
+
+    def talk(speaker: Any) -> tuple[list[torch.Tensor], DynamicCache]:
+        cache, ids, said = DynamicCache(config=model.config), prompt_ids(6), []
+        for turn in range(3):
+            given = ids if whole or turn == 0 else ids[:, cache.get_seq_length() :]
+            torch.manual_seed(turn)
+            out = speaker.generate(
+                given, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=15, do_sample=turn == 1
+            )
+            said.append(out)
+            ids = torch.cat([ids, out[:, given.shape[1] :], prompt_ids(4, seed=turn)], dim=1)
+        return said, cache
+
+    (expected, theirs), (found, ours) = talk(model), talk(fast)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert fast.stats.served
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    torch.testing.assert_close(ours.layers[3].keys, theirs.layers[3].keys, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("why", "options"),
+    [
+        ("the generation mode beam_search", {"num_beams": 3}),
+        ("the generation mode beam_sample", {"num_beams": 2, "do_sample": True}),
+        ("past_key_values is not a DynamicCache", {"past_key_values": "static"}),
+        ("cache_implementation was set", {"cache_implementation": "static"}),
+        ("output_hidden_states was set", {"output_hidden_states": True, "return_dict_in_generate": True}),
+        ("the generation mode assisted_generation", {"prompt_lookup_num_tokens": 3}),
+        ("assistant_model was given", {"assistant_model": "itself"}),
+        ("guidance_scale, prefill_chunk_size or use_cache=False was set", {"use_cache": False}),
+    ],
+)
+def test_what_is_not_served_is_the_base_s_own_with_one_warning(why: str, options: dict[str, Any]) -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+
+    def given() -> dict[str, Any]:
+        real = dict(options)
+        if real.get("past_key_values"):
+            real["past_key_values"] = StaticCache(config=model.config, max_cache_len=64)
+        if real.get("assistant_model"):
+            real["assistant_model"] = build_tiny(seed=6)
+        return {"attention_mask": torch.ones(1, 7), "max_new_tokens": 12, "do_sample": False, **real}
+
+    ids = prompt_ids()
+    torch.manual_seed(0)
+    expected = model.generate(ids, **given())
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=f"not accelerated: {why}"):
+        found = fast.generate(ids, **given())
+    assert torch.equal(getattr(expected, "sequences", expected), getattr(found, "sequences", found))
+    assert not fast.stats.served
+    fast.generate(ids, **given())  # a second warning would be an error here
+
+
+def test_a_text_streamer_prints_what_the_base_s_prints(
+    chat: tuple[Base, AcceleratedModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, fast = chat
+    ids = prompt_ids()
+    said = []
+    for speaker in (fast.base, fast):
+        streamer = TextStreamer(base.tokenizer, skip_prompt=True)
+        speaker.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, streamer=streamer)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+
+
+def test_an_async_streamer(chat: tuple[Base, AcceleratedModel]) -> None:
+    base, fast = chat
+    tokenizer: PreTrainedTokenizerFast = base.tokenizer
+    ids = prompt_ids()
+    plain = fast.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)[0, 7:]
+
+    async def read() -> str:
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": False, "streamer": streamer}
+        thread = threading.Thread(target=fast.generate, args=(ids,), kwargs=options)
+        thread.start()
+        said = "".join([piece async for piece in streamer])
+        thread.join()
+        return said
+
+    assert asyncio.run(read()) == tokenizer.decode(plain)
