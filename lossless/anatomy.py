@@ -36,6 +36,18 @@ def refuse_what_keeps_a_state(model: PreTrainedModel) -> None:
         raise UsageError(f"{name} is an encoder-decoder: only decoder-only models can be accelerated")
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; Accelerate may keep its weights elsewhere."""
+    if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+        return torch.device(device)
+    return next(module.parameters()).device
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the base takes token ids."""
+    return device_of(model.get_input_embeddings())
+
+
 def depth(model: PreTrainedModel) -> int:
     """How many decoder layers the base has."""
     return int(model.config.get_text_config().num_hidden_layers)
@@ -83,7 +95,7 @@ def shares_position_bias(model: PreTrainedModel) -> bool:
 
 def position_bias(model: PreTrainedModel, length: int) -> torch.Tensor:
     """`[heads, length]`, what a base with ALiBi adds to the scores of the keys at each place."""
-    whole, device = decoder(model), model.device
+    whole, device = decoder(model), input_device(model)
     if shares_position_bias(model):
         return whole.build_mpt_alibi_tensor(whole.num_heads, length, device=device)[:, 0]
     ones = torch.ones(1, length, device=device)

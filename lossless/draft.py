@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,10 +29,11 @@ class Drafter:
 
     def __init__(self, adapter: StreamAdapter, embeddings: nn.Module, head: nn.Module) -> None:
         self.adapter, self.embeddings, self.head = adapter, embeddings, head
-        weight = getattr(head, "weight", None)
         self._rows: torch.Tensor | None = None
-        if adapter.draft_ids is not None and weight is not None and weight.is_floating_point():
-            self._rows = weight.detach()[adapter.draft_ids].contiguous()  # [draft vocabulary, dim]
+        with align_module_device(head):  # Accelerate may keep the weight elsewhere
+            weight = getattr(head, "weight", None)
+            if adapter.draft_ids is not None and weight is not None and weight.is_floating_point():
+                self._rows = weight.detach()[adapter.draft_ids].contiguous()  # [draft vocabulary, dim]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., draft vocabulary]`, in float32."""
@@ -46,7 +48,7 @@ class Drafter:
         return drafted if self.adapter.draft_ids is None else self.adapter.draft_ids[drafted]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.embeddings(ids)
+        return self.embeddings(ids).to(self.adapter.stream_embeddings.device)
 
     def trees(
         self,

@@ -7,10 +7,12 @@ logits processors, the stopping criteria and the inputs, and calls the loop in p
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter import StreamAdapter
-from .anatomy import find_projections
+from .anatomy import device_of, find_projections, input_device
 from .cache import RowCache
 from .config import StreamingConfig
 from .draft import Drafter
@@ -27,58 +29,13 @@ from .lookup import TextMemory
 from .models import fingerprint
 from .probe import check_served, find_guarantee
 from .served import not_served, not_served_in_a_batch
+from .stats import Stats
 from .streams import PassOutput, StreamRunner
 from .text import NoiseTape, Text, result
 from .tree import DraftTree
 from .verification import walk
 
 OVERRIDES = frozenset(("tree_nodes", "tree_floor", "schedule", "recall"))  # fields of an adapter's config that a session may change
-
-
-@dataclass
-class Stats:
-    """What the last `generate` did. The prefill and the token it yields are counted apart.
-
-    Attributes:
-        texts: sequences of the batch.
-        tokens: emitted tokens of all of them.
-        target_passes: passes of the base after the prefill; one over a batch counts for each text in it.
-        drafted: nodes proposed, roots not counted.
-        accepted: how many passes emitted 1, 2, 3, ... tokens.
-        prefill_s, decode_s: wall-clock seconds.
-        exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
-        reread: passes of one row in which choices that were too close to call were made again.
-        served: False if the call was handed to the base's own generate.
-    """
-
-    texts: int = 0
-    tokens: int = 0
-    target_passes: int = 0
-    drafted: int = 0
-    accepted: dict[int, int] = field(default_factory=dict)
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    exact: str = "off"
-    reread: int = 0
-    served: bool = True
-
-    @property
-    def acceptance_length(self) -> float:
-        """Emitted tokens per target pass."""
-        return (self.tokens - self.texts) / self.target_passes if self.target_passes else 1.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decoding speed, the prefill not counted."""
-        return (self.tokens - self.texts) / self.decode_s if self.decode_s else 0.0
-
-    def __str__(self) -> str:
-        if not self.served:
-            return "not accelerated: handed to the base's own generate"
-        return (
-            f"{self.tokens} tokens, {self.target_passes} target passes, acceptance length "
-            f"{self.acceptance_length:.2f}, {self.tokens_per_s:.1f} tokens/s"
-        )
 
 
 class AcceleratedModel:
@@ -93,7 +50,7 @@ class AcceleratedModel:
         self.base: Any = model
         self.adapter = adapter
         compute_dtype: Any = model.get_input_embeddings().weight.dtype
-        self.runner = StreamRunner(model, adapter.copy_as(model.device, compute_dtype))
+        self.runner = StreamRunner(model, adapter.copy_as(device_of(model.get_output_embeddings()), compute_dtype))
         check_served(self.runner)
         self.guarantee = find_guarantee(self.runner, exact)
         self.runner.limits = self.guarantee.limits
@@ -140,7 +97,7 @@ class AcceleratedModel:
             with self.runner.installed():
                 return self._decode(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
 
-        with self._lock:
+        with self._lock, _tokenizer_at_hand(self.base, kwargs.get("tokenizer")):
             return self.base.generate(inputs, custom_generate=decode, **kwargs)
 
     def _hand_over(self, reason: str) -> None:
@@ -193,7 +150,7 @@ class AcceleratedModel:
             walks = [walk(tree, text.choose_after(rows)) for tree, text, rows in zip(trees, active, out.logits, strict=True)]
             for text, tree, accepted in zip(active, trees, walks, strict=True):
                 text.put(accepted.tokens)
-                self._count(len(tree) - 1, len(accepted.tokens))
+                self.stats.count(len(tree) - 1, len(accepted.tokens))
             # 5. keep the accepted rows; the last choice is the next root
             cache.keep_each([accepted.path for accepted in walks])
             rows = [accepted.path[-1] for accepted in walks]
@@ -229,7 +186,7 @@ class AcceleratedModel:
 
         Prompts are padded on the left; their last rows speculate.
         """
-        rows, device = prompt.shape[1], self.base.device
+        rows, device = prompt.shape[1], input_device(self.base)
         positions, mask = torch.arange(cache.length, cache.length + rows)[None].expand(len(prompt), -1), None
         if padding is not None:
             positions = (positions - padding.sum(1, keepdim=True).to(positions.device)).clamp_min(0)
@@ -241,7 +198,7 @@ class AcceleratedModel:
 
     def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache) -> PassOutput:
         """One target pass over a tree for each text; with the parallel schedule every node speculates."""
-        width, device = max(map(len, trees)), self.base.device
+        width, device = max(map(len, trees)), input_device(self.base)
         ids, positions = torch.zeros(len(trees), width, dtype=torch.long), torch.zeros(len(trees), width, dtype=torch.long)
         mask = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # what fills a smaller tree sees itself
         for i, (tree, text) in enumerate(zip(trees, texts, strict=True)):
@@ -255,13 +212,12 @@ class AcceleratedModel:
     def _read_alone(self, text: Text, cache: RowCache) -> PassOutput:
         """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last."""
         cache.forget(text.before + text.sound)
-        device, nodes = self.base.device, torch.zeros(1, dtype=torch.long) if self.schedule == "parallel" else None
+        device, nodes = input_device(self.base), torch.zeros(1, dtype=torch.long) if self.schedule == "parallel" else None
         for place in range(text.sound, text.ids.shape[1]):
             position = torch.tensor([[place - text.start]], device=device)
             out = self.runner.verify(text.ids[:, place : place + 1].to(device), position, None, cache, nodes)
             cache.keep([0])
-        self.stats.reread += text.ids.shape[1] - text.sound
-        self.stats.target_passes += text.ids.shape[1] - text.sound
+        self.stats.count_alone(text.ids.shape[1] - text.sound)
         text.sound = text.ids.shape[1]
         text.put(text.choose_alone(out.logits[0, -1]))
         return out
@@ -288,10 +244,19 @@ class AcceleratedModel:
             context = torch.ones(len(active), cache.length, dtype=torch.bool)
         return active, self.runner.speculate(entry, positions, context[:, None].to(entry.device), cache)[:, 0]
 
-    def _count(self, drafted: int, emitted: int) -> None:
-        self.stats.target_passes += 1
-        self.stats.drafted += drafted
-        self.stats.accepted[emitted] = self.stats.accepted.get(emitted, 0) + 1
+
+@contextlib.contextmanager
+def _tokenizer_at_hand(model: Any, tokenizer: Any) -> Iterator[None]:
+    """HF drops the tokenizer on its way to a custom loop, and then cannot make its criterion for stop strings."""
+    if tokenizer is None:
+        yield
+        return
+    make = model._get_stopping_criteria
+    model._get_stopping_criteria = lambda *args, **kwargs: make(*args, **{**kwargs, "tokenizer": tokenizer})
+    try:
+        yield
+    finally:
+        del model._get_stopping_criteria
 
 
 def accelerate(

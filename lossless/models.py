@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from .errors import UsageError
@@ -204,9 +205,10 @@ def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]
     leave alone): row . probe / |row|, so that rounding moves an entry by about 1e-3 and another
     model's entries by about 1. `tokenizer` and `chat_template` are sha256 digests.
     """
-    rows: Any = model.get_input_embeddings().weight
-    index = torch.linspace(0, rows.shape[0] - 1, 32, device=rows.device).long()
-    sample = rows.detach()[index].to("cpu", torch.float64)  # [32, dim]
+    with align_module_device(model.get_input_embeddings()):  # Accelerate may keep the weight elsewhere
+        rows: Any = model.get_input_embeddings().weight
+        index = torch.linspace(0, rows.shape[0] - 1, 32, device=rows.device).long()
+        sample = rows.detach()[index].to("cpu", torch.float64)  # [32, dim]
     probe = torch.cos(torch.arange(sample.shape[1], dtype=torch.float64) * 1.7)
     config = model.config.get_text_config()
     found: dict[str, Any] = {

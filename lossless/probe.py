@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .anatomy import decoder, features, is_projection
+from .anatomy import decoder, device_of, features, input_device, is_projection
 from .cache import RowCache
 from .errors import UsageError
 from .streams import StreamRunner
@@ -45,7 +45,7 @@ def check_served(runner: StreamRunner) -> None:
     tree, branches = DraftTree((*tokens[3:5], tokens[6], tokens[5]), (-1, 0, 0, 1)), ((0, 1, 3), (0, 2))
     try:
         with runner.installed():
-            cache, device = RowCache(len(runner.layers)), model.device
+            cache, device = RowCache(len(runner.layers)), input_device(model)
             runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None)
             cache.keep(range(3))
             places = torch.tensor([tree.depths], device=device) + 3
@@ -123,7 +123,7 @@ def find_guarantee(runner: StreamRunner, wanted: str | None) -> Guarantee:
     if wanted == "bitwise":
         raise UsageError(
             f"exact='bitwise' is not to be had for {type(runner.model).__name__} in {runner.model.dtype} on "
-            f"{runner.model.device}: something besides its projections and attention depends on the rows of a pass"
+            f"{input_device(runner.model)}: something besides its projections and attention depends on the rows of a pass"
         )
     return Guarantee("near-tie", None, operations, noise)
 
@@ -142,7 +142,7 @@ def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float
     for module in [*modules, *([] if head in modules else [head])]:
         kind = (type(module).__name__, *features(module), module.weight.dtype)
         if kind not in kinds:
-            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, model.device)
+            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, device_of(module))
         limits[module] = kinds[kind]
         size = features(module)[0] * features(module)[1]
         weights += size
@@ -186,7 +186,7 @@ def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple
         path = [node for node, seen in enumerate(tree.mask()[leaf].tolist()) if seen]
         cache = DynamicCache(config=model.config)
         feed = lambda ids, cache=cache: model(  # noqa: E731
-            input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True
+            input_ids=torch.tensor([ids], device=input_device(model)), past_key_values=cache, use_cache=True
         ).logits[0, -1].float()
         feed(prompt)
         for node in path:
@@ -200,7 +200,7 @@ def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple
 
 def _behind(runner: StreamRunner, prompt: list[int]) -> Callable[[DraftTree], torch.Tensor]:
     """Read a prompt once; returns: tree -> `[nodes, vocab]`, the logits of a pass over it behind the prompt."""
-    device, cache, length = runner.model.device, RowCache(len(runner.layers)), len(prompt)
+    device, cache, length = input_device(runner.model), RowCache(len(runner.layers)), len(prompt)
     runner.verify(torch.tensor([prompt], device=device), torch.arange(length, device=device)[None], None, cache, None)
     cache.keep(range(length))
 

@@ -88,7 +88,10 @@ def stream_sight(context: torch.Tensor, positions: torch.Tensor, keys: torch.Ten
 
 def as_mask(allowed: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
     """A boolean mask in the form that the base's attention takes: as it is, or added to the scores."""
-    if allowed is None or implementation == "sdpa":
+    if allowed is None:
+        return None
+    allowed = allowed.to(query.device)
+    if implementation == "sdpa":
         return allowed
     return torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(~allowed, torch.finfo(query.dtype).min)
 

@@ -33,6 +33,7 @@ from .anatomy import (
     column_masks,
     decoder,
     decoder_layers,
+    device_of,
     find_projections,
     hides_where_true,
     position_bias,
@@ -87,6 +88,8 @@ class StreamRunner:
         self._habits: dict[int, Habit] = {}  # of the top layers, by their number
         self.lm_head = model.get_output_embeddings()
         self._check_fit()
+        for name, low_rank in adapter.adapters():
+            low_rank.to(device_of(self._projection(name)))
         self._merged = self._merge()
 
     def _check_fit(self) -> None:
@@ -116,7 +119,7 @@ class StreamRunner:
         if any(parameter.requires_grad for parameter in self.adapter.parameters()):
             return []
         projections = {name: self._projection(name) for name, _ in self.adapter.adapters()}
-        if any(type(projection) is not nn.Linear for projection in projections.values()):  # quantized, for example
+        if any(type(p) is not nn.Linear or p.weight.is_meta for p in projections.values()):  # quantized, offloaded
             return []
         if sum(p.weight.numel() * p.weight.element_size() for p in projections.values()) > _MERGED_BYTES:
             return []
@@ -275,6 +278,7 @@ class StreamRunner:
         hidden = given.pop(self._names[number][0])
         habit = Habit({name: named(name, value, plan) for name, value in given.items()})
         if layer is self.top[0]:
+            hidden = hidden.to(self.adapter.stream_embeddings.device)  # another than the layer's below, perhaps
             plan.entry = hidden
             if plan.nodes is not None:
                 hidden = torch.cat([hidden, self.adapter.start_streams(hidden[:, plan.nodes])], dim=1)

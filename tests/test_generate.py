@@ -13,12 +13,8 @@ from tokenizers.models import BPE
 from transformers import (
     AsyncTextIteratorStreamer,
     DynamicCache,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedTokenizerFast,
     StaticCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
     TextStreamer,
 )
 
@@ -74,30 +70,6 @@ def test_every_warper(fast: AcceleratedModel, warper: str) -> None:
         expected, found = both(fast, prompt_ids(7, seed), seed, do_sample=True, **{"top_k": 0, **WARPERS[warper]})
         assert torch.equal(expected, found)
         assert fast.stats.served
-
-
-class Shift(LogitsProcessor):
-    """Depends on the whole text, and counts how often it is asked."""
-
-    calls = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return scores.roll(int(input_ids.sum()) % 5, dims=1)
-
-
-class Sum(StoppingCriteria):
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), int(input_ids[0, -3:].sum()) % 17 == 0)
-
-
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
-def test_processors_and_criteria_of_one_s_own(fast: AcceleratedModel, do_sample: bool) -> None:
-    shift = Shift()
-    options = {"logits_processor": LogitsProcessorList([shift]), "stopping_criteria": StoppingCriteriaList([Sum()])}
-    expected, found = both(fast, prompt_ids(), 2, do_sample=do_sample, **options)
-    assert torch.equal(expected, found)
-    assert shift.calls == 2 * (found.shape[1] - 7)  # once for each token, on either side
 
 
 def test_a_grammar(fast: AcceleratedModel) -> None:
@@ -218,6 +190,7 @@ def test_a_conversation_that_goes_on_from_its_cache(schedule: str, whole: bool) 
         ("output_hidden_states was set", {"output_hidden_states": True, "return_dict_in_generate": True}),
         ("the generation mode assisted_generation", {"prompt_lookup_num_tokens": 3}),
         ("assistant_model was given", {"assistant_model": "itself"}),
+        ("return_dict_in_generate for a batch", {"num_return_sequences": 2, "do_sample": True, "return_dict_in_generate": True}),
         ("guidance_scale, prefill_chunk_size or use_cache=False was set", {"use_cache": False}),
     ],
 )

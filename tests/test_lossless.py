@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from typing import Any
 
 import pytest
@@ -178,15 +177,6 @@ def test_stateful_processors_and_criteria_see_what_they_would_see(fast: Accelera
     assert len(seen[0][1]) == 23
 
 
-def test_scores_and_logits_come_back(fast: AcceleratedModel) -> None:
-    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 12}
-    expected, found = both(fast, prompt_ids(), do_sample=True, temperature=0.7, **options)
-    assert torch.equal(expected.sequences, found.sequences)
-    for ours, theirs in ((found.scores, expected.scores), (found.logits, expected.logits)):
-        assert len(ours) == len(theirs) == 12
-        torch.testing.assert_close(torch.cat(ours), torch.cat(theirs), rtol=0, atol=1e-4)
-
-
 def test_streamers_get_each_token_in_its_own_call(fast: AcceleratedModel) -> None:
     class Recorder(BaseStreamer):
         def __init__(self) -> None:
@@ -223,48 +213,37 @@ def test_a_thread_can_feed_an_iterator_streamer(fast: AcceleratedModel) -> None:
     assert text == Letters().decode(fast.base.generate(ids, **options)[0, 7:].tolist())
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"num_beams": 2}, "beam"),
-        ({"num_return_sequences": 2, "do_sample": True, "return_dict_in_generate": True}, "return_dict_in_generate for a batch"),
-        ({"use_cache": False}, "use_cache"),
-        ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
-    ],
-)
-def test_what_is_not_served_is_answered_by_the_base_with_one_warning(
-    fast: AcceleratedModel, options: dict[str, Any], reason: str
-) -> None:
-    ids = prompt_ids()
-    arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
-    torch.manual_seed(1)
-    expected = fast.base.generate(ids, **arguments)
-    torch.manual_seed(1)
-    with pytest.warns(UserWarning, match=reason):
-        found = fast.generate(ids, **arguments)
-    sequences = [x if isinstance(x, torch.Tensor) else x.sequences for x in (expected, found)]
-    assert torch.equal(*sequences)
-    assert not fast.stats.served
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fast.generate(ids, **arguments)  # the second time in silence
+@pytest.mark.parametrize("schedule", ["parallel", "deferred"])
+@pytest.mark.parametrize("exact", ["bitwise", "near-tie", "off"])
+@pytest.mark.parametrize("through", ["streamer", "criterion", "processor"])
+@pytest.mark.parametrize("breaks", [KeyboardInterrupt, RuntimeError], ids=["Ctrl-C", "error"])
+def test_whatever_breaks_off_leaves_the_next_call_exact(schedule: str, exact: str, through: str, breaks: type[BaseException]) -> None:
+    model = build_tiny(seed=5, hidden=64, inner=160)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), schedule=schedule, exact=exact)
 
-
-def test_an_interruption_leaves_the_next_call_exact(fast: AcceleratedModel) -> None:
-    class Breaking(BaseStreamer):
-        def __init__(self) -> None:
-            self.count = 0
+    class Breaking(BaseStreamer, LogitsProcessor, StoppingCriteria):
+        count = 0
 
         def put(self, value: torch.Tensor) -> None:
+            self(value, value)
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
             self.count += 1
             if self.count == 9:
-                raise KeyboardInterrupt
+                raise breaks
+            return scores if through == "processor" else torch.zeros(1, dtype=torch.bool)
 
         def end(self) -> None: ...
 
-    ids = prompt_ids()
-    with pytest.raises(KeyboardInterrupt):
-        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, streamer=Breaking())
+    ids, breaking = prompt_ids(), Breaking()
+    given = {
+        "streamer": {"streamer": breaking},
+        "criterion": {"stopping_criteria": StoppingCriteriaList([breaking])},
+        "processor": {"logits_processor": LogitsProcessorList([breaking])},
+    }[through]
+    with pytest.raises(breaks):
+        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, **given)
+    assert not any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
     expected, found = both(fast, ids)
     assert torch.equal(expected, found)
 

@@ -1,0 +1,65 @@
+"""What a call of `generate` did, counted while it was done.
+
+Knows: counts and seconds. Does not know: how any of it came about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stats:
+    """What the last `generate` did. The prefill and the token it yields are counted apart.
+
+    Attributes:
+        texts: sequences of the batch.
+        tokens: emitted tokens of all of them.
+        target_passes: passes of the base after the prefill; one over a batch counts for each text in it.
+        drafted: nodes proposed, roots not counted.
+        accepted: how many passes emitted 1, 2, 3, ... tokens.
+        prefill_s, decode_s: wall-clock seconds.
+        exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
+        reread: passes of one row in which choices that were too close to call were made again.
+        served: False if the call was handed to the base's own generate.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    target_passes: int = 0
+    drafted: int = 0
+    accepted: dict[int, int] = field(default_factory=dict)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    exact: str = "off"
+    reread: int = 0
+    served: bool = True
+
+    @property
+    def acceptance_length(self) -> float:
+        """Emitted tokens per target pass."""
+        return (self.tokens - self.texts) / self.target_passes if self.target_passes else 1.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed, the prefill not counted."""
+        return (self.tokens - self.texts) / self.decode_s if self.decode_s else 0.0
+
+    def __str__(self) -> str:
+        if not self.served:
+            return "not accelerated: handed to the base's own generate"
+        return (
+            f"{self.tokens} tokens, {self.target_passes} target passes, acceptance length "
+            f"{self.acceptance_length:.2f}, {self.tokens_per_s:.1f} tokens/s"
+        )
+
+    def count(self, drafted: int, emitted: int) -> None:
+        """One pass over a tree."""
+        self.target_passes += 1
+        self.drafted += drafted
+        self.accepted[emitted] = self.accepted.get(emitted, 0) + 1
+
+    def count_alone(self, rows: int) -> None:
+        """So many passes of one row, for choices that were too close to call."""
+        self.target_passes += rows
+        self.reread += rows
