@@ -40,8 +40,7 @@ def check_served(runner: StreamRunner) -> None:
         UsageError: the base's layers cannot carry the rows of a tree, or give other logits with them.
     """
     model, name = runner.model, type(runner.model).__name__
-    top = min(runner.text_config.vocab_size, 1000) - 1
-    tokens = [top - 3 * i % top for i in range(7)]
+    tokens = [1 + i % (runner.text_config.vocab_size - 1) for i in range(7)]
     tree, branches = DraftTree((*tokens[3:5], tokens[6], tokens[5]), (-1, 0, 0, 1)), ((0, 1, 3), (0, 2))
     try:
         with runner.installed():
@@ -172,10 +171,10 @@ def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> i
 def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple[bool, float]:
     """Over one tree: whether rows have the bits of one-row passes under `limits`, and the noise without."""
     model = runner.model
-    top = min(runner.text_config.vocab_size, 50_000) - 1
-    tokens = torch.randint(0, top, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    prompt, parents = tokens[:24], [-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 6, 9]
-    tree = DraftTree(tuple(range(1, 1 + len(parents))), tuple(parents))  # twins are not allowed: any distinct tokens
+    vocab = runner.text_config.vocab_size
+    prompt = torch.randint(0, vocab, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    parents = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 6, 9)
+    tree = DraftTree(tuple(i % vocab for i in range(len(parents))), parents)
     with runner.installed():
         read = _behind(runner, prompt)
         native = read(tree)
@@ -223,10 +222,11 @@ def _limited(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> Itera
 
 def _row_cost(runner: StreamRunner, limits: dict[nn.Module, int]) -> float:
     """Time that a further row adds to a bitwise pass, in passes of one row."""
-    bushes = [DraftTree(tuple(range(1, rows + 1)), (-1, *(0 for _ in range(rows - 1)))) for rows in (1, 5)]
+    vocab = runner.text_config.vocab_size
+    bushes = [DraftTree(tuple(i % vocab for i in range(rows)), (-1, 0, 0, 1, 1)[:rows]) for rows in (1, 5)]
     times: list[list[float]] = [[], []]
     with _limited(runner, limits), runner.installed():
-        read = _behind(runner, list(range(1, 65)))
+        read = _behind(runner, [i % vocab for i in range(64)])
         for _ in range(4):
             for bush, seen in zip(bushes, times, strict=True):
                 started = time.perf_counter()

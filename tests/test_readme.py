@@ -30,7 +30,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_parses() -> None:
-    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "verify", "distill", "train"}
+    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "verify", "doctor", "distill", "train"}
     for words in commands():
         _parser().parse_args(words)
 
@@ -47,9 +47,10 @@ def result_row(found: dict[str, Any]) -> str:
     how = f"sampled at {decoding['temperature']}, seed {decoding['seed']}" if decoding["do_sample"] else "greedy"
     drafts = {"shipped": "streams"}.get(found["adapter"], "random numbers") + (" and recall" if found["recall"] else "")
     speeds = [f"{found['baseline_tokens_per_s']:.1f}", f"{found['tokens_per_s']:.1f}", f"{found['speedup']:.2f}"]
-    tree = f"{found['tree_nodes']}, {found.get('tree_floor', 0.0)}"  # the first reports are older than the floor
+    tree = f"{found['tree_nodes']}, {found.get('tree_floor', 0.0)}"  # the first reports are older than the floor,
+    exact = found.get("guarantee", {"exact": "off"})["exact"]  # and than the guarantee
     return (
-        f"| {found['dtype']} | {how} | {drafts} | {tree} | {found['identical']} of {found['prompts']} "
+        f"| {found['dtype']} | {exact} | {how} | {drafts} | {tree} | {found['identical']} of {found['prompts']} "
         f"| {found['acceptance_length']:.2f} | {' | '.join(speeds if found['threads'] > 1 else ['-'] * 3)} |"
     )
 
