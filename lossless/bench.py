@@ -202,13 +202,12 @@ def report(
     base: Base, fast: AcceleratedModel, adapter: str, dtype: str, load_in: str | None, decoding: Decoding, runs: list[Run]
 ) -> dict[str, Any]:
     """Everything that a reader needs to repeat and to judge the runs."""
-    device = base.model.device
     return {
         "model": base.name,
         "adapter": adapter,
         "dtype": str(base.model.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
         "load_in": load_in,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_processor()})",
+        "device": device_name(base.model.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "decoding": asdict(decoding),
@@ -221,6 +220,11 @@ def report(
         "categories": {name: summarize([r for r in runs if r.category == name]) for name in _categories(runs)},
         "runs": [asdict(run) for run in runs],
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What computes."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_processor()})"
 
 
 def _processor() -> str:

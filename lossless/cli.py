@@ -149,7 +149,7 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
         help="folder or hub id of an adapter; 'random' for one of random numbers, which must not change a token; "
         "the demo model brings its own",
     )
-    command.add_argument("--exact", help="bitwise, near-tie or off; by default the strongest that passes of several rows can give")
+    command.add_argument("--exact", help="bitwise, near-tie or off; by default what a probe finds: bitwise if it can be had and is worth it")
     command.add_argument("--tree-nodes", type=int, help="most rows of a verification pass; the adapter's own choice by default")
     command.add_argument("--tree-floor", type=float, help="least probability of a path that is worth a row; the same")
     command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")

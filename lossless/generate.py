@@ -271,8 +271,8 @@ def accelerate(
         tokenizer: if given, it is part of the comparison with the base that the adapter was trained for.
         exact: `bitwise`, every number that decides a token has the bits of the base's own pass of one row;
             `near-tie`, passes of several rows may be rounded otherwise, but a choice that this could change is made
-            again from rows read one by one; `off`, it is not. None: the strongest that passes of several rows can
-            give on this device (`fast.guarantee` says which). Texts of a batch of several are always `off`.
+            again from rows read one by one; `off`, it is not. None: bitwise where the device gives it, near-tie where
+            that would cost much and spare nothing (`fast.guarantee` says which). Texts of a batch of several are always `off`.
         overrides: `tree_nodes`, `tree_floor`, `schedule` or `recall` (see `StreamingConfig`), in place of the adapter's own.
 
     Raises:

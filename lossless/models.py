@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,23 @@ def load_base(
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Eval mode, and no parameter asks for a gradient."""
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Quantized projections keep to ways through which gradients flow.
+
+    In eval mode bitsandbytes packs 4-bit weights for a CPU kernel that has no derivative, and what came before it
+    would be taught nonsense. It leaves them alone in training mode, which changes nothing else in a projection.
+    """
+    packed = [module for module in model.modules() if type(module).__name__ == "Linear4bit" and not module.training]
+    for module in packed:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in packed:
+            module.eval()
 
 
 def _first_line(error: Exception) -> str:

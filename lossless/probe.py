@@ -72,6 +72,7 @@ def check_served(runner: StreamRunner) -> None:
 _PIECES = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # rows at a time that are tried
 _OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
 _RIVALS = 8  # the noise is that of differences between a position's best tokens
+_QUIET = 0.01  # noise, in logits, that a choice is hardly ever within
 _SAFETY = 4.0  # a short probe does not see the worst
 
 
@@ -104,8 +105,8 @@ def find_guarantee(runner: StreamRunner, wanted: str | None) -> Guarantee:
     """Probe the base, in a second or two.
 
     Args:
-        wanted: a level; None for the strongest that passes of several rows can give: bitwise if most of the
-            weights take several rows at a time without rounding otherwise, near-tie if not.
+        wanted: a level; None for the strongest that pays: bitwise where it is to be had, unless most weights would
+            take one row at a time for it and the noise is so small that a choice is hardly ever within it (float32).
 
     Raises:
         UsageError: there is no such level, or the device does not give it.
@@ -115,9 +116,9 @@ def find_guarantee(runner: StreamRunner, wanted: str | None) -> Guarantee:
     if wanted == "off":
         return Guarantee("off")
     limits, operations, together = find_limits(runner.model)
-    worth_it = wanted == "bitwise" or (wanted is None and together > 0.5)
-    bits, noise = _compare(runner, limits if worth_it else None)
-    if worth_it and bits:
+    bits, noise = _compare(runner, None if wanted == "near-tie" else limits)
+    enough = wanted is None and together < 0.5 and noise < _QUIET
+    if bits and not enough:
         return Guarantee("bitwise", limits, operations, noise, _row_cost(runner, limits))
     if wanted == "bitwise":
         raise UsageError(
@@ -155,11 +156,13 @@ def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> i
     ins, outs = features(projection)
     count = min(256, max(16, _OUTPUTS // outs))
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(count, ins, generator=generator).to(device, dtype)
-    alone = [projection(row[None, None])[0] for row in rows[:2]]
-    if not torch.equal(projection(rows[:2]), torch.cat(alone)):
+    rows = torch.randn(count, ins, generator=generator)
+    rows *= 2.0 ** (torch.arange(count)[:, None] % 6 - 2)  # rows of all sizes: 8-bit projections treat outliers apart
+    rows = rows.to(device, dtype)
+    alone = [projection(row[None, None])[0] for row in rows[4:6]]
+    if not torch.equal(projection(rows[4:6]), torch.cat(alone)):
         return 1
-    expected = torch.cat([*alone, *(projection(row[None, None])[0] for row in rows[2:])])
+    expected = torch.cat([projection(row[None, None])[0] for row in rows])
     most = 1
     for size in _PIECES:
         if size > count or not torch.equal(torch.cat([projection(piece) for piece in rows.split(size)]), expected):

@@ -34,7 +34,7 @@ from .draft import Drafter
 from .errors import UsageError
 from .features import Block, Features, FeatureStore, make_block
 from .generate import new_adapter
-from .models import Base, fingerprint, fingerprint_differences
+from .models import Base, differentiable, fingerprint, fingerprint_differences
 from .storage import append_jsonl, read_jsonl, versions, write_json
 from .streams import StreamRunner
 
@@ -165,7 +165,7 @@ def train(base: Base, data: str | Path, out: str | Path, streaming: StreamingCon
     bar = tqdm(total=config.steps, initial=step, desc="training", disable=not accelerator.is_main_process)
     lengths = [len(r["prompt_ids"]) + len(r["answer_ids"]) for r in records]
     per_epoch = len(batches(lengths, config, 0))
-    with append_jsonl(_made(out) / "curve.jsonl") as log, bar, runner.installed():
+    with append_jsonl(_made(out) / "curve.jsonl") as log, bar, differentiable(base.model), runner.installed():
         try:
             while step < config.steps:
                 # processes walk one order side by side

@@ -12,6 +12,7 @@ that. Does not know: adapters, drafts, or how the answer came about.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from .bench import Decoding, encode_checked
+from .bench import Decoding, device_name, encode_checked
 from .generate import AcceleratedModel
 from .models import Base
 from .prompts import Prompt
@@ -52,13 +53,17 @@ class Position:
 
 def force(
     base: Base, ids: torch.Tensor, answer: list[int], logits: Sequence[torch.Tensor], decoding: Decoding
-) -> list[Position]:
+) -> tuple[list[Position], float]:
     """The base's own choice at every position of an answer, read in one-row steps, as `model.generate` would.
+
+    Returns:
+        A judgement of each position, and the seconds that the passes after the first took.
 
     Args:
         ids: `[1, prompt]`; answer: emitted token ids, as they came; logits: `[1, vocab]` that each was chosen from.
     """
     found: list[Position] = []
+    seconds: list[float] = []
 
     def steps(
         model: Any, input_ids: torch.Tensor, logits_processor: Any, generation_config: GenerationConfig, **_: Any
@@ -66,8 +71,11 @@ def force(
         cache = DynamicCache(config=model.config)
         fed = input_ids
         for token, ours in zip(answer, logits, strict=True):
+            started = time.perf_counter()
             raw = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             raw = raw.to(copy=True, dtype=torch.float32)
+            raw.argmax().item()  # waits for a device that works on its own
+            seconds.append(time.perf_counter() - started)
             # a processor may write into what it is given
             scores = logits_processor(input_ids, raw.clone())
             found.append(_judge(raw, scores, token, ours, generation_config.do_sample))
@@ -77,7 +85,7 @@ def force(
 
     torch.manual_seed(decoding.seed)
     base.model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=steps, **decoding.arguments())
-    return found
+    return found, sum(seconds[1:])
 
 
 def _judge(raw: torch.Tensor, scores: torch.Tensor, emitted: int, ours: torch.Tensor, do_sample: bool) -> Position:
@@ -154,12 +162,16 @@ def certify(
     encoded = encode_checked(base, prompts, decoding)
     answers: list[list[int]] = []
     judged: list[list[Position]] = []
+    ratios: list[float] = []  # of plain passes and accelerated decoding, for each answer of several tokens
     for ids in tqdm(encoded, unit="prompt", desc="verify"):
         torch.manual_seed(decoding.seed)
         options = decoding.arguments() | {"return_dict_in_generate": True, "output_logits": True}
         out = fast.generate(ids, attention_mask=torch.ones_like(ids), **options)
         answers.append(out.sequences[0, ids.shape[1] :].tolist())
-        judged.append(force(base, ids, answers[-1], out.logits, decoding))
+        positions, plain_s = force(base, ids, answers[-1], out.logits, decoding)
+        judged.append(positions)
+        if len(answers[-1]) > 1:
+            ratios.append(plain_s / fast.stats.decode_s)
     sample = [ids[0].tolist() + answer for ids, answer in zip(encoded, answers, strict=True)][: max(4, len(answers) // 16)]
     noise = measure_noise(base, sample)
     scale = 1 / decoding.temperature if decoding.do_sample else 1.0  # a temperature magnifies logits, and their noise
@@ -173,7 +185,8 @@ def certify(
         "adapter": name,
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "load_in": load_in,
-        "device": str(base.model.device),
+        "device": device_name(base.model.device),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "decoding": asdict(decoding),
         "guarantee": fast.guarantee.describe(),
@@ -182,6 +195,7 @@ def certify(
         "schedule": fast.schedule,
         "prompts": len(prompts),
         "tokens": len(gaps),
+        "speedup": round(statistics.median(ratios), 4) if ratios else 1.0,
         "same_bits": sum(position.same_bits for positions in judged for position in positions),
         "identical_prompts": sum(entry["near_ties"] + entry["mismatches"] == 0 for entry in entries),
         "near_ties": sum(entry["near_ties"] for entry in entries),
@@ -219,12 +233,13 @@ def summary(found: dict[str, Any]) -> str:
     """A certificate to read: the verdict, the noise, and the first divergences in context."""
     lines = [
         f"{found['tokens']} tokens of {found['prompts']} answers checked one by one against the plain base "
-        f"({found['dtype']}, {found['device']})",
+        f"({found['dtype']}{' ' + found['load_in'] if found['load_in'] else ''}, {found['device']})",
         f"identical answers   {found['identical_prompts']} of {found['prompts']}",
         f"near-ties           {found['near_ties']}  (within {found['noise']['limit']:.2g}, the base's own noise between shapes)",
         f"mismatches          {found['mismatches']}",
         f"same in every bit   the logits of {found['same_bits']} tokens",
         f"guaranteed          {found['guarantee']['exact']}",
+        f"speed               {found['speedup']:.2f} times that of plain one-row passes",
     ]
     for entry in [entry for entry in found["runs"] if "first" in entry][:5]:
         first = entry["first"]

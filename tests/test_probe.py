@@ -108,12 +108,13 @@ def test_levels_and_what_is_said_of_them(tiny: LlamaForCausalLM) -> None:
 def test_a_projection_that_depends_on_its_rows_is_found_out(tiny: LlamaForCausalLM) -> None:
     class Moody(nn.Linear):
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            return super().forward(rows) + (rows.numel() // self.in_features > 3)
+            return super().forward(rows) + 0.1 * (rows.numel() // self.in_features > 3)
 
     layer = tiny.model.layers[0].mlp
     moody = Moody(32, 48, bias=False)
     moody.weight = layer.gate_proj.weight
     layer.gate_proj = moody
+    assert accelerate(tiny, new_adapter(tiny, tiny_config()).randomize(1)).guarantee.level == "bitwise"  # too loud for near-tie
     limits, operations, _ = find_limits(tiny)
     assert limits[moody] <= 3
     assert operations["Moody 32x48"] == limits[moody]

@@ -34,7 +34,8 @@ def test_the_base_s_own_answer_is_identical_everywhere(base: Base, decoding: Dec
     options = decoding.arguments() | {"return_dict_in_generate": True, "output_logits": True}
     out = base.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     plain = out.sequences[0, 7:].tolist()
-    positions = force(base, ids, plain, out.logits, decoding)
+    positions, seconds = force(base, ids, plain, out.logits, decoding)
+    assert seconds > 0
     assert all(position.same_bits for position in positions)
     assert [position.chosen for position in positions] == plain
     assert all(position.gap == 0 and position.lead > 0 for position in positions)
@@ -46,7 +47,7 @@ def test_a_changed_token_is_found_and_the_rest_is_judged_in_its_own_context(base
     wrong = (plain[9] + 1) % 90
     after = torch.tensor([[*ids[0].tolist(), *plain[:9], wrong]])
     rest = base.model.generate(after, attention_mask=torch.ones_like(after), max_new_tokens=14, do_sample=False)
-    positions = force(base, ids, [*plain[:9], wrong, *rest[0, after.shape[1] :].tolist()], [NO_LOGITS] * 24, decoding)
+    positions, _ = force(base, ids, [*plain[:9], wrong, *rest[0, after.shape[1] :].tolist()], [NO_LOGITS] * 24, decoding)
     assert not any(position.same_bits for position in positions)
     assert [i for i, position in enumerate(positions) if position.chosen != position.emitted] == [9]
     assert positions[9].chosen == plain[9]
@@ -57,7 +58,7 @@ def test_a_token_that_was_cut_off_is_as_far_behind_as_it_stood_outside(base: Bas
     ids, decoding = prompt_ids(), Decoding(max_new_tokens=1, do_sample=True, top_p=0.3)
     logits = base.model(ids).logits[0, -1]
     last = int(logits.argmin())
-    [position] = force(base, ids, [last], [NO_LOGITS], decoding)
+    [position], _ = force(base, ids, [last], [NO_LOGITS], decoding)
     assert position.gap > 0.5
     assert position.gap < float("inf")
 
