@@ -105,19 +105,21 @@ def test_levels_and_what_is_said_of_them(tiny: LlamaForCausalLM) -> None:
     assert accelerate(tiny, adapter).guarantee.level in ("bitwise", "near-tie")
 
 
-def test_a_projection_that_depends_on_its_rows_is_found_out(tiny: LlamaForCausalLM) -> None:
+def test_a_projection_that_depends_on_its_rows_is_found_out() -> None:
+    tiny = build_tiny(hidden=64, inner=160)
+
     class Moody(nn.Linear):
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return super().forward(rows) + 0.1 * (rows.numel() // self.in_features > 3)
 
     layer = tiny.model.layers[0].mlp
-    moody = Moody(32, 48, bias=False)
+    moody = Moody(64, 160, bias=False)
     moody.weight = layer.gate_proj.weight
     layer.gate_proj = moody
     assert accelerate(tiny, new_adapter(tiny, tiny_config()).randomize(1)).guarantee.level == "bitwise"  # too loud for near-tie
     limits, operations, _ = find_limits(tiny)
     assert limits[moody] <= 3
-    assert operations["Moody 32x48"] == limits[moody]
+    assert operations["Moody 64x160"] == limits[moody]
 
 
 def test_a_base_that_cannot_keep_bits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
