@@ -6,6 +6,7 @@ Does not know: what is done with them.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -91,6 +92,11 @@ def hides_where_true(layer: nn.Module) -> bool:
 def shares_position_bias(model: PreTrainedModel) -> bool:
     """Whether a base with ALiBi has one bias for all texts of a batch, wherever each of them stands (MPT)."""
     return hasattr(decoder(model), "build_mpt_alibi_tensor")
+
+
+def counts_padding(model: PreTrainedModel) -> bool:
+    """Whether places in a text padded on the left are counted from the padding on: nobody tells the base otherwise."""
+    return "position_ids" not in inspect.signature(model.forward).parameters and not hasattr(decoder(model), "build_alibi_tensor")
 
 
 def position_bias(model: PreTrainedModel, length: int) -> torch.Tensor:

@@ -69,6 +69,8 @@ class RowLayer(CacheLayerMixin):
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy columns `source` to columns `target`, each `[batch, count]`."""
+        if not self.is_initialized:  # a layer that the base passes over
+            return
         source, target = source.to(self.keys.device), target.to(self.keys.device)
         sequences = torch.arange(len(source), device=source.device)[:, None]
         for store in (self.keys, self.values):
@@ -163,7 +165,8 @@ class RowCache(Cache):
     def select(self, sequences: Sequence[int]) -> None:
         """Forget all sequences of the batch but these."""
         for layer in self.rows:
-            layer.keys, layer.values = layer.keys[list(sequences)], layer.values[list(sequences)]
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[list(sequences)], layer.values[list(sequences)]
         if self.padding is not None:
             self.padding = self.padding[list(sequences)]
         if self._ends is not None:

@@ -139,7 +139,7 @@ _SLOTS = {
 
 def named(name: str, value: Any, plan: Pass) -> Any:
     """A layer's argument, or the slot or call that it came from."""
-    if name in _SLOTS:
+    if name in _SLOTS and not (_SLOTS[name] is Slot.BIAS and value is None):
         return _SLOTS[name]
     if value is plan.cache:
         return Slot.CACHE

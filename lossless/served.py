@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode
 
-from .anatomy import shares_position_bias
+from .anatomy import counts_padding, shares_position_bias
 
 # arguments of generate() that are not fields of a generation config
 _CALL_ARGUMENTS = frozenset(
@@ -68,6 +68,8 @@ def not_served_in_a_batch(
     """Why a batch, as HF prepared it, must go to HF's own loop, if it must: here each text is chosen for alone."""
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         return "a prompt that is padded on the right"
+    if attention_mask is not None and not bool(attention_mask.all()) and counts_padding(model):
+        return "a padded prompt for a base that takes no position_ids"
     if len(input_ids) == 1:
         return None
     if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():

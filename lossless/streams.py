@@ -94,6 +94,11 @@ class StreamRunner:
 
     def _check_fit(self) -> None:
         dim, expected = self.text_config.hidden_size, find_projections(self.model, self.adapter.config.num_msa_layers)
+        if (width := self.model.get_input_embeddings().weight.shape[1]) != dim:
+            raise UsageError(
+                f"{type(self.model).__name__} cannot be accelerated: its token embeddings ({width}) are of another "
+                f"width than its hidden states ({dim})"
+            )
         if self.adapter.stream_embeddings.shape[1] != dim:
             raise UsageError(
                 f"the adapter is for hidden states of width {self.adapter.stream_embeddings.shape[1]}, "
@@ -254,7 +259,8 @@ class StreamRunner:
         plan = Pass(self._implementation, len(entry), 0, stream=sight, cache=cache, merged=bool(self._merged))
         hidden = self.adapter.start_streams(entry)
         with running(plan):
-            for i, (number, habit) in enumerate(self._habits.items()):
+            for number, habit in self._habits.items():
+                i = number - (len(self.layers) - len(self.top))
                 given = self._filled(number, habit, plan, hidden)
                 if plan.merged:
                     hidden = functional_call(self.top[i], self._merged[i], (hidden,), given)

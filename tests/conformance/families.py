@@ -57,6 +57,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
     },
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "full_attention"]},
     "llama4_text": {"interleave_moe_layer_step": 2},
 }
 
@@ -85,7 +86,7 @@ def sizes_of(kind: type[PretrainedConfig], family: str) -> dict[str, Any]:
     if "is_decoder" in known:
         sizes["is_decoder"] = True
     sizes = {name: size for name, size in (sizes | special).items() if special.get(name, 0) is not None}
-    if known.get("layer_types") is not None:
+    if known.get("layer_types") is not None and "layer_types" not in special:
         kinds = list(dict.fromkeys(known["layer_types"]))
         sizes["layer_types"] = (kinds * 4)[:4]
     return sizes
