@@ -221,25 +221,30 @@ def test_whatever_breaks_off_leaves_the_next_call_exact(schedule: str, exact: st
     model = build_tiny(seed=5, hidden=64, inner=160)
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), schedule=schedule, exact=exact)
 
-    class Breaking(BaseStreamer, LogitsProcessor, StoppingCriteria):
-        count = 0
+    calls = iter(range(9))
 
+    class Put(BaseStreamer):
         def put(self, value: torch.Tensor) -> None:
-            self(value, value)
-
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            if self.count == 9:
+            if next(calls, None) is None:
                 raise breaks
-            return scores if through == "processor" else torch.zeros(1, dtype=torch.bool)
 
         def end(self) -> None: ...
 
-    ids, breaking = prompt_ids(), Breaking()
+    class Process(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            Put().put(input_ids)
+            return scores
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            Put().put(input_ids)
+            return torch.zeros(1, dtype=torch.bool)
+
+    ids = prompt_ids()
     given = {
-        "streamer": {"streamer": breaking},
-        "criterion": {"stopping_criteria": StoppingCriteriaList([breaking])},
-        "processor": {"logits_processor": LogitsProcessorList([breaking])},
+        "streamer": {"streamer": Put()},
+        "criterion": {"stopping_criteria": StoppingCriteriaList([Stop()])},
+        "processor": {"logits_processor": LogitsProcessorList([Process()])},
     }[through]
     with pytest.raises(breaks):
         fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, **given)
