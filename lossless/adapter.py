@@ -48,6 +48,10 @@ class LowRank(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _linear(_linear(x, self.down), self.up)
 
+    def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
+        """`[out, in]`, W + B A, summed in float32."""
+        return (weight.float() + self.up.float() @ self.down.float()).to(weight.dtype)
+
 
 class Transition(nn.Module):
     """The recurrent head that tells a stream which tokens its path holds so far.

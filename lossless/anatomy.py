@@ -117,6 +117,15 @@ def column_masks(layer: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
+def own_window(layer: nn.Module) -> int | None:
+    """The sliding window of a layer that masks by column; None if it sees everything."""
+    for module in column_masks(layer):
+        mask: Any = module.bias
+        if (seen := int(mask[0, 0, -1].sum())) < mask.shape[3]:
+            return seen
+    return None
+
+
 def is_projection(module: nn.Module) -> bool:
     """Whether it multiplies rows with a matrix and does nothing else (some routers are linear, and then choose)."""
     return isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__

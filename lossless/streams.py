@@ -4,8 +4,8 @@ Knows: where stream rows enter the base, which rows they may attend to, and how 
 rows and stream rows. Does not know: how a tree is grown, what is accepted, or how weights are trained.
 
 Nothing of the base is replaced. While `StreamRunner.installed()` holds, hooks insert the stream rows
-before layer N - N_s, add the MSA adapters to the projections of stream rows, and keep stream rows from
-the LM head; and attention goes through `passes.py`, which gives main rows and stream rows a call of their
+before layer N - N_s, add the MSA adapters to the projections of stream rows, and take stream rows out
+behind the last layer; and attention goes through `passes.py`, which gives main rows and stream rows a call of their
 own. Main rows see main keys only, so their results do not depend on the streams. When the context
 ends, so does every trace of it.
 
@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .adapter import StreamAdapter
@@ -36,6 +35,7 @@ from .anatomy import (
     device_of,
     find_projections,
     hides_where_true,
+    own_window,
     position_bias,
     shares_position_bias,
     uses_attention_interface,
@@ -67,7 +67,7 @@ class StreamRunner:
 
     Args:
         model: any decoder-only causal LM whose decoder layers stand in one list.
-        adapter: its weights; None only to ask for `projections`.
+        adapter: its weights.
 
     Raises:
         UsageError: the model has no such layers, or the adapter's shapes are of another model.
@@ -83,7 +83,7 @@ class StreamRunner:
         self._own_attention = not uses_attention_interface(model)
         self._after = after_layers(model)
         self._names = [list(inspect.signature(layer.forward).parameters) for layer in self.layers]
-        self._reaches = [_own_reach(layer) for layer in self.layers] if self._own_attention else []
+        self._reaches = [Reach(own_window(layer)) for layer in self.layers] if self._own_attention else []
         self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits; None: nobody cares
         self._habits: dict[int, Habit] = {}  # of the top layers, by their number
         self.lm_head = model.get_output_embeddings()
@@ -121,19 +121,17 @@ class StreamRunner:
         In a small model the many small products of the adapters take as long as the layers themselves, and a
         copy of the top layers' weights is little. The base's own weights stay as they are.
         """
+        projections = {name: self._projection(name) for name, _ in self.adapter.adapters()}
         if any(parameter.requires_grad for parameter in self.adapter.parameters()):
             return []
-        projections = {name: self._projection(name) for name, _ in self.adapter.adapters()}
         if any(type(p) is not nn.Linear or p.weight.is_meta for p in projections.values()):  # quantized, offloaded
             return []
         if sum(p.weight.numel() * p.weight.element_size() for p in projections.values()) > _MERGED_BYTES:
             return []
         merged: list[dict[str, torch.Tensor]] = [{} for _ in self.top]
         for name, low_rank in self.adapter.adapters():
-            weight = projections[name].weight.detach()
-            update = low_rank.up.float() @ low_rank.down.float()
             index, path = name.split(".", 1)
-            merged[int(index)][f"{path}.weight"] = (weight.float() + update).to(weight.dtype)
+            merged[int(index)][f"{path}.weight"] = low_rank.merged_into(projections[name].weight.detach())
         return merged
 
     def _projection(self, name: str) -> Any:
@@ -263,7 +261,7 @@ class StreamRunner:
                 i = number - (len(self.layers) - len(self.top))
                 given = self._filled(number, habit, plan, hidden)
                 if plan.merged:
-                    hidden = functional_call(self.top[i], self._merged[i], (hidden,), given)
+                    hidden = torch.func.functional_call(self.top[i], self._merged[i], (hidden,), given)
                 else:
                     hidden = self.top[i](hidden, **given)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
@@ -350,12 +348,3 @@ class StreamRunner:
             return None
         plan.final = args[0]
         return (args[0][:, -1:],) if plan.last_only else None
-
-
-def _own_reach(layer: nn.Module) -> Reach:
-    """How far a layer looks that masks by column."""
-    for module in column_masks(layer):
-        mask: Any = module.bias
-        if (seen := int(mask[0, 0, -1].sum())) < mask.shape[3]:
-            return Reach(seen)
-    return Reach()

@@ -55,15 +55,30 @@ def result_row(found: dict[str, Any]) -> str:
     )
 
 
+def certificate_row(found: dict[str, Any]) -> str:
+    """The README's table row of a stored certificate."""
+    flips = 1000 * (found["near_ties"] + found["mismatches"]) / found["tokens"]
+    return (
+        f"| {'NF4' if found['load_in'] == '4bit' else found['dtype']} | {found['guarantee']['exact']} | {flips:.1f} "
+        f"| {found['mismatches']} | {found['identical_prompts']} of {found['prompts']} "
+        f"| {found['same_bits']} of {found['tokens']} | {found['speedup']:.2f} |"
+    )
+
+
+def stored_certificates() -> list[dict[str, Any]]:
+    paths = sorted(Path(shipped_adapter("demo") or "").glob("verify-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
 def stored_reports() -> list[dict[str, Any]]:
     paths = sorted(Path(shipped_adapter("demo") or "").glob("bench-*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def test_every_number_comes_from_a_stored_report() -> None:
-    rows = [line for line in README.splitlines() if re.match(r"\| (float|bfloat)", line)]
+    rows = [line for line in README.splitlines() if re.match(r"\| (float|bfloat|NF4)", line)]
     assert rows
-    assert sorted(rows) == sorted(map(result_row, stored_reports()))
+    assert sorted(rows) == sorted([*map(result_row, stored_reports()), *map(certificate_row, stored_certificates())])
 
 
 def test_the_shipped_adapter_is_small_and_there() -> None:
