@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +251,7 @@ def _tokenizer_at_hand(model: Any, tokenizer: Any) -> Iterator[None]:
         yield
         return
     make = model._get_stopping_criteria
+    model = make.__self__  # the base itself, whatever wraps it
     model._get_stopping_criteria = lambda *args, **kwargs: make(*args, **{**kwargs, "tokenizer": tokenizer})
     try:
         yield
@@ -279,14 +279,14 @@ def accelerate(
         UsageError: the adapter cannot be read, its shapes are another model's, the model cannot be served, or the
             device does not give the exactness that was asked for.
     """
+    if unknown := sorted(overrides.keys() - OVERRIDES):
+        raise UsageError(f"accelerate() takes {', '.join(sorted(OVERRIDES))} as overrides, got {', '.join(unknown)}")
+    StreamingConfig(**overrides)  # checks them
     if isinstance(adapter, StreamingConfig):
         adapter = new_adapter(model, adapter, tokenizer)
     elif not isinstance(adapter, StreamAdapter):
         adapter = StreamAdapter.from_pretrained(adapter, base={"fingerprint": fingerprint(model, tokenizer)})
     fast = AcceleratedModel(model, adapter, exact)
-    if unknown := sorted(overrides.keys() - OVERRIDES):
-        raise UsageError(f"accelerate() takes {', '.join(sorted(OVERRIDES))} as overrides, got {', '.join(unknown)}")
-    replace(adapter.config, **overrides)  # checks them
     for name, value in overrides.items():
         setattr(fast, name, value)
     return fast

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,13 @@ def _reach(module: nn.Module, kwargs: dict[str, Any]) -> Reach:
     return Reach(kwargs.get("sliding_window"))
 
 
+def _alone(
+    attention: Any, module: nn.Module, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """The base's attention of one row over keys that are all its own: `[1, 1, heads, head_dim]`."""
+    return attention(module, query, key, value, None, **kwargs)[0]
+
+
 def _attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -119,7 +127,7 @@ def _attend(
         keys = key.shape[2] - (query.shape[2] - rows)
         main = query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]
         if plan.paths is not None:
-            alone = lambda q, k, v: attention(module, q, k, v, None, **kwargs)[0]  # noqa: E731
+            alone = partial(_alone, attention, module, kwargs)
             outputs.append(one_by_one(alone, *main, plan.paths, lambda length: reach.first(length - 1)))
         else:
             outputs.append(attention(module, *main, as_mask(plan.main.within(reach), query, plan.implementation), **kwargs)[0])

@@ -190,17 +190,20 @@ def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple
     for leaf in (4, 8, 11):
         path = [node for node, seen in enumerate(tree.mask()[leaf].tolist()) if seen]
         cache = DynamicCache(config=model.config)
-        feed = lambda ids, cache=cache: model(  # noqa: E731
-            input_ids=torch.tensor([ids], device=input_device(model)), past_key_values=cache, use_cache=True
-        ).logits[0, -1].float()
-        feed(prompt)
+        _plain(model, prompt, cache)
         for node in path:
-            one = feed([tree.tokens[node]])
+            one = _plain(model, [tree.tokens[node]], cache)
             bits = bits and torch.equal(one, apart[node])
             rivals = one.topk(min(_RIVALS, len(one))).indices
             moved = (native[node] - one)[rivals]
             noise = max(noise, float((moved - moved[0]).abs().max()))
     return bits, _SAFETY * noise
+
+
+def _plain(model: Any, ids: list[int], cache: DynamicCache) -> torch.Tensor:
+    """`[vocab]`: the base's own logits after these tokens, in one pass behind its cache."""
+    given = torch.tensor([ids], device=input_device(model))
+    return model(input_ids=given, past_key_values=cache, use_cache=True).logits[0, -1].float()
 
 
 def _behind(runner: StreamRunner, prompt: list[int]) -> Callable[[DraftTree], torch.Tensor]:

@@ -140,12 +140,17 @@ class Text:
 
     def choose_alone(self, logits: torch.Tensor) -> tuple[int, ...]:
         """The choice given `[vocab]` logits of a row that was read in the base's own shape."""
-        choice = self.choose(logits)
-        return () if choice is None else (choice[0],)
+        self.choose(logits)
+        return (self.last,)
 
     def choose_after(self, logits: torch.Tensor) -> Callable[[int], tuple[int, bool] | None]:
-        """For a walk: node -> the choice after it, given `[nodes, vocab]`; None if it is too close to call."""
-        return lambda node: self.choose(logits[node], alone=len(logits) == 1)
+        """For a walk: node -> the choice after it, given `[nodes, vocab]`; None if it is too close to call.
+
+        A pass of one row is as good as the base's own only if the rows that it looks back at are.
+        """
+        alone = len(logits) == 1 and self.sound == self.ids.shape[1] - 1
+        self.sound += alone
+        return lambda node: self.choose(logits[node], alone)
 
     def put(self, tokens: tuple[int, ...]) -> None:
         """Hand tokens to the text's memory, and to the streamer, one call each, as the base does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,15 +34,21 @@ def test_a_pipeline(tiny_folder: Path, do_sample: bool) -> None:
     assert fast.stats.tokens == 20
 
 
-def test_layers_that_accelerate_offloads(tmp_path: Path) -> None:
-    model = cpu_offload(build_tiny(seed=5), execution_device=torch.device("cpu"))
-    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+def same_everywhere(model: Any) -> torch.Tensor:
+    """Both schedules, greedy and sampled; returns the greedy answer."""
     for schedule in ("parallel", "deferred"):
         fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), schedule=schedule)
-        for do_sample in (False, True):
+        for do_sample in (True, False):
             expected, found = both(fast, prompt_ids(), do_sample=do_sample)
             assert torch.equal(expected, found)
             assert fast.stats.served
+    return found
+
+
+def test_layers_that_accelerate_offloads(tmp_path: Path) -> None:
+    model = cpu_offload(build_tiny(seed=5), execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    same_everywhere(model)
 
 
 def test_a_device_map_with_layers_on_disk(tmp_path: Path) -> None:
@@ -49,12 +56,10 @@ def test_a_device_map_with_layers_on_disk(tmp_path: Path) -> None:
     parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     parts |= {f"model.layers.{i}": "disk" if i == 3 else "cpu" for i in range(4)}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=parts, offload_folder=tmp_path / "off")
-    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
-    expected, found = both(fast, prompt_ids(), do_sample=True)
-    assert torch.equal(expected, found)
-    assert fast.stats.served
+    same_everywhere(model)
 
 
+# layers on two devices need two devices: nothing on one machine stands in for the second
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_layers_on_several_devices() -> None:
     parts = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
@@ -75,10 +80,4 @@ def test_a_base_with_a_lora_of_its_own(merged: bool) -> None:
     wrapped = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     model = wrapped.merge_and_unload() if merged else wrapped
     model.requires_grad_(False)
-    for schedule in ("parallel", "deferred"):
-        fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), schedule=schedule)
-        for do_sample in (False, True):
-            expected, found = both(fast, prompt_ids(), do_sample=do_sample)
-            assert torch.equal(expected, found)
-            assert fast.stats.served
-            assert do_sample or not torch.equal(found, before)  # the LoRA is at work
+    assert not torch.equal(same_everywhere(model), before)  # the LoRA is at work

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers.generation import MaxLengthCriteria
 
 from lossless.draft import Drafter
 from lossless.errors import UsageError
 from lossless.generate import AcceleratedModel, accelerate, new_adapter
 from lossless.probe import find_limits
+from lossless.text import Text
 from lossless.tree import DraftTree
 
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -155,3 +157,14 @@ def test_nothing_is_left_behind() -> None:
     both(fast, prompt_ids())
     assert before == {name: module.__dict__.get("forward") for name, module in tiny.named_modules()}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.modules())
+
+
+def test_a_row_read_alone_is_no_better_than_the_rows_that_it_looks_back_at() -> None:
+    config = GenerationConfig(max_new_tokens=20, do_sample=False)
+    text = Text(0, prompt_ids(), 0, 0, LogitsProcessorList(), MaxLengthCriteria(99), config, None, None, guard=0.5)
+    sure, close = torch.tensor([0.0, 9.0, 0.0]), torch.tensor([1.0, 1.2, 0.0])
+    text.choose_alone(sure)  # after the prompt
+    assert text.choose_after(close[None])(0) == (1, False)  # one row over the prompt: the base's own pass
+    assert text.choose_after(torch.stack([sure, close]))(0) == (1, False)  # a pass of two rows
+    assert text.choose_after(close[None])(0) is None  # one row over a row of that pass
+    assert text.choose_after(sure[None])(0) == (1, False)
