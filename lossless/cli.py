@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_flags(command)
     _adapter_flags(command)
     _decoding_flags(command)
-    command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: 'prompt', 'turns' or 'messages' a line")
-    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help="JSONL: 'prompt', 'question', 'turns' or 'messages' a line")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
     command.add_argument("--json", metavar="OUT", help="write the report here")
     command.set_defaults(run=_bench)
 
@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     _model_flags(command)
     _adapter_flags(command)
     _decoding_flags(command)
-    command.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: 'prompt', 'turns' or 'messages' a line")
-    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
-    command.add_argument("--json", metavar="OUT", help="write the certificate here")
+    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help="JSONL: 'prompt', 'question', 'turns' or 'messages' a line")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
+    command.add_argument("--json", metavar="OUT", help="write the certificate here; after an interruption the same command goes on")
     command.set_defaults(run=_verify)
 
     command = commands.add_parser("doctor", help="say what this device, dtype and model can do, and how exactly")
@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("distill", help="collect the model's own answers to train on")
     _model_flags(command)
     defaults = DistillConfig()
-    command.add_argument("--prompts", metavar="FILE", help="JSONL of prompts")
-    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    command.add_argument("--prompts", nargs="+", metavar="FILE", help="JSONL of prompts")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
     command.add_argument("--self-drawn", type=int, default=0, metavar="N", help="let the model draw N prompts itself")
     command.add_argument("--answer-tokens", type=int, default=defaults.answer_tokens, help="stop after so many (%(default)s)")
     command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of one answer (%(default)s)")
@@ -232,10 +232,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     prompts, decoding = _prompts(arguments), _decoding(arguments)
     base, fast, name = _both_sides(arguments, prompts, decoding)
-    found = certify(base, fast, name, prompts, decoding, arguments.load_in)
+    journal = Path(f"{arguments.json}.journal") if arguments.json else None
+    found = certify(base, fast, name, prompts, decoding, arguments.load_in, journal)
     print(summary(found))
-    if arguments.json:
+    if journal:
         write_json(arguments.json, found)
+        journal.unlink()
     return 3 if found["mismatches"] else 0
 
 

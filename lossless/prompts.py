@@ -1,12 +1,14 @@
 """Prompts: reading them from JSONL, and turning them into token ids with the model's own template.
 
-Knows: the three shapes of a line (`prompt`, `turns`, `messages`) and chat templates.
+Knows: the shapes of a line (`prompt`, `question`, `turns`, `messages`) and chat templates.
 Does not know: models, adapters, generation.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,11 @@ def from_text(text: str, id: str = "prompt") -> Prompt:
     return Prompt(id=id, messages=({"role": "user", "content": text},))
 
 
-def parse_line(line: str, id: str) -> Prompt:
-    """One JSONL line: `prompt` (string), `turns` (strings; the first is asked) or `messages`.
+def parse_line(line: str, id: str, category: str = "") -> Prompt:
+    """One JSONL line: `prompt` or `question` (string), `turns` (strings; the first is asked) or `messages`.
 
     Raises:
-        UsageError: not JSON, none of the three fields, or an empty prompt.
+        UsageError: not JSON, none of these fields, or an empty prompt.
     """
     try:
         record = json.loads(line)
@@ -49,39 +51,45 @@ def parse_line(line: str, id: str) -> Prompt:
     return Prompt(
         id=str(record.get("id", record.get("question_id", id))),
         messages=_messages(record),
-        category=str(record.get("category", "")),
+        category=str(record.get("category", category)),
     )
 
 
 def _messages(record: dict[str, Any]) -> tuple[Message, ...]:
-    if isinstance(record.get("prompt"), str):
-        return ({"role": "user", "content": record["prompt"]},)
+    for field in ("prompt", "question"):
+        if isinstance(record.get(field), str):
+            return ({"role": "user", "content": record[field]},)
     turns = record.get("turns")
     if isinstance(turns, list) and turns and isinstance(turns[0], str):
         return ({"role": "user", "content": turns[0]},)
     messages = record.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
         return tuple({"role": m["role"], "content": m["content"]} for m in messages)
-    raise UsageError("a line must hold 'prompt' (string), 'turns' (strings) or 'messages' (role and content)")
+    raise UsageError("a line must hold 'prompt' or 'question' (strings), 'turns' (strings) or 'messages' (role and content)")
 
 
-def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """Read at most `limit` prompts of a JSONL file.
+def read_prompts(paths: str | Path | Iterable[str | Path], limit: int | None = None) -> list[Prompt]:
+    """Read the prompts of JSONL files (`.gz` too), at most `limit` of each; a line without a category gets the file's name.
 
     Raises:
         UsageError: no such file, no prompts in it, or a bad line (its number is named).
     """
-    path = Path(path)
+    files = [paths] if isinstance(paths, (str, Path)) else paths
+    return [prompt for path in files for prompt in _read_file(Path(path), limit)]
+
+
+def _read_file(path: Path, limit: int | None) -> list[Prompt]:
     if not path.is_file():
         raise UsageError(f"no prompt file at {path}")
     prompts: list[Prompt] = []
-    with path.open(encoding="utf-8") as lines:
+    name = path.name.split(".")[0]
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if limit is not None and len(prompts) >= limit:
                 break
             if line.strip():
                 try:
-                    prompts.append(parse_line(line, id=f"{path.stem}-{number}"))
+                    prompts.append(parse_line(line, id=f"{name}-{number}", category=name))
                 except UsageError as error:
                     raise UsageError(f"{path}, line {number}: {error}") from None
     if not prompts:

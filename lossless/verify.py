@@ -11,10 +11,14 @@ that. Does not know: adapters, drafts, or how the answer came about.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +27,11 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from .bench import Decoding, device_name, encode_checked
+from .errors import UsageError
 from .generate import AcceleratedModel
 from .models import Base
 from .prompts import Prompt
-from .storage import versions
+from .storage import append_jsonl, read_jsonl, versions
 
 _SHAPES = (2, 3, 4, 5, 8, 16, 32)  # rows of the passes that are compared with passes of one
 _RIVALS = 8  # the noise is that of differences between a position's best tokens
@@ -152,35 +157,26 @@ def _read(base: Base, text: list[int], start: int, shape: int) -> torch.Tensor:
 
 
 def certify(
-    base: Base, fast: AcceleratedModel, name: str, prompts: list[Prompt], decoding: Decoding, load_in: str | None
+    base: Base,
+    fast: AcceleratedModel,
+    name: str,
+    prompts: list[Prompt],
+    decoding: Decoding,
+    load_in: str | None,
+    journal: Path | None = None,
 ) -> dict[str, Any]:
     """Generate, teacher-force, and judge every position of every answer.
 
+    Args:
+        journal: a file that keeps each answer as it is judged; a later call with the same one goes on after them.
+
     Returns:
         The certificate, ready for JSON: totals, the noise, the worst position, and one entry for each prompt.
+
+    Raises:
+        UsageError: the journal is another certificate's.
     """
-    encoded = encode_checked(base, prompts, decoding)
-    answers: list[list[int]] = []
-    judged: list[list[Position]] = []
-    ratios: list[float] = []  # of plain passes and accelerated decoding, for each answer of several tokens
-    for ids in tqdm(encoded, unit="prompt", desc="verify"):
-        torch.manual_seed(decoding.seed)
-        options = decoding.arguments() | {"return_dict_in_generate": True, "output_logits": True}
-        out = fast.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        answers.append(out.sequences[0, ids.shape[1] :].tolist())
-        positions, plain_s = force(base, ids, answers[-1], out.logits, decoding)
-        judged.append(positions)
-        if len(answers[-1]) > 1:
-            ratios.append(plain_s / fast.stats.decode_s)
-    sample = [ids[0].tolist() + answer for ids, answer in zip(encoded, answers, strict=True)][: max(4, len(answers) // 16)]
-    noise = measure_noise(base, sample)
-    scale = 1 / decoding.temperature if decoding.do_sample else 1.0  # a temperature magnifies logits, and their noise
-    limit = noise["max"] * scale
-    entries = [
-        _entry(base, prompt, positions, limit) for prompt, positions in zip(prompts, judged, strict=True)
-    ]
-    gaps = [position.gap for positions in judged for position in positions]
-    return {
+    settings = {
         "model": base.name,
         "adapter": name,
         "dtype": str(base.model.dtype).removeprefix("torch."),
@@ -194,16 +190,70 @@ def certify(
         "tree_floor": round(fast.tree_floor, 4),
         "schedule": fast.schedule,
         "prompts": len(prompts),
-        "tokens": len(gaps),
+    }
+    encoded = encode_checked(base, prompts, decoding)
+    checked = _check_all(base, fast, encoded, decoding, settings, journal)
+    texts = [ids[0].tolist() + answer.tokens() for ids, answer in zip(encoded, checked, strict=True)]
+    noise = measure_noise(base, texts[: max(4, len(texts) // 16)])
+    scale = 1 / decoding.temperature if decoding.do_sample else 1.0  # a temperature magnifies logits, and their noise
+    limit = noise["max"] * scale
+    entries = [_entry(base, prompt, answer.positions, limit) for prompt, answer in zip(prompts, checked, strict=True)]
+    positions = [position for answer in checked for position in answer.positions]
+    ratios = [answer.speedup for answer in checked if answer.speedup]
+    return settings | {
+        "tokens": len(positions),
         "speedup": round(statistics.median(ratios), 4) if ratios else 1.0,
-        "same_bits": sum(position.same_bits for positions in judged for position in positions),
+        "same_bits": sum(position.same_bits for position in positions),
         "identical_prompts": sum(entry["near_ties"] + entry["mismatches"] == 0 for entry in entries),
         "near_ties": sum(entry["near_ties"] for entry in entries),
         "mismatches": sum(entry["mismatches"] for entry in entries),
         "noise": noise | {"limit": limit},
-        "worst": max(gaps, default=0.0),
+        "worst": max((position.gap for position in positions), default=0.0),
         "runs": entries,
     }
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One answer, judged; `speedup` is the ratio of plain passes to accelerated decoding, None for a single token."""
+
+    positions: list[Position]
+    speedup: float | None
+
+    def tokens(self) -> list[int]:
+        return [position.emitted for position in self.positions]
+
+
+def _check_all(
+    base: Base, fast: AcceleratedModel, encoded: list[torch.Tensor], decoding: Decoding, settings: dict[str, Any], journal: Path | None
+) -> list[Checked]:
+    """Every answer, those of the journal first; its first line tells whose it is."""
+    kept = read_jsonl(journal) if journal else []
+    # what a probe measures differs in its last digits from one attach to the next
+    ours = json.loads(json.dumps({key: value for key, value in settings.items() if key not in ("guarantee", "tree_floor")}))
+    ours["exact"] = fast.guarantee.level
+    ours["prompt_ids"] = hashlib.sha256(str([ids.tolist() for ids in encoded]).encode()).hexdigest()
+    if kept and kept[0] != ours:
+        other = ", ".join(key for key in ours if kept[0].get(key) != ours[key])
+        raise UsageError(f"{journal} is of a certificate with other settings ({other}): use them again, or remove it")
+    found = [Checked([Position(*position) for position in line["positions"]], line["speedup"]) for line in kept[1:]]
+    with append_jsonl(journal or os.devnull) as write, tqdm(total=len(encoded), initial=len(found), unit="prompt", desc="verify") as bar:
+        if not kept:
+            write(ours)
+        for ids in encoded[len(found) :]:
+            found.append(_check(base, fast, ids, decoding))
+            write({"positions": [astuple(position) for position in found[-1].positions], "speedup": found[-1].speedup})
+            bar.update()
+    return found
+
+
+def _check(base: Base, fast: AcceleratedModel, ids: torch.Tensor, decoding: Decoding) -> Checked:
+    torch.manual_seed(decoding.seed)
+    options = decoding.arguments() | {"return_dict_in_generate": True, "output_logits": True}
+    out = fast.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    answer = out.sequences[0, ids.shape[1] :].tolist()
+    positions, plain_s = force(base, ids, answer, out.logits, decoding)
+    return Checked(positions, plain_s / fast.stats.decode_s if len(answer) > 1 else None)
 
 
 def _entry(base: Base, prompt: Prompt, positions: list[Position], limit: float) -> dict[str, Any]:

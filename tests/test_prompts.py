@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,16 @@ def test_three_shapes_of_a_line(tmp_path: Path) -> None:
     assert len(found[2].messages) == 3
     assert len(read_prompts(path, limit=2)) == 2
     assert len({p.id for p in found}) == 3
+
+
+def test_several_files_packed_ones_too_each_up_to_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"question": f"q{i}"}) + "\n" for i in range(3)))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as lines:
+        lines.write('{"prompt": "packed"}\n')
+    found = read_prompts([tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"], limit=2)
+    assert [(p.id, p.category, p.messages[0]["content"]) for p in found] == [
+        ("a-1", "a", "q0"), ("a-2", "a", "q1"), ("b-1", "b", "packed"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from lossless.bench import Decoding
 from lossless.cli import main
+from lossless.errors import UsageError
 from lossless.generate import accelerate, new_adapter
 from lossless.models import Base, load_base
 from lossless.prompts import from_text
@@ -95,6 +96,32 @@ def test_a_certificate_counts_and_shows_a_defect(base: Base, monkeypatch: pytest
     assert bad["worst"] > bad["noise"]["limit"]
 
 
+def test_an_interrupted_certificate_goes_on_after_the_answers_that_it_has(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1))
+    prompts = [from_text(f"w{i} w{i + 1} w9") for i in range(4)]
+    whole = certify(base, fast, "random", prompts, SAMPLED, None)
+    journal, real, asked = tmp_path / "journal", fast.generate, []
+
+    def third_time_unlucky(ids: torch.Tensor, **kwargs: object) -> object:
+        asked.append(ids)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(ids, **kwargs)
+
+    monkeypatch.setattr(fast, "generate", third_time_unlucky)
+    with pytest.raises(KeyboardInterrupt):
+        certify(base, fast, "random", prompts, SAMPLED, None, journal)
+    journal.write_text(journal.read_text() + '{"positions": [[1, 1, 0.')  # and it was killed in the middle of a line
+    with pytest.raises(UsageError, match=r"other settings .decoding.: use them again, or remove it"):
+        certify(base, fast, "random", prompts, Decoding(max_new_tokens=24), None, journal)
+    resumed = certify(base, fast, "random", prompts, SAMPLED, None, journal)
+    assert len(asked) == 5
+    timed = ("speedup",)
+    assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
+
+
 def test_the_command_writes_a_certificate(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = load_base(str(tiny_folder), "float32")
     new_adapter(base.model, tiny_config(), base.tokenizer).randomize(1).save_pretrained(tmp_path / "adapter")
@@ -105,4 +132,5 @@ def test_the_command_writes_a_certificate(tiny_folder: Path, tmp_path: Path, cap
     found = json.loads((tmp_path / "c.json").read_text())
     assert {"prompts", "tokens", "identical_prompts", "near_ties", "mismatches", "noise", "worst"} <= found.keys()
     assert found["identical_prompts"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("c.json")) == ["c.json"]
     assert "identical answers   2 of 2" in capsys.readouterr().out
