@@ -80,10 +80,10 @@ class StreamRunner:
         self.layers = decoder_layers(model)
         self.top = self.layers[len(self.layers) - adapter.config.num_msa_layers :]
         self._rotaries = [m for m in decoder(model).children() if "Rotary" in type(m).__name__]
-        self._own_attention = not uses_attention_interface(model)
+        self.own_attention = not uses_attention_interface(model)
         self._after = after_layers(model)
         self._names = [list(inspect.signature(layer.forward).parameters) for layer in self.layers]
-        self._reaches = [Reach(own_window(layer)) for layer in self.layers] if self._own_attention else []
+        self._reaches = [Reach(own_window(layer)) for layer in self.layers] if self.own_attention else []
         self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits; None: nobody cares
         self._habits: dict[int, Habit] = {}  # of the top layers, by their number
         self.lm_head = model.get_output_embeddings()
@@ -144,7 +144,7 @@ class StreamRunner:
         """Hooks in place and attention rerouted, for the time of the context."""
         implementation = self.text_config._attn_implementation
         self._implementation = implementation
-        entered = self.layers if self._own_attention else self.top
+        entered = self.layers if self.own_attention else self.top
         first = len(self.layers) - len(entered)
         handles = [
             layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
@@ -155,10 +155,10 @@ class StreamRunner:
         handles.append(self.lm_head.register_forward_pre_hook(self._leave))
         for name, low_rank in self.adapter.adapters():
             handles.append(self._projection(name).register_forward_hook(adapting(low_rank)))
-        masks: list[tuple[Any, Any]] = [(module, module.bias) for layer in self.layers for module in column_masks(layer)] if self._own_attention else []
+        masks: list[tuple[Any, Any]] = [(module, module.bias) for layer in self.layers for module in column_masks(layer)] if self.own_attention else []
         for module, mask in masks:  # rows of a tree do not stand in columns of their own place
             module.bias = mask.new_ones(1, 1, 1, 1).expand_as(mask)
-        if not self._own_attention:
+        if not self.own_attention:
             self.text_config._attn_implementation = ATTENTION
         try:
             with keeping_bits(self.limits or {}):
@@ -228,7 +228,7 @@ class StreamRunner:
 
     def _knows_causal(self) -> bool:
         """Whether the base's attention is causal by itself over rows that are all of its keys."""
-        return self._implementation == "sdpa" and not self._own_attention
+        return self._implementation == "sdpa" and not self.own_attention
 
     def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
@@ -288,7 +288,7 @@ class StreamRunner:
                 hidden = torch.cat([hidden, self.adapter.start_streams(hidden[:, plan.nodes])], dim=1)
         if number >= len(self.layers) - len(self.top):
             self._habits[number] = habit
-        if self._own_attention or plan.nodes is not None:
+        if self.own_attention or plan.nodes is not None:
             given = self._filled(number, habit, plan, hidden)
         return (hidden,), given
 
@@ -322,7 +322,7 @@ class StreamRunner:
             if value is Slot.POSITIONS:
                 return once(value, positions)
             if value is Slot.MASK:
-                return once((value, self._reaches[number]), mask) if self._own_attention else None
+                return once((value, self._reaches[number]), mask) if self.own_attention else None
             if value is Slot.BIAS:
                 return once(value, bias)
             if isinstance(value, RotaryCall):
