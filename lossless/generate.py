@@ -124,7 +124,9 @@ class AcceleratedModel:
         prompt = input_ids if inputs_embeds is None else inputs_embeds
         # with a passed-in cache the ids may be the new ones only; the mask is always of the whole text
         width = getattr(generation_config, "_mask_length", 0) if attention_mask is None else attention_mask.shape[1]
-        width, padding = max(width, prompt.shape[1]), None if attention_mask is None else attention_mask == 0
+        width, padding = max(width, prompt.shape[1]), None
+        if attention_mask is not None and not attention_mask.all():  # some versions of HF hand over a mask of ones
+            padding = attention_mask == 0
         texts = self._texts(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
         cache = RowCache(len(self.runner.layers), width + 256, padding)
         if past_key_values is not None and past_key_values.get_seq_length():

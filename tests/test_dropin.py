@@ -45,6 +45,8 @@ def same_everywhere(model: Any) -> torch.Tensor:
     return found
 
 
+# transformers 5.17 takes a base whose weights wait elsewhere for one on the device "meta"
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`:UserWarning")
 def test_layers_that_accelerate_offloads(tmp_path: Path) -> None:
     model = cpu_offload(build_tiny(seed=5), execution_device=torch.device("cpu"))
     assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"

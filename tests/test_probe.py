@@ -39,6 +39,20 @@ def test_bitwise_means_every_bit_of_the_logits(dtype: torch.dtype, schedule: str
         assert fast.stats.exact == "bitwise"
 
 
+def test_a_mask_of_ones_pads_nothing() -> None:
+    """Some versions of transformers hand one over where others hand over none."""
+    fast, ids = attach("bitwise", torch.bfloat16), prompt_ids(9)
+
+    def decode(model: object, input_ids: torch.Tensor, **prepared: object) -> object:
+        with fast.runner.installed():
+            return fast._decode(input_ids, **prepared | {"attention_mask": torch.ones_like(input_ids)})  # type: ignore[arg-type]
+
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 20, "do_sample": False}
+    expected = fast.base.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    found = fast.base.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decode, **options)
+    assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
+
+
 def test_bitwise_holds_on_accepted_branches_too() -> None:
     """Rows of accepted tokens stay in the cache: their bits decide later tokens."""
     fast = attach("bitwise", torch.bfloat16)
