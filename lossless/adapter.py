@@ -160,6 +160,14 @@ class StreamAdapter(nn.Module):
         """Trained parameters."""
         return sum(p.numel() for p in self.parameters())
 
+    def parts(self) -> dict[str, int]:
+        """Trained parameters of each part of the method."""
+        return {
+            "stream embeddings": self.stream_embeddings.numel(),
+            "MSA adapters": sum(p.numel() for p in self.msa.parameters()),
+            "transition": sum(p.numel() for p in self.transition.parameters()),
+        }
+
     def randomize(self, seed: int, scale: float = 0.5) -> StreamAdapter:
         """Random numbers in every weight: the worst adapter there is, for checking that output stays exact."""
         generator = torch.Generator().manual_seed(seed)
@@ -245,3 +253,28 @@ def _find(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(f"no adapter folder at {path}, and the hub gave none by that name: {error}") from None
+
+
+def push_to_hub(folder: str | Path, repo: str, private: bool = False, revision: str | None = None) -> str:
+    """Upload an adapter's folder to the hub, its checkpoints aside; returns where it is.
+
+    Raises:
+        UsageError: no adapter in the folder, or the hub refuses (no token, no right, no connection).
+    """
+    folder = Path(folder)
+    StreamAdapter.from_pretrained(folder)  # whole, or not at all
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repo, private=private, exist_ok=True)
+        if revision:
+            hub.create_branch(repo, branch=revision, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repo, folder_path=folder, revision=revision, ignore_patterns=["checkpoint-*", "best.safetensors", "*.part"],
+            commit_message="An adapter for lossless",
+        )  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UsageError(f"the hub did not take {folder} as {repo!r}: {str(error).strip().splitlines()[0]}") from error
+    return f"{hub.endpoint}/{repo}"

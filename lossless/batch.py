@@ -7,6 +7,7 @@ Does not know: what the prompts are, or what becomes of the answers.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,22 @@ class Job:
     temperature: float
 
 
+class JobQueue:
+    """Jobs that wait: those put back in line first, then the rest, which are made when they are asked for."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self._jobs = iter(jobs)
+        self._first: deque[Job] = deque()
+
+    def put(self, job: Job) -> None:
+        """What follows from an answer: a conversation's next turn."""
+        self._first.append(job)
+
+    def take(self, count: int) -> list[Job]:
+        taken = [self._first.popleft() for _ in range(min(count, len(self._first)))]
+        return taken + list(itertools.islice(self._jobs, count - len(taken)))
+
+
 @dataclass
 class _Slot:
     """A row of the running batch; a slot without a job is idle and its row masked."""
@@ -42,7 +59,7 @@ class _Slot:
 
 def continue_all(
     model: Any,
-    jobs: Iterable[Job],
+    queue: JobQueue,
     *,
     eos_ids: set[int],
     batch_size: int,
@@ -51,30 +68,28 @@ def continue_all(
 ) -> Iterator[tuple[Job, list[int]]]:
     """Continue every job with the base alone, yielding each as it finishes.
 
-    The batch stays full: when enough rows have finished, waiting prompts take their places.
+    The batch stays full: when enough rows have finished, waiting jobs take their places. Whoever is given an answer may
+    put more jobs into the queue.
 
     Yields:
         (job, answer ids): the ids end with an EOS id unless `max_new_tokens` came first.
     """
-    waiting = iter(jobs)
     batch = _Batch(model, batch_size, generator)
-    exhausted = False
     while True:
         idle = batch.idle()
-        if not exhausted and len(idle) * _REFILL_SHARE >= batch_size:
-            fresh = list(itertools.islice(waiting, len(idle)))
-            exhausted = len(fresh) < len(idle)
+        fresh = queue.take(len(idle)) if len(idle) * _REFILL_SHARE >= len(batch.slots) else []
+        if fresh:
             batch.fill(idle, fresh)
         elif len(idle) < len(batch.slots):
+            if len(idle) * 2 > len(batch.slots):  # nobody waits: go on with fewer rows
+                batch.drop_idle()
             batch.step()
         else:
             return
-        for slot in batch.slots:
+        for slot in list(batch.slots):
             if slot.job and (slot.answer[-1] in eos_ids or len(slot.answer) >= max_new_tokens):
-                yield slot.job, slot.answer
-                slot.job = None
-        if exhausted and len(batch.slots) > 2 * (len(batch.slots) - len(batch.idle())) > 0:
-            batch.drop_idle()
+                job, slot.job = slot.job, None
+                yield job, slot.answer
 
 
 class _Batch:

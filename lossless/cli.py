@@ -1,12 +1,14 @@
-"""The command line: `lossless generate | compare | bench | verify | doctor | distill | train`.
+"""The command line: `lossless generate | compare | bench | verify | doctor | distill | train | push`.
 
-Knows: flags, what goes to the terminal, exit codes (0 done, 2 bad input, 3 tokens differ, 130 Ctrl-C).
+Knows: flags, what goes to the terminal, exit codes (0 done, 2 bad input, 3 tokens differ, 4 drafts are not
+what training foretold, 130 Ctrl-C).
 Does not know: anything that a script could not do through the modules above it.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import warnings
 from importlib.resources import files
@@ -18,16 +20,23 @@ import transformers
 from transformers import TextStreamer
 
 from . import bench as benchmark
-from .adapter import StreamAdapter
+from .adapter import StreamAdapter, push_to_hub
+from .answers import Answers
+from .card import draw_curve, write_card
 from .config import StreamingConfig
 from .distill import DistillConfig, distill
 from .errors import UsageError
+from .foretell import TOLERANCE, check_parity
 from .generate import OVERRIDES, AcceleratedModel, accelerate, new_adapter
-from .models import Base, load_base
+from .models import Base, load_base, processes
 from .prompts import Prompt, from_text, read_prompts
 from .storage import versions, write_json
 from .train import TrainConfig, train
-from .verify import certify, summary
+from .verify import Asked, asked, certify
+from .verify import summary as summarize
+
+_CERTIFIED, _CERTIFIED_TOKENS = 4, 64  # held-out prompts that training ends with a certificate of
+_PROMPTS = "JSONL, any file or folder that datasets reads, or a data set's hub id; plain, alpaca, chat or ShareGPT records"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
             return int(arguments.run(arguments))
         except UsageError as error:
             print(f"lossless: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            print("lossless: the disk is full; what was whole is kept, and with more room the same command goes on", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("lossless: interrupted; what was done is kept", file=sys.stderr)
@@ -87,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_flags(command)
     _adapter_flags(command)
     _decoding_flags(command)
-    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help="JSONL: 'prompt', 'question', 'turns' or 'messages' a line")
+    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
     command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
     command.add_argument("--json", metavar="OUT", help="write the report here")
     command.set_defaults(run=_bench)
@@ -96,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_flags(command)
     _adapter_flags(command)
     _decoding_flags(command)
-    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help="JSONL: 'prompt', 'question', 'turns' or 'messages' a line")
+    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
     command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
     command.add_argument("--json", metavar="OUT", help="write the certificate here; after an interruption the same command goes on")
     command.set_defaults(run=_verify)
@@ -109,11 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("distill", help="collect the model's own answers to train on")
     _model_flags(command)
     defaults = DistillConfig()
-    command.add_argument("--prompts", nargs="+", metavar="FILE", help="JSONL of prompts")
+    command.add_argument("--prompts", nargs="+", metavar="FILE", help=_PROMPTS)
     command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
     command.add_argument("--self-drawn", type=int, default=0, metavar="N", help="let the model draw N prompts itself")
     command.add_argument("--answer-tokens", type=int, default=defaults.answer_tokens, help="stop after so many (%(default)s)")
     command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of one answer (%(default)s)")
+    command.add_argument("--max-turns", type=int, default=defaults.max_turns, help="of a conversation (%(default)s)")
     command.add_argument("--max-prompt-tokens", type=int, default=defaults.max_prompt_tokens, help="longer prompts are skipped (%(default)s)")
     command.add_argument("--temperatures", type=float, nargs="+", default=list(defaults.temperatures), help="used in turn, 0 is greedy (%(default)s)")
     command.add_argument("--batch-size", type=int, default=defaults.batch_size, help="answers at once (%(default)s)")
@@ -133,6 +148,13 @@ def _parser() -> argparse.ArgumentParser:
                 how = {"action": argparse.BooleanOptionalAction}
             group.add_argument(f"--{key.replace('_', '-')}", default=value, help="(%(default)s)", **how)
     command.set_defaults(run=_train)
+
+    command = commands.add_parser("push", help="put a trained adapter on the Hugging Face hub")
+    command.add_argument("--adapter", required=True, metavar="FOLDER", help="a folder that train has written")
+    command.add_argument("--repo", required=True, help="hub id, owner/name; it is made if it is not there")
+    command.add_argument("--private", action="store_true", help="if it is made, for your eyes only")
+    command.add_argument("--revision", help="a branch other than main")
+    command.set_defaults(run=_push)
     return parser
 
 
@@ -170,7 +192,10 @@ def _decoding(arguments: argparse.Namespace) -> benchmark.Decoding:
 
 
 def _load(arguments: argparse.Namespace) -> Base:
-    return load_base(arguments.model, arguments.dtype, arguments.load_in, arguments.device)
+    base = load_base(arguments.model, arguments.dtype, arguments.load_in, arguments.device)
+    if not base.tokenizer.chat_template:
+        print(f"lossless: note: {base.name} has no chat template: prompts are given to it as plain text", file=sys.stderr)
+    return base
 
 
 def _attach(arguments: argparse.Namespace, base: Base) -> tuple[AcceleratedModel, str]:
@@ -233,8 +258,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     prompts, decoding = _prompts(arguments), _decoding(arguments)
     base, fast, name = _both_sides(arguments, prompts, decoding)
     journal = Path(f"{arguments.json}.journal") if arguments.json else None
-    found = certify(base, fast, name, prompts, decoding, arguments.load_in, journal)
-    print(summary(found))
+    found = certify(base, fast, name, asked(base, prompts, decoding), decoding, arguments.load_in, journal)
+    print(summarize(found))
     if journal:
         write_json(arguments.json, found)
         journal.unlink()
@@ -281,7 +306,7 @@ def _finish(arguments: argparse.Namespace, found: dict[str, Any]) -> int:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    names = ("answer_tokens", "max_new_tokens", "max_prompt_tokens", "batch_size", "self_drawn", "seed")
+    names = ("answer_tokens", "max_new_tokens", "max_prompt_tokens", "max_turns", "batch_size", "self_drawn", "seed")
     config = DistillConfig(
         **{name: getattr(arguments, name) for name in names}, temperatures=tuple(arguments.temperatures)
     )
@@ -289,15 +314,47 @@ def _distill(arguments: argparse.Namespace) -> int:
         raise UsageError("there is nothing to answer: name --prompts FILE, or --self-drawn N, or both")
     prompts = read_prompts(arguments.prompts, arguments.limit) if arguments.prompts else []
     summary = distill(_load(arguments), prompts, config, arguments.out)
-    print(f"{summary['answers']} answers, {summary['answer_tokens']} tokens in {arguments.out}")
-    if summary["answer_tokens"] < config.answer_tokens:
-        print(f"the prompts ran out before {config.answer_tokens} answer tokens: more prompts give more", file=sys.stderr)
+    if processes().is_main_process:
+        print(f"{summary['answers']} answers, {summary['answer_tokens']} tokens in {arguments.out}")
+        if summary["answer_tokens"] < config.answer_tokens:
+            print(f"the prompts ran out before {config.answer_tokens} answer tokens: more prompts give more", file=sys.stderr)
     return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
     streaming = StreamingConfig(**{key: getattr(arguments, key) for key in vars(StreamingConfig())})
     config = TrainConfig(**{key: getattr(arguments, key) for key in vars(TrainConfig())})
-    summary = train(_load(arguments), arguments.data, arguments.out, streaming, config)
-    print(f"adapter in {arguments.out}: held-out acceptance length {summary['acceptance_length']}")
+    base, out = _load(arguments), Path(arguments.out)
+    adapter, held_out, summary = train(base, arguments.data, out, streaming, config)
+    if not processes().is_main_process:
+        return 0
+    print(f"adapter in {out}: held-out acceptance length {summary['acceptance_length']}")
+    parity = check_parity(base, adapter, held_out, config.feature_memory_gb)
+    write_json(out / "parity.json", parity)
+    fast = AcceleratedModel(base.model, adapter)
+    certificate = certify(base, fast, str(out), _some(held_out, base), benchmark.Decoding(max_new_tokens=_CERTIFIED_TOKENS), arguments.load_in)
+    write_json(out / "certificate.json", certificate)
+    draw_curve(out)
+    write_card(out, summary, parity, certificate)
+    print(f"the decode loop accepts {parity['decoded']} tokens a pass where training foretold {parity['foretold']}")
+    print(summarize(certificate))
+    if parity["agrees"]:
+        return 0
+    print(
+        f"lossless: WARNING: decoding and training disagree by {100 * parity['difference']:.1f} % (allowed are {100 * TOLERANCE:.0f} %): "
+        "the adapter does not draft what it was taught to; do not trust its curve",
+        file=sys.stderr,
+    )
+    return 4
+
+
+def _some(held_out: Answers, base: Base) -> list[Asked]:
+    """The first held-out prompts, to be certified."""
+    records = [held_out[number] for number in range(min(_CERTIFIED, len(held_out)))]
+    return [Asked(r["id"], r["category"], torch.tensor([r["prompt_ids"]], device=base.model.device)) for r in records]
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    where = push_to_hub(arguments.adapter, arguments.repo, private=arguments.private, revision=arguments.revision)
+    print(f"{arguments.adapter} is at {where}")
     return 0

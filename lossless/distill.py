@@ -1,12 +1,11 @@
 """Self-distillation data: the frozen model's own answers to many prompts.
 
-Knows: which prompts are answered how, and a folder of answers that can be taken up again after an
-interruption. Does not know: how a batch is decoded, adapters, or training. It stores token ids only; the base's
-distributions are computed again when they are learnt from.
+Knows: which prompts are answered how, how a conversation goes on, and a folder that several processes fill and that
+can be taken up again after an interruption. Does not know: how a batch is decoded, adapters, or training. It stores
+token ids only; the base's distributions are computed again when they are learnt from.
 
-A folder holds `distill.json` (what was asked for, of which base) and `answers.jsonl`, one line an
-answer: `id, temperature, prompt_ids, answer_ids`; and `drawn.jsonl`, the prompts that the model drew
-itself, if it did.
+A folder holds `distill.json` (what was asked for, of which base), the answers in Arrow shards (answers.py), and
+`drawn.jsonl`, the prompts that the model drew itself, if it did.
 """
 
 from __future__ import annotations
@@ -21,30 +20,34 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .batch import Job, continue_all
+from .answers import Answers, AnswerWriter, mend
+from .batch import Job, JobQueue, continue_all
 from .errors import UsageError
-from .models import Base, fingerprint, fingerprint_differences
-from .prompts import Prompt, encode, encode_user_opening, from_text
+from .models import Base, fingerprint, fingerprint_differences, processes
+from .prompts import Message, Prompt, encode, encode_user_opening, from_text
 from .storage import append_jsonl, read_jsonl, versions, write_json
 
 _DRAWN_PROMPT_TOKENS = 96
 _LENGTH_WINDOW = 16  # batches of prompts sorted together: rows of like length share one cache without much padding
+_TRIAL_TOKENS = 4  # of each row of one batch: what the estimate of time goes by
+_TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What to ask of the base. Prompt number i is answered at `temperatures[i % len]` (0 is greedy)."""
+    """What to ask of the base. Conversation number i is held at `temperatures[i % len]` (0 is greedy)."""
 
     answer_tokens: int = 600_000
     max_new_tokens: int = 256
     max_prompt_tokens: int = 384
+    max_turns: int = 4
     batch_size: int = 128
     temperatures: tuple[float, ...] = (0.0, 0.8)
     self_drawn: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("answer_tokens", "max_new_tokens", "max_prompt_tokens", "batch_size"):
+        for name in ("answer_tokens", "max_new_tokens", "max_prompt_tokens", "max_turns", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.self_drawn < 0:
@@ -64,7 +67,8 @@ def eos_ids(base: Base) -> set[int]:
 def distill(base: Base, prompts: list[Prompt], config: DistillConfig, folder: str | Path) -> dict[str, Any]:
     """Write answers until there are `config.answer_tokens` of them, or no more prompts.
 
-    Running it again with the same arguments goes on where it stopped.
+    Running it again with the same arguments goes on where it stopped: every answer that was whole is kept. Under
+    `accelerate launch` each process answers its part of the prompts.
 
     Returns:
         The summary that is also written into `distill.json`: answers, prompt and answer tokens.
@@ -72,49 +76,57 @@ def distill(base: Base, prompts: list[Prompt], config: DistillConfig, folder: st
     Raises:
         UsageError: the folder was begun with other settings or another base, or there are no prompts.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    state, folder = processes(), Path(folder)
     settings = {"model": base.name, "config": json.loads(json.dumps(asdict(config)))}
     settings["fingerprint"] = fingerprint(base.model, base.tokenizer)
-    _check_same_job(folder, settings)
-    write_json(folder / "distill.json", settings | {"versions": versions(), "complete": False})
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_same_job(folder, settings)
+        mend(folder)
+        write_json(folder / "distill.json", settings | {"versions": versions(), "complete": False})
+        if config.self_drawn:
+            _draw_prompts(base, config, folder)
+    state.wait_for_everyone()
     if config.self_drawn:
-        prompts = _draw_prompts(base, config, folder) + list(prompts)
+        prompts = [from_text(r["prompt"], r["id"]) for r in read_jsonl(folder / "drawn.jsonl") if r["prompt"]] + list(prompts)
     if not prompts:
         raise UsageError("there are no prompts: name a prompt file, or let the model draw some (self_drawn)")
 
-    done = read_jsonl(folder / "answers.jsonl")
-    finished = {record["id"] for record in done}
-    tokens = sum(len(record["answer_ids"]) for record in done)
-    started, began_with = time.monotonic(), tokens
+    done = Answers.read(folder)
+    tokens = sum(done.lengths("answer_ids"))
+    missing = -(-max(0, config.answer_tokens - tokens) // state.num_processes)  # this process's share, rounded up
+    talks = _Conversations(base, prompts, config, done)
     skipped: list[str] = []
-    bar = tqdm(total=config.answer_tokens, initial=min(tokens, config.answer_tokens), unit="tok", desc="answers")
-    with append_jsonl(folder / "answers.jsonl") as write, bar:
-        jobs = _answer_jobs(base, prompts, config, finished, skipped)
-        generator = torch.Generator(base.model.device).manual_seed(config.seed + len(done))
-        if tokens < config.answer_tokens:
-            for job, answer in continue_all(
-                base.model,
-                jobs,
-                eos_ids=eos_ids(base),
-                batch_size=config.batch_size,
-                max_new_tokens=config.max_new_tokens,
-                generator=generator,
-            ):
-                write({**asdict(job), "answer_ids": answer})
-                tokens += len(answer)
-                bar.update(len(answer))
-                if tokens >= config.answer_tokens:
-                    break
-    records = read_jsonl(folder / "answers.jsonl")
+    queue = JobQueue(talks.opening_jobs(state.process_index, state.num_processes, skipped))
+    if missing and state.is_main_process:
+        print(_estimate(base, config, missing, state.num_processes))
+    state.wait_for_everyone()
+    started, fresh = time.monotonic(), 0
+    bar = tqdm(total=missing, unit="tok", desc="answers", disable=not state.is_main_process)
+    with AnswerWriter(folder, state.process_index, settings | {"versions": versions()}) as writer, bar:
+        answers = continue_all(
+            base.model, queue, eos_ids=eos_ids(base), batch_size=config.batch_size, max_new_tokens=config.max_new_tokens,
+            generator=torch.Generator(base.model.device).manual_seed(config.seed + len(done) + state.process_index),
+        )  # fmt: skip
+        while fresh < missing and (answered := next(answers, None)):
+            job, answer = answered
+            writer.write(talks.record(job, answer))
+            if following := talks.go_on(job, answer, skipped):
+                queue.put(following)
+            fresh += len(answer)
+            bar.update(len(answer))
+    state.wait_for_everyone()
+    done = Answers.read(folder)
     summary = {
-        "answers": len(records),
-        "answer_tokens": sum(len(r["answer_ids"]) for r in records),
-        "prompt_tokens": sum(len(r["prompt_ids"]) for r in records),
+        "answers": len(done),
+        "answer_tokens": sum(done.lengths("answer_ids")),
+        "prompt_tokens": sum(done.lengths("prompt_ids")),
         "prompts_too_long": len(skipped),
-        "answer_tokens_per_s": round((tokens - began_with) / max(time.monotonic() - started, 1e-9), 1),
+        "answer_tokens_per_s": round(fresh / max(time.monotonic() - started, 1e-9), 1),
+        "processes": state.num_processes,
     }
-    write_json(folder / "distill.json", settings | {"versions": versions(), "complete": True, **summary})
+    if state.is_main_process:
+        write_json(folder / "distill.json", settings | {"versions": versions(), "complete": True, **summary})
     return summary
 
 
@@ -133,27 +145,89 @@ def _check_same_job(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _answer_jobs(
-    base: Base, prompts: list[Prompt], config: DistillConfig, finished: set[str], skipped: list[str]
-) -> Iterator[Job]:
-    """The jobs that remain, windows of them sorted by length so that little of a batch is padding."""
-    window: list[Job] = []
-    for number, prompt in enumerate(prompts):
-        job_id = f"{number}:{prompt.id}"
-        if job_id in finished:
-            continue
-        ids = encode(base.tokenizer, prompt.messages)
-        if len(ids) > config.max_prompt_tokens:
+class _Conversations:
+    """Every prompt as a conversation: the user's turns are given, the answers are the base's own.
+
+    Args:
+        done: the answers that are there already.
+    """
+
+    def __init__(self, base: Base, prompts: list[Prompt], config: DistillConfig, done: Answers) -> None:
+        self.base, self.prompts, self.config = base, prompts, config
+        self._done = {id: number for number, id in enumerate(done.column("id"))}
+        self._answers = done
+        self._told: dict[int, tuple[Message, ...]] = {}  # of the conversations that wait for an answer
+
+    def opening_jobs(self, process: int, processes: int, skipped: list[str]) -> Iterator[Job]:
+        """The next job of every conversation that is not over, windows of them sorted by length, so that little of a
+        batch is padding; conversations are dealt out to the processes in turn."""
+        window: list[Job] = []
+        for number in range(process, len(self.prompts), processes):
+            job = self._job(number, 0, self.prompts[number].from_the_start()[0], skipped)
+            while job and job.id in self._done:
+                job = self.go_on(job, self._answers[self._done[job.id]]["answer_ids"], skipped)
+            if job:
+                window.append(job)
+            if len(window) >= _LENGTH_WINDOW * self.config.batch_size:
+                yield from sorted(window, key=lambda job: len(job.prompt_ids))
+                window = []
+        yield from sorted(window, key=lambda job: len(job.prompt_ids))
+
+    def go_on(self, job: Job, answer: list[int], skipped: list[str]) -> Job | None:
+        """The next turn of a conversation after this answer, if it has one."""
+        number, turn = self._place(job)
+        told, (_, later) = self._told.pop(number), self.prompts[number].from_the_start()
+        if turn + 1 >= min(self.config.max_turns, 1 + len(later)):
+            return None
+        answered = {"role": "assistant", "content": self.base.tokenizer.decode(answer, skip_special_tokens=True).strip()}
+        return self._job(number, turn + 1, (*told, answered, {"role": "user", "content": later[turn]}), skipped)
+
+    def record(self, job: Job, answer: list[int]) -> dict[str, Any]:
+        """An answer as it is stored."""
+        number, turn = self._place(job)
+        return {**asdict(job), "category": self.prompts[number].category, "turn": turn, "answer_ids": answer}
+
+    @staticmethod
+    def _place(job: Job) -> tuple[int, int]:
+        number, turn = job.id.split(":")[0].split("/")
+        return int(number), int(turn)
+
+    def _job(self, number: int, turn: int, messages: tuple[Message, ...], skipped: list[str]) -> Job | None:
+        """Turn `turn` of conversation `number`; None, and noted, if it has become too long."""
+        ids = encode(self.base.tokenizer, messages)
+        job_id = f"{number}/{turn}:{self.prompts[number].id}"
+        # a later turn may be as much longer as the answers before it
+        if len(ids) > self.config.max_prompt_tokens + turn * self.config.max_new_tokens:
             skipped.append(job_id)
-            continue
-        window.append(Job(job_id, ids, config.temperatures[number % len(config.temperatures)]))
-        if len(window) >= _LENGTH_WINDOW * config.batch_size:
-            yield from sorted(window, key=lambda job: len(job.prompt_ids))
-            window = []
-    yield from sorted(window, key=lambda job: len(job.prompt_ids))
+            return None
+        self._told[number] = messages
+        return Job(job_id, ids, self.config.temperatures[number % len(self.config.temperatures)])
 
 
-def _draw_prompts(base: Base, config: DistillConfig, folder: Path) -> list[Prompt]:
+def _estimate(base: Base, config: DistillConfig, tokens: int, processes: int) -> str:
+    """What lies ahead, from a trial of a few tokens."""
+    jobs = [Job(str(i), [1 + i % 7] * 16, 0.0) for i in range(config.batch_size)]
+    started = time.monotonic()
+    trial = continue_all(
+        base.model, JobQueue(jobs), eos_ids=set(), batch_size=config.batch_size, max_new_tokens=_TRIAL_TOKENS,
+        generator=torch.Generator(base.model.device),
+    )  # fmt: skip
+    produced = sum(len(answer) for _, answer in trial)
+    seconds = (time.monotonic() - started) * tokens / produced
+    disk = tokens * processes * 2 * _TOKEN_BYTES  # a prompt is seldom longer than its answer
+    return (
+        f"{tokens * processes:,} answer tokens to go: about {_duration(seconds)}, longer where texts are long, and "
+        f"{disk / 2**20:,.1f} MB of disk"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
+def _draw_prompts(base: Base, config: DistillConfig, folder: Path) -> None:
     """Prompts out of the model itself: its chat template opened at the user's turn, at temperature 1."""
     path = folder / "drawn.jsonl"
     drawn = read_jsonl(path)
@@ -163,7 +237,7 @@ def _draw_prompts(base: Base, config: DistillConfig, folder: Path) -> list[Promp
     with append_jsonl(path) as write, bar:
         for job, ids in continue_all(
             base.model,
-            jobs,
+            JobQueue(jobs),
             eos_ids=eos_ids(base),
             batch_size=config.batch_size,
             max_new_tokens=_DRAWN_PROMPT_TOKENS,
@@ -171,4 +245,3 @@ def _draw_prompts(base: Base, config: DistillConfig, folder: Path) -> list[Promp
         ):
             write({"id": job.id, "prompt": base.tokenizer.decode(ids, skip_special_tokens=True).strip()})
             bar.update()
-    return [from_text(r["prompt"], r["id"]) for r in read_jsonl(path) if r["prompt"]]

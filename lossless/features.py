@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .answers import Answers
 from .cache import RowCache
 from .streams import StreamRunner
 
@@ -43,19 +44,22 @@ class FeatureStore:
 
     Args:
         runner: the base, installed (its adapter takes no part).
-        records: answers as `distill` writes them.
+        answers: prompts and answers of the base.
         memory_gb: how much to keep; what does not fit is computed again each time.
     """
 
-    def __init__(self, runner: StreamRunner, records: list[dict[str, Any]], memory_gb: float) -> None:
-        self.runner, self.records = runner, records
+    def __init__(self, runner: StreamRunner, answers: Answers, memory_gb: float) -> None:
+        self.runner, self.answers = runner, answers
         self._room = int(memory_gb * 2**30)
         self._kept: dict[int, Features] = {}
 
+    def __len__(self) -> int:
+        return len(self.answers)
+
     def get(self, numbers: list[int]) -> list[Features]:
-        """Features of these records, in this order; those that are missing are computed in one pass."""
+        """Features of these answers, in this order; those that are missing are computed in one pass."""
         missing = [n for n in numbers if n not in self._kept]
-        fresh = dict(zip(missing, self._compute([self.records[n] for n in missing]), strict=True)) if missing else {}
+        fresh = dict(zip(missing, self._compute([self.answers[n] for n in missing]), strict=True)) if missing else {}
         for number, features in fresh.items():
             if features.bytes <= self._room:
                 self._room -= features.bytes

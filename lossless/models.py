@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import align_module_device
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
@@ -64,7 +65,7 @@ def load_base(
         name: `demo`, a local folder (safetensors or GGUF), a `.gguf` file, or a hub id.
         dtype: one of `DTYPES`; `auto` is what the checkpoint holds.
         load_in: `4bit` (NF4) or `8bit` through bitsandbytes; None for plain weights.
-        device: a torch device; by default the GPU if there is one, else the CPU.
+        device: a torch device; by default the GPU of this process if there is one, else the CPU.
 
     Raises:
         UsageError: unknown dtype or `load_in`, or a model that can be neither found nor fetched.
@@ -74,7 +75,7 @@ def load_base(
     if load_in is not None and load_in not in LOAD_IN:
         raise UsageError(f"load_in must be one of {', '.join(LOAD_IN)}, got {load_in!r}")
     source, gguf_file = _locate(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or str(processes().device)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if load_in is not None:
         options |= {"quantization_config": _quantization(load_in, dtype), "device_map": {"": device}}
@@ -95,6 +96,11 @@ def load_base(
     if load_in is None:
         model.to(device)
     return Base(model=freeze(model), tokenizer=tokenizer, name=name)
+
+
+def processes() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started; alone, if none did."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,14 +1,21 @@
-"""Prompts: reading them from JSONL, and turning them into token ids with the model's own template.
+"""Prompts: reading them from files and data sets, and turning them into token ids with the model's own template.
 
-Knows: the shapes of a line (`prompt`, `question`, `turns`, `messages`) and chat templates.
-Does not know: models, adapters, generation.
+Knows: the shapes that a record may have, broken lines, and chat templates. Does not know: models, adapters, generation.
+
+    {"prompt" | "question" | "query" | "text": ...}             plain
+    {"instruction": ..., "input" | "context": ...}              alpaca, Dolly
+    {"turns": [...]}                                            MT-bench: what the user says, one turn after the other
+    {"messages": [{"role": ..., "content": ...}, ...]}          chat
+    {"conversations": [{"from": ..., "value": ...}, ...]}       ShareGPT
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,93 +24,160 @@ from .errors import UsageError
 
 Message = dict[str, str]
 
+_PLAIN = ("prompt", "question", "query", "text")
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # ShareGPT's names
+_NAMED = 3  # broken lines that are named; the rest are counted
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question: an id, a category ("" if it has none) and the chat messages up to the user's turn."""
+    """One question: an id, a category ("" if it has none) and the chat messages up to the user's turn.
+
+    `later` holds what the user says in the turns after this one.
+    """
 
     id: str
     messages: tuple[Message, ...]
     category: str = ""
+    later: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.messages or not all(str(m.get("content", "")).strip() for m in self.messages):
+        if not self.messages or not all(m["content"].strip() for m in self.messages if m["role"] != "system"):
             raise UsageError(f"a prompt must not be empty (prompt {self.id!r})")
+
+    def from_the_start(self) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+        """The messages of the first turn, and what the user says in all later ones: nobody else's answers."""
+        first = next(i for i, m in enumerate(self.messages) if m["role"] == "user")
+        said = tuple(m["content"] for m in self.messages[first + 1 :] if m["role"] == "user")
+        return self.messages[: first + 1], said + self.later
 
 
 def from_text(text: str, id: str = "prompt") -> Prompt:
     """A prompt of one user turn."""
-    return Prompt(id=id, messages=({"role": "user", "content": text},))
+    return Prompt(id=id, messages=(_said(text),))
 
 
-def parse_line(line: str, id: str, category: str = "") -> Prompt:
-    """One JSONL line: `prompt` or `question` (string), `turns` (strings; the first is asked) or `messages`.
+def _said(text: str, role: str = "user") -> Message:
+    return {"role": role, "content": text}
+
+
+def parse_record(record: Any, id: str, category: str = "") -> Prompt:
+    """One record of a file or data set.
 
     Raises:
-        UsageError: not JSON, none of these fields, or an empty prompt.
+        UsageError: none of the shapes above, or an empty prompt.
     """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(record, dict):
         raise UsageError(f"a line must hold a JSON object, got {type(record).__name__}")
-    return Prompt(
-        id=str(record.get("id", record.get("question_id", id))),
-        messages=_messages(record),
-        category=str(record.get("category", category)),
+    messages, later = _messages(record)
+    return Prompt(str(record.get("id", record.get("question_id", id))), messages, str(record.get("category") or category), later)
+
+
+def _messages(record: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    if isinstance(record.get("instruction"), str):
+        extra = record.get("input") or record.get("context")
+        return (_said(f"{record['instruction']}\n\n{extra}" if extra else record["instruction"]),), ()
+    turns = record.get("turns")
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        return (_said(turns[0]),), tuple(turns[1:])
+    for field, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        told = record.get(field)
+        if isinstance(told, list) and all(isinstance(m, dict) and isinstance(m.get(content), str) for m in told):
+            messages = [_said(m[content], _ROLES.get(m.get(role, ""), m.get(role, ""))) for m in told]
+            while messages and messages[-1]["role"] != "user":  # the last answer is what is to be found
+                messages.pop()
+            if messages:
+                return tuple(messages), ()
+    for field in _PLAIN:
+        if isinstance(record.get(field), str):
+            return (_said(record[field]),), ()
+    raise UsageError(
+        f"a record must hold a text ({', '.join(_PLAIN)}), 'instruction', 'turns', 'messages' or 'conversations' with a "
+        f"user's turn; it has {', '.join(map(str, record)) or 'nothing'}"
     )
 
 
-def _messages(record: dict[str, Any]) -> tuple[Message, ...]:
-    for field in ("prompt", "question"):
-        if isinstance(record.get(field), str):
-            return ({"role": "user", "content": record[field]},)
-    turns = record.get("turns")
-    if isinstance(turns, list) and turns and isinstance(turns[0], str):
-        return ({"role": "user", "content": turns[0]},)
-    messages = record.get("messages")
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-        return tuple({"role": m["role"], "content": m["content"]} for m in messages)
-    raise UsageError("a line must hold 'prompt' or 'question' (strings), 'turns' (strings) or 'messages' (role and content)")
+def read_prompts(sources: str | Path | Iterable[str | Path], limit: int | None = None) -> list[Prompt]:
+    """Read the prompts of files and data sets, at most `limit` of each; a record without a category gets the source's name.
 
-
-def read_prompts(paths: str | Path | Iterable[str | Path], limit: int | None = None) -> list[Prompt]:
-    """Read the prompts of JSONL files (`.gz` too), at most `limit` of each; a line without a category gets the file's name.
+    A source is a JSONL file (`.gz` too), any other file or folder that `datasets` reads, or a data set's hub id
+    (`name:split`; the split is `train` if none is named). Broken records are skipped, with one warning that counts them.
 
     Raises:
-        UsageError: no such file, no prompts in it, or a bad line (its number is named).
+        UsageError: no such source, or no prompts in it.
     """
-    files = [paths] if isinstance(paths, (str, Path)) else paths
-    return [prompt for path in files for prompt in _read_file(Path(path), limit)]
+    several = [sources] if isinstance(sources, (str, Path)) else sources
+    return [prompt for source in several for prompt in _read(str(source), limit)]
 
 
-def _read_file(path: Path, limit: int | None) -> list[Prompt]:
-    if not path.is_file():
-        raise UsageError(f"no prompt file at {path}")
+def _read(source: str, limit: int | None) -> list[Prompt]:
     prompts: list[Prompt] = []
-    name = path.name.split(".")[0]
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(prompts) >= limit:
-                break
-            if line.strip():
-                try:
-                    prompts.append(parse_line(line, id=f"{name}-{number}", category=name))
-                except UsageError as error:
-                    raise UsageError(f"{path}, line {number}: {error}") from None
+    broken: list[str] = []
+    name = Path(source).name.split(".")[0].split(":")[0]
+    for where, record in _records(source):
+        if limit is not None and len(prompts) >= limit:
+            break
+        try:
+            if isinstance(record, json.JSONDecodeError):
+                raise UsageError(f"not JSON ({record.msg} at column {record.colno})")
+            prompts.append(parse_record(record, id=f"{name}-{where.split()[-1]}", category=name))
+        except UsageError as error:
+            broken.append(f"{where}: {error}")
+    told = "; ".join(broken[:_NAMED]) + (f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else "")
     if not prompts:
-        raise UsageError(f"{path} holds no prompts")
+        raise UsageError(f"{source} holds no prompts{f' ({told})' if broken else ''}")
+    if broken:
+        warnings.warn(f"{source}: {len(broken)} broken of {len(broken) + len(prompts)} records were skipped ({told})", stacklevel=3)
     return prompts
 
 
-def encode(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
+def _records(source: str) -> Iterator[tuple[str, Any]]:
+    """Each record with the words for its place; one that is not JSON is given as the error."""
+    path = Path(source).expanduser()
+    if path.is_file() and {".jsonl", ".gz"} & set(path.suffixes[-1:]):
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield f"line {number}", json.loads(line)
+                    except json.JSONDecodeError as error:
+                        yield f"line {number}", error
+    else:
+        for number, record in enumerate(_dataset(source, path), start=1):
+            yield f"record {number}", record
+
+
+def _dataset(source: str, path: Path) -> Iterable[Any]:
+    """Whatever `datasets` makes of a file, a folder or a hub id; from the hub no more than is read."""
+    if not path.exists() and (path.suffix in (".jsonl", ".json", ".gz", ".csv", ".parquet", ".arrow") or source.startswith((".", "/", "~"))):
+        raise UsageError(f"no prompt file at {path}")
+    import datasets  # takes a second that most commands need not wait
+
+    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+    name, _, split = source.partition(":")
+    try:
+        if path.is_file():
+            if path.suffix not in kinds:
+                raise UsageError(f"prompts are read from .jsonl, .jsonl.gz, {', '.join(kinds)}, got {path}")
+            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        if path.is_dir():
+            found = datasets.load_from_disk(str(path))
+            return itertools.chain(*found.values()) if isinstance(found, dict) else found
+        return datasets.load_dataset(name, split=split or "train", streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"no prompts at {source}: neither a file here nor a data set that can be read ({reason[0]})") from error
+
+
+def encode(tokenizer: Any, messages: Iterable[Message]) -> list[int]:
     """Token ids of the conversation, opened at the assistant's turn.
 
-    A tokenizer without a chat template gets the plain text of the last message.
+    A tokenizer without a chat template gets the plain text of the messages, one a line.
     """
     if not tokenizer.chat_template:
-        return list(tokenizer(messages[-1]["content"])["input_ids"])
+        return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
     encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 

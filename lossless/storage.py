@@ -9,10 +9,13 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .errors import UsageError
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -49,6 +52,16 @@ def append_jsonl(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]
             lines.flush()
 
         yield write
+
+
+def ensure_room(folder: str | Path, needed: int) -> None:
+    """Raises UsageError if the disk of `folder` has not so many bytes left: better before a file than in its middle."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"the disk of {folder} is full: {needed / 2**20:.1f} MB are needed and {free / 2**20:.1f} are free; "
+            "what was saved before is whole, and with more room the same command goes on"
+        )
 
 
 def versions() -> dict[str, str]:

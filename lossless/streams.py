@@ -92,6 +92,11 @@ class StreamRunner:
             low_rank.to(device_of(self._projection(name)))
         self._merged = self._merge()
 
+    @property
+    def first_top(self) -> int:
+        """N - N_s, the number of the lowest layer with streams."""
+        return len(self.layers) - len(self.top)
+
     def _check_fit(self) -> None:
         dim, expected = self.text_config.hidden_size, find_projections(self.model, self.adapter.config.num_msa_layers)
         if (width := self.model.get_input_embeddings().weight.shape[1]) != dim:
@@ -258,7 +263,7 @@ class StreamRunner:
         hidden = self.adapter.start_streams(entry)
         with running(plan):
             for number, habit in self._habits.items():
-                i = number - (len(self.layers) - len(self.top))
+                i = number - self.first_top
                 given = self._filled(number, habit, plan, hidden)
                 if plan.merged:
                     hidden = torch.func.functional_call(self.top[i], self._merged[i], (hidden,), given)
@@ -286,7 +291,7 @@ class StreamRunner:
             plan.entry = hidden
             if plan.nodes is not None:
                 hidden = torch.cat([hidden, self.adapter.start_streams(hidden[:, plan.nodes])], dim=1)
-        if number >= len(self.layers) - len(self.top):
+        if number >= self.first_top:
             self._habits[number] = habit
         if self.own_attention or plan.nodes is not None:
             given = self._filled(number, habit, plan, hidden)

@@ -1,14 +1,10 @@
-"""Training: the streams learn the base's own next-token distributions.
+"""Training: the order in which answers are visited, the Accelerate loop, checkpoints, and which adapter is kept.
 
-Knows: the loss, the order in which answers are visited, checkpoints, and how acceptance is foretold on
-held-out answers. Does not know: where answers come from, or how generation uses the adapter.
+Knows: optimizers, processes, interruptions. Does not know: the loss (loss.py), how acceptance is foretold
+(foretell.py), where answers come from, or how generation uses the adapter. Only the adapter has gradients.
 
-For a position t of an answer, stream j is to say what the base says after x_{t+j}:
-
-    loss = sum_j 0.8^(j-1) KL( p_base(. | x_<=t+j) || q_j(. | S[t, <=j], x_t+1 .. x_t+j) )
-
-over the draft vocabulary, the targets being the base's probabilities at temperature 1 from its own
-hidden states. Only the adapter has gradients.
+A folder holds `checkpoint-<step>/` (Accelerate's own), `best.safetensors` (the adapter that foretold most on held-out
+answers), `curve.jsonl`, and in the end the adapter with `training.json`.
 """
 
 from __future__ import annotations
@@ -17,94 +13,80 @@ import json
 import math
 import os
 import random
-from collections import Counter
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.nn import functional as F
+from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .adapter import StreamAdapter
+from .answers import Answers
 from .config import StreamingConfig
 from .draft import Drafter
 from .errors import UsageError
 from .features import Block, Features, FeatureStore, make_block
+from .foretell import foretell
 from .generate import new_adapter
-from .models import Base, differentiable, fingerprint, fingerprint_differences
-from .storage import append_jsonl, read_jsonl, versions, write_json
+from .loss import StreamLoss
+from .models import Base, differentiable, fingerprint, fingerprint_differences, processes
+from .storage import append_jsonl, ensure_room, read_jsonl, versions, write_json
 from .streams import StreamRunner
 
-_STREAM_DECAY = 0.8
 _LENGTH_WINDOW = 24  # batches whose answers are sorted by length, so that little of each is padding
+_MIXED = ("no", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how fast to learn. A step visits `answers_per_step` runs of `positions_per_answer` positions."""
+    """How long and how fast to learn.
+
+    A step visits `answers_per_step` runs of `positions_per_answer` positions, `gradient_accumulation` times over, in
+    every process. `patience` evaluations without a better one end the training; 0 never does.
+    """
 
     steps: int = 900
     answers_per_step: int = 8
     positions_per_answer: int = 64
+    gradient_accumulation: int = 1
     learning_rate: float = 2e-3
     warmup_steps: int = 20
     max_grad_norm: float = 1.0
+    mixed_precision: str = "no"
     held_out: int = 24
     eval_every: int = 100
+    patience: int = 0
     checkpoint_every: int = 50
     feature_memory_gb: float = 8.0
+    logits_memory_gb: float = 2.0
+    tracker: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "answers_per_step", "positions_per_answer", "held_out", "eval_every", "checkpoint_every"):
+        for name in ("steps", "answers_per_step", "positions_per_answer", "gradient_accumulation", "held_out",
+                     "eval_every", "checkpoint_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise UsageError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.patience < 0:
+            raise UsageError(f"patience must be at least 0, got {self.patience}")
+        if self.logits_memory_gb <= 0:
+            raise UsageError(f"logits_memory_gb must be above 0, got {self.logits_memory_gb}")
+        if self.mixed_precision not in _MIXED:
+            raise UsageError(f"mixed_precision must be one of {', '.join(_MIXED)}, got {self.mixed_precision!r}")
 
 
-class StreamLoss(nn.Module):
-    """The loss of a block; its parameters are the adapter's."""
-
-    def __init__(self, runner: StreamRunner, drafter: Drafter) -> None:
-        super().__init__()
-        self.adapter = runner.adapter
-        self._base = (runner, drafter)  # in a tuple: not to be registered as submodules
-
-    def forward(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the loss, and for each stream its KL and how often its best token is the base's."""
-        runner, drafter = self._base
-        transition, gamma = self.adapter.transition, self.adapter.config.num_streams
-        streams = runner.speculate(block.entry, block.positions, block.context, block.rows)  # [b, p, gamma, dim]
-        with torch.no_grad():  # a target serves every stream that foretells it
-            target_logits = drafter.logits(block.final)  # [b, p + gamma - 1, draft vocabulary]
-        count = streams.shape[1]
-        r = transition.begin(streams[:, :, 0])
-        losses, agreements = [], []
-        for j in range(1, gamma + 1):
-            stream, valid = streams[:, :, j - 1], block.valid[:, :, j - 1]
-            r = transition.advance(r, drafter.embed(block.tokens[:, :, j - 1]), stream, j)
-            logits = drafter.logits(transition.adjust(stream, r)[valid])  # [n, draft vocabulary]
-            target = target_logits[:, j - 1 : j - 1 + count][valid]
-            divergence = F.kl_div(
-                F.log_softmax(logits, dim=-1), F.log_softmax(target, dim=-1), reduction="sum", log_target=True
-            )
-            learnt = max(len(logits), 1)  # none, if every answer of the block ends before
-            losses.append(divergence / learnt)
-            agreements.append((logits.argmax(-1) == target.argmax(-1)).float().sum() / learnt)
-        weights = torch.tensor([_STREAM_DECAY**j for j in range(gamma)], device=losses[0].device)
-        each = torch.stack(losses)
-        return (each * weights).sum() / weights.sum(), each.detach(), torch.stack(agreements)
-
-
-def draft_vocabulary(records: list[dict[str, Any]], size: int) -> torch.Tensor:
+def draft_vocabulary(answers: Answers, size: int) -> torch.Tensor:
     """The `size` tokens that the base emits most, in the order of their ids; more frequent or lower ids win."""
-    counts = Counter(token for record in records for token in record["answer_ids"])
-    best = sorted(counts, key=lambda token: (-counts[token], token))[:size]
-    return torch.tensor(sorted(best), dtype=torch.long)
+    ids, counts = np.unique(answers.emitted(), return_counts=True)
+    best = ids[np.lexsort((ids, -counts))[:size]]
+    return torch.from_numpy(np.sort(best)).long()
 
 
 def batches(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[int]]:
@@ -121,28 +103,37 @@ def batches(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[in
     return found
 
 
-def train(base: Base, data: str | Path, out: str | Path, streaming: StreamingConfig, config: TrainConfig) -> dict[str, Any]:
+def train(
+    base: Base, data: str | Path, out: str | Path, streaming: StreamingConfig, config: TrainConfig
+) -> tuple[StreamAdapter, Answers, dict[str, Any]]:
     """Train an adapter on the answers in `data` and save it into `out`.
 
-    `out/checkpoint.pt` is renewed every `checkpoint_every` steps and on Ctrl-C; the same command goes on
-    from it. `out/curve.jsonl` holds loss and acceptance as they came.
+    A checkpoint is written every `checkpoint_every` steps and on Ctrl-C; the same command goes on from it. Of the
+    adapters that were evaluated the best is the one that is saved. Under `accelerate launch` the processes of a step
+    visit different answers.
 
     Returns:
-        The summary that is also written to `out/training.json`.
+        The adapter, the answers that were held out, and the summary that is also written to `out/training.json`.
 
     Raises:
         UsageError: no answers, answers of another base, another configuration than the checkpoint's, or
             a loss that is no number (the last checkpoint stays).
     """
     out = Path(out)
-    accelerator = Accelerator()
-    records, provenance = _read_answers(base, Path(data), streaming.num_streams)
-    held_out, records = _split(records, config)
+    answers, provenance = _read_answers(base, Path(data))
+    held_out, answers = _split(answers, config)
     if streaming.draft_vocab_size:
-        seen = len({token for record in records for token in record["answer_ids"]})
-        streaming = StreamingConfig(**(asdict(streaming) | {"draft_vocab_size": min(streaming.draft_vocab_size, seen)}))
+        seen = len(np.unique(answers.emitted()))
+        streaming = replace(streaming, draft_vocab_size=min(streaming.draft_vocab_size, seen))
+    accelerator = Accelerator(
+        cpu=processes().device.type == "cpu", mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation,
+        log_with=config.tracker or None, project_dir=out,
+    )  # fmt: skip
+    settings = json.loads(json.dumps({"streaming": streaming.to_dict(), "train": asdict(config)}))
+    if config.tracker:
+        accelerator.init_trackers("lossless", settings["streaming"] | settings["train"])
     torch.manual_seed(config.seed)
-    draft_ids = draft_vocabulary(records, streaming.draft_vocab_size) if streaming.draft_vocab_size else None
+    draft_ids = draft_vocabulary(answers, streaming.draft_vocab_size) if streaming.draft_vocab_size else None
     base.model.to(accelerator.device)
     adapter = new_adapter(base.model, streaming, base.tokenizer, draft_ids).to(accelerator.device)
     adapter.base["name"] = base.name
@@ -150,95 +141,182 @@ def train(base: Base, data: str | Path, out: str | Path, streaming: StreamingCon
     drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings())
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config))
-    loss_module, optimizer = accelerator.prepare(StreamLoss(runner, drafter), optimizer)
-    settings = json.loads(json.dumps({"streaming": streaming.to_dict(), "train": asdict(config)}))
-    step = _resume(out, settings, adapter, optimizer, schedule)
+    accelerator.register_for_checkpointing(schedule)  # not prepared: a step of it is a step, whatever the processes
+    loss_module, optimizer = accelerator.prepare(StreamLoss(runner, drafter, config.logits_memory_gb), optimizer)
+    checkpoints = _Checkpoints(out, settings, accelerator, 4 * adapter.parameter_count())
+    progress = checkpoints.resume()
 
-    store = FeatureStore(runner, records, config.feature_memory_gb)
+    order = _Order(_text_lengths(answers), config)
+    store = FeatureStore(runner, answers, config.feature_memory_gb)
     held_store = FeatureStore(runner, held_out, config.feature_memory_gb)
-    tokens = sum(len(r["answer_ids"]) for r in records)
-    if accelerator.is_main_process:
-        print(
-            f"{len(records)} answers, {tokens} tokens; {adapter.parameter_count():,} trained parameters; "
-            f"{len(held_out)} answers held out"
-        )
-    bar = tqdm(total=config.steps, initial=step, desc="training", disable=not accelerator.is_main_process)
-    lengths = [len(r["prompt_ids"]) + len(r["answer_ids"]) for r in records]
-    per_epoch = len(batches(lengths, config, 0))
-    with append_jsonl(_made(out) / "curve.jsonl") as log, bar, differentiable(base.model), runner.installed():
+    tokens = sum(answers.lengths("answer_ids"))
+    accelerator.print(
+        f"{len(answers)} answers, {tokens:,} tokens; {adapter.parameter_count():,} trained parameters; "
+        f"{len(held_out)} answers held out"
+    )
+    bar = tqdm(total=config.steps, initial=progress.step, desc="training", disable=not accelerator.is_main_process)
+    with append_jsonl(out / "curve.jsonl") as log, bar, differentiable(base.model), runner.installed():
         try:
-            while step < config.steps:
-                # processes walk one order side by side
-                visit = step * accelerator.num_processes + accelerator.process_index
-                numbers = batches(lengths, config, visit // per_epoch)[visit % per_epoch]
-                block = _block(store.get(numbers), config, streaming.num_streams, runner, visit)
-                loss, each, agreement = loss_module(block)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise UsageError(
-                        f"the loss is {value} at step {step}: training stopped, the checkpoint of step "
-                        f"{step - step % config.checkpoint_every} is in {out}; try a lower learning rate"
-                    )
-                optimizer.zero_grad()
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
-                optimizer.step()
+            while progress.step < config.steps and not progress.stopped:
+                # 1. learn: every process and every part of an accumulated step visits answers of its own
+                parts = []
+                for part in range(config.gradient_accumulation):
+                    visit = (progress.step * config.gradient_accumulation + part) * accelerator.num_processes
+                    visit += accelerator.process_index
+                    block = _block(store.get(order.visit(visit)), config, streaming.num_streams, runner, visit)
+                    with accelerator.accumulate(loss_module):
+                        loss, each, agreement = loss_module(block)
+                        if not math.isfinite(loss.item()):
+                            raise UsageError(
+                                f"the loss is {loss.item()} at step {progress.step}: training stopped, "
+                                f"{checkpoints.latest_told()}; try a lower learning rate"
+                            )
+                        accelerator.backward(loss)
+                        if accelerator.sync_gradients:
+                            accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    parts.append(torch.stack([loss.detach().expand(streaming.num_streams), each, agreement]))
                 schedule.step()
-                step += 1
+                progress.step += 1
+                entry = _entry(progress.step, accelerator.reduce(torch.stack(parts).mean(0), "mean"))
                 bar.update()
-                bar.set_postfix(loss=f"{value:.3f}", agree="/".join(f"{a:.2f}" for a in agreement.tolist()))
-                entry = {"step": step, "loss": round(value, 4), "kl": _rounded(each), "agreement": _rounded(agreement)}
-                if step % config.eval_every == 0 or step == config.steps:
-                    entry["acceptance_length"] = foretell_acceptance(runner, drafter, held_store, streaming.tree_nodes)
-                    bar.write(f"step {step}: loss {value:.3f}, held-out acceptance length {entry['acceptance_length']}")
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", agree="/".join(f"{a:.2f}" for a in entry["agreement"]))
+                # 2. evaluate: what would the decode loop make of it
+                if progress.step % config.eval_every == 0 or progress.step == config.steps:
+                    told = foretell(runner, drafter, held_store, streaming.tree_nodes)
+                    # one word for all processes, whose numbers might differ in a bit
+                    length = round(float(broadcast(torch.tensor(told.acceptance_length, device=accelerator.device))), 3)
+                    entry |= {"acceptance_length": told.acceptance_length, "reached": told.reached}
+                    bar.write(f"step {progress.step}: loss {entry['loss']:.3f}, held-out acceptance length {length:.3f}")
+                    if progress.note(length, config.patience) and accelerator.is_main_process:
+                        _save_whole(adapter, out / "best.safetensors")
+                # 3. note it, and keep it
                 if accelerator.is_main_process:
                     log(entry)
-                    if step % config.checkpoint_every == 0 or step == config.steps:
-                        _save_checkpoint(out, settings, step, adapter, optimizer, schedule)
+                if config.tracker:
+                    accelerator.log(_flat(entry), step=progress.step)
+                if progress.step % config.checkpoint_every == 0 or progress.step == config.steps or progress.stopped:
+                    checkpoints.save(progress)
         except KeyboardInterrupt:
-            if accelerator.is_main_process:
-                _save_checkpoint(out, settings, step, adapter, optimizer, schedule)
-                bar.write(f"stopped at step {step}; the same command goes on from there")
+            checkpoints.save(progress)
+            bar.write(f"stopped at step {progress.step}; the same command goes on from there")
             raise
+    if progress.stopped:
+        accelerator.print(f"stopped early: {config.patience} evaluations without a better one than at step {progress.best_step}")
+    accelerator.wait_for_everyone()
+    adapter.load_state_dict(load_file(out / "best.safetensors"))
     summary = settings | {
         "model": base.name,
         "data": provenance,
-        "answers": len(records),
+        "answers": len(answers),
         "answer_tokens": tokens,
         "trained_parameters": adapter.parameter_count(),
+        "parameters_by_part": adapter.parts(),
+        "base_parameters": sum(parameter.numel() for parameter in base.model.parameters()),
         "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "versions": versions(),
-        "acceptance_length": next(
-            (e["acceptance_length"] for e in reversed(read_jsonl(out / "curve.jsonl")) if "acceptance_length" in e), None
-        ),
+        "steps_done": progress.step,
+        "best_step": progress.best_step,
+        "acceptance_length": progress.best,
     }
     if accelerator.is_main_process:
         adapter.save_pretrained(out)
         write_json(out / "training.json", summary)
-    return summary
+    accelerator.end_training()
+    return adapter, held_out, summary
 
 
-def foretell_acceptance(runner: StreamRunner, drafter: Drafter, store: FeatureStore, tree_nodes: int) -> float:
-    """Emitted tokens per pass that the decode loop would reach on stored answers, by drafting along them."""
-    tokens = passes = 0
-    gamma = runner.adapter.config.num_streams
-    with torch.no_grad():
-        for number in range(len(store.records)):
-            features = store.get([number])
-            text, t = features[0].ids.tolist(), features[0].prompt - 1
-            count = len(text) - 1 - t
-            block = make_block(features, [t], count, gamma, _first_top(runner), runner.model.dtype)
-            streams = runner.speculate(block.entry, block.positions, block.context, block.rows)[0]
-            offset = t
-            while t + 2 < len(text):  # x_{t+1} is certain; draft what follows it
-                [tree] = drafter.trees(streams[None, t - offset], [text[t + 1]], tree_nodes, [None])
-                node, ahead = tree.child(0, text[t + 2]), t + 2
-                while node is not None and ahead + 1 < len(text):
-                    ahead += 1
-                    node = tree.child(node, text[ahead])
-                tokens, passes, t = tokens + ahead - t - 1, passes + 1, ahead - 1
-    return round(tokens / max(passes, 1), 3)
+class _Order:
+    """Which answers each visit is of, epoch after epoch."""
+
+    def __init__(self, lengths: list[int], config: TrainConfig) -> None:
+        self._lengths, self._config, self._epoch = lengths, config, 0
+        self._batches = batches(lengths, config, 0)
+
+    def visit(self, number: int) -> list[int]:
+        epoch, place = divmod(number, len(self._batches))
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, batches(self._lengths, self._config, epoch)
+        return self._batches[place]
+
+
+@dataclass
+class _Progress:
+    """How far a training has come."""
+
+    step: int = 0
+    best: float = 0.0
+    best_step: int = 0
+    worse: int = 0  # evaluations since the best
+    stopped: bool = False
+
+    def note(self, acceptance_length: float, patience: int) -> bool:
+        """One more evaluation; whether it is the best so far."""
+        if acceptance_length > self.best:
+            self.best, self.best_step, self.worse = acceptance_length, self.step, 0
+            return True
+        self.worse += 1
+        self.stopped = 0 < patience <= self.worse
+        return False
+
+
+class _Checkpoints:
+    """Accelerate's checkpoints, of which the newest whole one counts: its `progress.json` is written last."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], accelerator: Accelerator, weights_bytes: int) -> None:
+        self.out, self.settings, self.accelerator = out, settings, accelerator
+        self._bytes = 4 * weights_bytes  # weights and two moments, and room to spare
+        out.mkdir(parents=True, exist_ok=True)
+
+    def save(self, progress: _Progress) -> None:
+        folder = self.out / f"checkpoint-{progress.step:06d}"
+        if folder in (before := self._whole()):
+            return
+        ensure_room(self.out, self._bytes)
+        self.accelerator.save_state(str(folder))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(folder / "progress.json", {"settings": self.settings, "progress": asdict(progress)})
+            for old in before:
+                shutil.rmtree(old)
+
+    def resume(self) -> _Progress:
+        """Take up the newest checkpoint, if there is one, and cut from the curve what came after it."""
+        found = self._whole()
+        if self.accelerator.is_main_process:
+            for folder in set(self.out.glob("checkpoint-*")) - set(found):
+                shutil.rmtree(folder)
+        progress = _Progress()
+        if found:
+            written = json.loads((found[-1] / "progress.json").read_text(encoding="utf-8"))
+            if written["settings"] != self.settings:
+                raise UsageError(f"{self.out} holds a checkpoint of other settings: use them again to go on, or another folder")
+            self.accelerator.load_state(str(found[-1]))
+            progress = _Progress(**written["progress"])
+        if self.accelerator.is_main_process:
+            curve = [entry for entry in read_jsonl(self.out / "curve.jsonl") if entry["step"] <= progress.step]
+            staging = self.out / "curve.jsonl.part"
+            staging.write_text("".join(json.dumps(entry) + "\n" for entry in curve), encoding="utf-8")
+            os.replace(staging, self.out / "curve.jsonl")
+        self.accelerator.wait_for_everyone()
+        return progress
+
+    def latest_told(self) -> str:
+        """Where the last good one is, in words."""
+        found = self._whole()
+        return f"the last good checkpoint is {found[-1]}" if found else "before any checkpoint"
+
+    def _whole(self) -> list[Path]:
+        return sorted(path.parent for path in self.out.glob("checkpoint-*/progress.json"))
+
+
+def _save_whole(adapter: StreamAdapter, path: Path) -> None:
+    staging = path.with_name(path.name + ".part")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}, staging)
+    os.replace(staging, path)
 
 
 def _block(features: list[Features], config: TrainConfig, gamma: int, runner: StreamRunner, visit: int) -> Block:
@@ -249,11 +327,7 @@ def _block(features: list[Features], config: TrainConfig, gamma: int, runner: St
         first, last = f.prompt - 1, len(f.ids) - 2 - config.positions_per_answer
         starts.append(rng.randint(first, max(first, last)))
     count = max(min(config.positions_per_answer, len(f.ids) - 2 - start) for f, start in zip(features, starts, strict=True))
-    return make_block(features, starts, max(count, 1), gamma, _first_top(runner), runner.model.dtype)
-
-
-def _first_top(runner: StreamRunner) -> int:
-    return len(runner.layers) - len(runner.top)
+    return make_block(features, starts, max(count, 1), gamma, runner.first_top, runner.model.dtype)
 
 
 def _warm_cosine(step: int, config: TrainConfig) -> float:
@@ -263,60 +337,46 @@ def _warm_cosine(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def _rounded(values: torch.Tensor) -> list[float]:
-    return [round(v, 4) for v in values.tolist()]
+def _entry(step: int, told: torch.Tensor) -> dict[str, Any]:
+    """A line of the curve; told: `[3, gamma]`, the loss (in every column), each stream's KL and agreement."""
+    loss, each, agreement = ([round(value, 4) for value in row] for row in told.tolist())
+    return {"step": step, "loss": loss[0], "kl": each, "agreement": agreement}
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _flat(entry: dict[str, Any]) -> dict[str, float]:
+    """For trackers, which take numbers only."""
+    found = {key: value for key, value in entry.items() if not isinstance(value, list)}
+    for key, values in entry.items():
+        if isinstance(values, list):
+            found |= {f"{key}/stream {j}": value for j, value in enumerate(values, 1)}
+    return found
 
 
-def _read_answers(base: Base, folder: Path, gamma: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _text_lengths(answers: Answers) -> list[int]:
+    return [a + b for a, b in zip(answers.lengths("prompt_ids"), answers.lengths("answer_ids"), strict=True)]
+
+
+def _read_answers(base: Base, folder: Path) -> tuple[Answers, dict[str, Any]]:
     """Answers long enough to learn from, and where they came from."""
-    if not (folder / "answers.jsonl").is_file():
+    if not (folder / "distill.json").is_file():
         raise UsageError(f"no answers in {folder}: make some with 'lossless distill --out {folder}'")
     provenance = json.loads((folder / "distill.json").read_text(encoding="utf-8"))
     if differing := fingerprint_differences(provenance["fingerprint"], fingerprint(base.model, base.tokenizer)):
         raise UsageError(f"the answers in {folder} are another base's (other {', '.join(differing)})")
+    answers = Answers.read(folder)
     # one position needs a certain token, and one after it to draft
-    records = [r for r in read_jsonl(folder / "answers.jsonl") if len(r["answer_ids"]) >= 3]
     provenance.pop("fingerprint")
-    return records, provenance
+    return answers.select(i for i, length in enumerate(answers.lengths("answer_ids")) if length >= 3), provenance
 
 
-def _split(records: list[dict[str, Any]], config: TrainConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    if len(records) < config.held_out + config.answers_per_step:
+def _split(answers: Answers, config: TrainConfig) -> tuple[Answers, Answers]:
+    """Held-out answers and the rest; the same ones whatever the order of the shards."""
+    if len(answers) < config.held_out + config.answers_per_step:
         raise UsageError(
             f"training needs at least held_out + answers_per_step = {config.held_out + config.answers_per_step} "
-            f"answers of three tokens or more, got {len(records)}"
+            f"answers of three tokens or more, got {len(answers)}"
         )
-    order = sorted(records, key=lambda r: r["id"])
+    ids = answers.column("id")
+    order = sorted(range(len(ids)), key=lambda i: ids[i])
     random.Random(config.seed).shuffle(order)
-    return order[: config.held_out], order[config.held_out :]
-
-
-def _save_checkpoint(
-    out: Path, settings: dict[str, Any], step: int, adapter: StreamAdapter, optimizer: Any, schedule: Any
-) -> None:
-    staging = out / "checkpoint.pt.part"
-    torch.save(
-        {"settings": settings, "step": step, "adapter": adapter.state_dict(),
-         "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()},
-        staging,
-    )  # fmt: skip
-    os.replace(staging, out / "checkpoint.pt")
-
-
-def _resume(out: Path, settings: dict[str, Any], adapter: StreamAdapter, optimizer: Any, schedule: Any) -> int:
-    """Take up the checkpoint in `out`, if there is one; returns the step to go on from."""
-    path = out / "checkpoint.pt"
-    if not path.is_file():
-        return 0
-    checkpoint = torch.load(path, map_location=adapter.stream_embeddings.device, weights_only=True)
-    if checkpoint["settings"] != settings:
-        raise UsageError(f"{out} holds a checkpoint of other settings: use them again to go on, or another folder")
-    adapter.load_state_dict(checkpoint["adapter"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    schedule.load_state_dict(checkpoint["schedule"])
-    return int(checkpoint["step"])
+    return answers.select(order[: config.held_out]), answers.select(order[config.held_out :])

@@ -156,11 +156,26 @@ def _read(base: Base, text: list[int], start: int, shape: int) -> torch.Tensor:
     return torch.cat(found)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as token ids `[1, length]`, and what the certificate is to call it."""
+
+    id: str
+    category: str
+    ids: torch.Tensor
+
+
+def asked(base: Base, prompts: list[Prompt], decoding: Decoding) -> list[Asked]:
+    """Prompts in the model's own tokens; raises UsageError if one and its answer would not fit."""
+    encoded = encode_checked(base, prompts, decoding)
+    return [Asked(prompt.id, prompt.category, ids) for prompt, ids in zip(prompts, encoded, strict=True)]
+
+
 def certify(
     base: Base,
     fast: AcceleratedModel,
     name: str,
-    prompts: list[Prompt],
+    prompts: list[Asked],
     decoding: Decoding,
     load_in: str | None,
     journal: Path | None = None,
@@ -191,7 +206,7 @@ def certify(
         "schedule": fast.schedule,
         "prompts": len(prompts),
     }
-    encoded = encode_checked(base, prompts, decoding)
+    encoded = [prompt.ids for prompt in prompts]
     checked = _check_all(base, fast, encoded, decoding, settings, journal)
     texts = [ids[0].tolist() + answer.tokens() for ids, answer in zip(encoded, checked, strict=True)]
     noise = measure_noise(base, texts[: max(4, len(texts) // 16)])
@@ -256,7 +271,7 @@ def _check(base: Base, fast: AcceleratedModel, ids: torch.Tensor, decoding: Deco
     return Checked(positions, plain_s / fast.stats.decode_s if len(answer) > 1 else None)
 
 
-def _entry(base: Base, prompt: Prompt, positions: list[Position], limit: float) -> dict[str, Any]:
+def _entry(base: Base, prompt: Asked, positions: list[Position], limit: float) -> dict[str, Any]:
     other = [i for i, position in enumerate(positions) if position.chosen != position.emitted]
     entry: dict[str, Any] = {
         "id": prompt.id,

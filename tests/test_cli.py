@@ -94,7 +94,20 @@ def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_pat
     assert json.loads((tmp_path / "data" / "distill.json").read_text())["complete"]
     assert main(["train", *model, "--data", data, "--out", out, "--steps", "6", "--num-msa-layers", "2", "--lora-rank", "4",
                  "--transition-rank", "8", "--held-out", "4", "--eval-every", "3", "--draft-vocab-size", "40"]) == 0  # fmt: skip
-    assert "held-out acceptance length" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "held-out acceptance length" in said
+    assert "where training foretold" in said
+    assert "mismatches          0" in said
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter.safetensors", "adapter_config.json", "training.json", "parity.json", "certificate.json",
+            "curve.jsonl", "curve.png", "README.md"} <= written  # fmt: skip
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "out" / "README.md").read_text()
+    counts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert f"| all | {counts['trained_parameters']:,} (" in card
+    assert sum(counts["parameters_by_part"].values()) == counts["trained_parameters"]
+    assert "| up to 128 |" in card
+    assert "0 mismatches" in card
     assert main(["bench", *model, "--adapter", out, "--prompts", str(prompts), "--limit", "3", "--max-new-tokens", "16"]) == 0
 
 
@@ -110,7 +123,7 @@ def bad_inputs(folder: Path, adapter: Path, prompts: Path, tmp: Path) -> dict[st
     written["streaming"]["wings"] = 2
     (wider / "adapter_config.json").write_text(json.dumps(written))
     broken = tmp / "broken.jsonl"
-    broken.write_text('{"prompt": "w1"}\n{"prompt": "w1"}\n{prompt}\n')
+    broken.write_text("\n\n{prompt}\n")
     model, fits = ["--model", str(folder)], ["--adapter", str(adapter)]
     ask = ["--prompt", "w1", "--max-new-tokens", "4"]
     return {

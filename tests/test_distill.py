@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
 import torch
 
-from lossless.batch import Job, continue_all
+from lossless.answers import Answers, AnswerWriter, mend
+from lossless.batch import Job, JobQueue, continue_all
 from lossless.distill import DistillConfig, distill
 from lossless.errors import UsageError
 from lossless.models import Base
@@ -30,8 +33,8 @@ class Words:
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(word) % VOCAB for word in text.split()]}
 
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return " ".join(map(str, ids))
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(str(id) for id in ids if not (skip_special_tokens and id == EOS))
 
     def get_vocab(self) -> dict[str, int]:
         return {str(i): i for i in range(VOCAB)}
@@ -55,7 +58,7 @@ def test_greedy_answers_are_generate_s_own(base: Base, batch_size: int) -> None:
         found = {
             job.id: answer
             for job, answer in continue_all(
-                base.model, iter(jobs), eos_ids={EOS}, batch_size=batch_size, max_new_tokens=25, generator=torch.Generator()
+                base.model, JobQueue(jobs), eos_ids={EOS}, batch_size=batch_size, max_new_tokens=25, generator=torch.Generator()
             )
         }
     assert len(found) == 40
@@ -75,7 +78,7 @@ def test_hot_answers_differ_from_greedy_and_repeat_with_the_seed(base: Base) -> 
             return [
                 answer for _, answer in sorted(
                     ((int(job.id), answer) for job, answer in continue_all(
-                        base.model, jobs, eos_ids=set(), batch_size=8, max_new_tokens=12,
+                        base.model, JobQueue(jobs), eos_ids=set(), batch_size=8, max_new_tokens=12,
                         generator=torch.Generator().manual_seed(seed))))
             ]  # fmt: skip
 
@@ -84,44 +87,106 @@ def test_hot_answers_differ_from_greedy_and_repeat_with_the_seed(base: Base) -> 
     assert answers(2.0, 1) != answers(0.0, 1)
 
 
-def test_interrupted_and_taken_up_again(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def by_id(folder: Path) -> dict[str, dict[str, Any]]:
+    answers = Answers.read(folder)
+    found = {answers[i]["id"]: answers[i] for i in range(len(answers))}
+    assert len(found) == len(answers)  # none twice
+    return found
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_interrupted_and_taken_up_again(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
     config = DistillConfig(answer_tokens=10_000, max_new_tokens=12, batch_size=4, temperatures=(0.0,))
     prompts = numbers(30)
     distill(base, prompts, config, tmp_path / "whole")
 
-    from lossless import distill as module
+    real, seen = AnswerWriter.write, []
 
-    real, seen = module.append_jsonl, []
+    def breaking(self: AnswerWriter, answer: dict[str, Any]) -> None:
+        real(self, answer)
+        seen.append(answer["id"])
+        if len(seen) == 11:
+            shards.append((self._path, self._path.read_bytes()))  # type: ignore[union-attr]
+            raise KeyboardInterrupt
 
-    def breaking(path: Path):  # type: ignore[no-untyped-def]
-        import contextlib
-
-        @contextlib.contextmanager
-        def opened():  # type: ignore[no-untyped-def]
-            with real(path) as write:
-
-                def counted(record: dict[str, Any]) -> None:
-                    write(record)
-                    seen.append(record["id"])
-                    if len(seen) == 11:
-                        raise KeyboardInterrupt
-
-                yield counted
-
-        return opened()
-
-    monkeypatch.setattr(module, "append_jsonl", breaking)
+    shards: list[Any] = []
+    monkeypatch.setattr(AnswerWriter, "write", breaking)
     with pytest.raises(KeyboardInterrupt):
         distill(base, prompts, config, tmp_path / "cut")
-    monkeypatch.setattr(module, "append_jsonl", real)
-    with (tmp_path / "cut" / "answers.jsonl").open("a") as lines:
-        lines.write('{"id": "torn')  # as a crash in the middle of a line would leave it
+    monkeypatch.setattr(AnswerWriter, "write", real)
+    if torn:  # as a process leaves it that is killed in the middle of an answer
+        shards[0][0].write_bytes(shards[0][1][:-7])
+    assert len(Answers.read(tmp_path / "cut")) == 11 - torn
     summary = distill(base, prompts, config, tmp_path / "cut")
-
-    whole, cut = (sorted(read_jsonl(tmp_path / f / "answers.jsonl"), key=lambda r: r["id"]) for f in ("whole", "cut"))
-    assert whole == cut
+    assert by_id(tmp_path / "whole") == by_id(tmp_path / "cut")
     assert summary["answers"] == 30
     assert json.loads((tmp_path / "cut" / "distill.json").read_text())["complete"]
+
+
+def test_a_conversation_goes_on_with_the_model_s_own_answers(base: Base, tmp_path: Path) -> None:
+    talk = Prompt("talk", ({"role": "user", "content": "11 12"},), "chat", ("13", "14 15"))
+    config = DistillConfig(answer_tokens=10_000, max_new_tokens=6, batch_size=4, temperatures=(0.0,), max_turns=3)
+    distill(base, [talk, *numbers(3)], config, tmp_path)
+    found = by_id(tmp_path)
+    turns = [found[f"0/{turn}:talk"] for turn in range(3)]
+    assert len(found) == 6
+    told: list[int] = []
+    for turn, said in zip(turns, ([11, 12], [13], [14, 15]), strict=True):
+        told += said
+        assert turn["prompt_ids"] == told
+        ids = torch.tensor([told])
+        plain = base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        assert turn["answer_ids"] == plain[0, ids.shape[1] :].tolist()
+        told += [id for id in turn["answer_ids"] if id != EOS]
+    assert {turn["category"] for turn in turns} == {"chat"}
+    # with the later turns lost, the same command finds its way back into the conversation
+    kept = [i for i, id in enumerate(Answers.read(tmp_path).column("id")) if not id.startswith(("0/1", "0/2"))]
+    rest = [Answers.read(tmp_path)[i] for i in kept]
+    for shard in tmp_path.glob("*.arrow"):
+        shard.unlink()
+    with AnswerWriter(tmp_path, 0, {}) as writer:
+        for answer in rest:
+            writer.write(answer)
+    distill(base, [talk, *numbers(3)], config, tmp_path)
+    assert by_id(tmp_path) == found
+
+
+def test_shards_of_several_processes_are_mended_and_read_by_datasets(tmp_path: Path) -> None:
+    def answer(i: int) -> dict[str, Any]:
+        return {"id": str(i), "category": "", "turn": 0, "temperature": 0.0, "prompt_ids": [i], "answer_ids": [i] * (i % 3)}
+
+    for process in (0, 1):
+        with AnswerWriter(tmp_path, process, {"model": "m"}) as writer:
+            for i in range(4):
+                writer.write(answer(10 * process + i))
+    writer = AnswerWriter(tmp_path, 1, {"model": "m"})
+    for i in (14, 15):
+        writer.write(answer(i))
+    writer._sink.close()  # killed
+    torn = tmp_path / "answers-001-00001.arrow"
+    torn.write_bytes(torn.read_bytes()[:-3])
+    (tmp_path / "answers-001-00002.arrow").write_bytes(b"\xff\xff")  # begun, with nothing in it yet
+    mend(tmp_path)
+    found = Answers.read(tmp_path)
+    assert found.column("id") == ["0", "1", "2", "3", "10", "11", "12", "13", "14"]
+    assert found.emitted().tolist() == [1, 2, 2, 10, 11, 11, 13, 14, 14]
+    assert found.lengths("answer_ids") == [0, 1, 2, 0, 1, 2, 0, 1, 2]
+    assert found.select([8, 0]).column("id") == ["14", "0"]
+    shards = sorted(map(str, tmp_path.glob("*.arrow")))
+    assert len(shards) == 3
+    loaded = datasets.load_dataset("arrow", data_files=shards, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["id"] == found.column("id")
+    (tmp_path / "answers-002-00000.arrow").write_bytes(foreign_shard())
+    with pytest.raises(UsageError, match="is no shard of answers"):
+        Answers.read(tmp_path)
+
+
+def foreign_shard() -> bytes:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"x": [1]})
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
@@ -129,7 +194,7 @@ def test_fewer_jobs_than_slots(base: Base, count: int) -> None:
     jobs = [Job(str(i), [10 + i], 0.0) for i in range(count)]
     with torch.inference_mode():
         found = list(
-            continue_all(base.model, jobs, eos_ids=set(), batch_size=8, max_new_tokens=5, generator=torch.Generator())
+            continue_all(base.model, JobQueue(jobs), eos_ids=set(), batch_size=8, max_new_tokens=5, generator=torch.Generator())
         )
     assert sorted(job.id for job, _ in found) == [str(i) for i in range(count)]
 
@@ -141,9 +206,9 @@ def test_a_finished_folder_is_left_as_it_is(base: Base, tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: [3])
     config = DistillConfig(answer_tokens=10_000, max_new_tokens=5, batch_size=4, self_drawn=3)
     first = distill(base, numbers(6), config, tmp_path)
-    content = (tmp_path / "answers.jsonl").read_bytes()
+    content = {path: path.read_bytes() for path in tmp_path.glob("*.arrow")}
     again = distill(base, numbers(6), config, tmp_path)
-    assert (tmp_path / "answers.jsonl").read_bytes() == content
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.arrow")} == content
     assert again["answers"] == first["answers"] == 9
 
 
@@ -151,7 +216,7 @@ def test_it_stops_at_the_tokens_asked_for_and_skips_long_prompts(base: Base, tmp
     config = DistillConfig(answer_tokens=60, max_new_tokens=10, max_prompt_tokens=4, batch_size=2)
     summary = distill(base, numbers(60), config, tmp_path)
     assert 60 <= summary["answer_tokens"] < 60 + 10
-    assert all(len(r["prompt_ids"]) <= 4 for r in read_jsonl(tmp_path / "answers.jsonl"))
+    assert all(len(r["prompt_ids"]) <= 4 for r in by_id(tmp_path).values())
 
 
 def test_other_settings_in_a_begun_folder_are_refused(base: Base, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 
 from lossless.errors import UsageError
-from lossless.prompts import encode, encode_user_opening, from_text, read_prompts
+from lossless.prompts import Prompt, encode, encode_user_opening, from_text, read_prompts
 
 OWN = Path(__file__).parent.parent / "data" / "prompts.jsonl"
 
@@ -28,20 +29,38 @@ class Template:
         return self(text) if tokenize else text
 
 
-def test_three_shapes_of_a_line(tmp_path: Path) -> None:
+def chat(*told: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 4, told, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("record", "asked", "later"),
+    [
+        ({"prompt": "one"}, chat("one"), []),
+        ({"question": "one", "answer": "two"}, chat("one"), []),
+        ({"text": "one"}, chat("one"), []),
+        ({"instruction": "do", "input": "this", "output": "done"}, chat("do\n\nthis"), []),
+        ({"instruction": "do", "context": "", "text": "do: done"}, chat("do"), []),
+        ({"turns": ["one", "later"]}, chat("one"), ["later"]),
+        ({"messages": chat("one", "two", "three")}, chat("one", "two", "three"), []),
+        ({"messages": chat("one", "two"), "prompt": "one"}, chat("one"), []),
+        ({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}, {"from": "human", "value": "three"}]},
+         chat("one", "two", "three"), []),
+    ],
+)  # fmt: skip
+def test_shapes_of_a_record(tmp_path: Path, record: dict[str, object], asked: list[object], later: list[str]) -> None:
     path = tmp_path / "p.jsonl"
-    lines = [
-        {"prompt": "one", "category": "a"},
-        {"turns": ["two", "later"]},
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]},
-    ]
-    path.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
-    found = read_prompts(path)
-    assert [p.messages[-1]["content"] for p in found] == ["one", "two", "z"]
-    assert found[0].category == "a"
-    assert len(found[2].messages) == 3
-    assert len(read_prompts(path, limit=2)) == 2
-    assert len({p.id for p in found}) == 3
+    path.write_text(json.dumps(record) + "\n\n")
+    [prompt] = read_prompts(path)
+    assert list(prompt.messages) == asked
+    assert list(prompt.later) == later
+    assert (prompt.id, prompt.category) == ("p-1", "p")
+
+
+def test_a_conversation_from_the_start_holds_nobody_s_answers() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    prompt = Prompt("x", (system, *chat("one", "two", "three")), later=("four",))
+    assert prompt.from_the_start() == ((system, *chat("one")), ("three", "four"))
 
 
 def test_several_files_packed_ones_too_each_up_to_the_limit(tmp_path: Path) -> None:
@@ -57,19 +76,48 @@ def test_several_files_packed_ones_too_each_up_to_the_limit(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "rule"),
     [
-        ('{"prompt": "fine"}\n{"prompt": oops}\n', "line 2: not JSON"),
+        ('{"prompt": "fine"}\n{"prompt": oops}\n', "1 broken of 2 records were skipped .line 2: not JSON"),
         ('{"prompt": "fine"}\n[1]\n', "line 2: a line must hold a JSON object"),
-        ('{"text": "?"}\n', "line 1: a line must hold 'prompt'"),
-        ('{"prompt": "  "}\n', "line 1: a prompt must not be empty"),
-        ('{"messages": [{"role": "user"}]}\n', "line 1: a line must hold 'prompt'"),
-        ("\n\n", "holds no prompts"),
+        ('{"prompt": "fine"}\n{"title": "?"}\n', "line 2: a record must hold .* it has title"),
+        ('{"prompt": "  "}\n{"prompt": "fine"}\n', "line 1: a prompt must not be empty"),
+        ('{"messages": [{"role": "user"}]}\n{"prompt": "fine"}\n', "line 1: a record must hold"),
+        ('{"prompt": "fine"}\n' + "[1]\n" * 9, "9 broken of 10 .*line 2: .*line 3: .*line 4: .*and 6 more"),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, content: str, rule: str) -> None:
+def test_broken_lines_are_skipped_counted_and_named(tmp_path: Path, content: str, rule: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.warns(UserWarning, match=rule):
+        found = read_prompts(path)
+    assert [p.messages[0]["content"] for p in found] == ["fine"]
+
+
+@pytest.mark.parametrize(("content", "rule"), [("\n\n", "holds no prompts$"), ("oops\n", "holds no prompts .line 1: not JSON")])
+def test_a_file_without_a_prompt_is_an_error(tmp_path: Path, content: str, rule: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(content)
     with pytest.raises(UsageError, match=rule):
         read_prompts(path)
+
+
+def test_what_datasets_reads(tmp_path: Path) -> None:
+    rows = {"instruction": ["do", "undo"], "input": ["", "that"]}
+    data = datasets.Dataset.from_dict(rows)
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    data.to_csv(str(tmp_path / "b.csv"))
+    data.save_to_disk(str(tmp_path / "c"))
+    for name in ("a.parquet", "b.csv", "c"):
+        found = read_prompts(tmp_path / name)
+        assert [p.messages[0]["content"] for p in found] == ["do", "undo\n\nthat"]
+        assert found[0].category == name[0]
+    (tmp_path / "d.xml").write_text("<p/>")
+    with pytest.raises(UsageError, match="prompts are read from"):
+        read_prompts(tmp_path / "d.xml")
+
+
+def test_a_data_set_that_is_nowhere_is_an_error() -> None:
+    with pytest.raises(UsageError, match="no prompts at nobody/nothing: neither a file here nor a data set"):
+        read_prompts("nobody/nothing")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lossless.errors import UsageError
 from lossless.generate import accelerate, new_adapter
 from lossless.models import Base, load_base
 from lossless.prompts import from_text
-from lossless.verify import certify, force, measure_noise
+from lossless.verify import asked, certify, force, measure_noise
 
 from .conftest import prompt_ids, tiny_config
 
@@ -75,7 +75,7 @@ def test_noise_is_small_in_float32_and_larger_in_bfloat16(base: Base, tiny_folde
 def test_a_certificate_counts_and_shows_a_defect(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1))
     prompts = [from_text(f"w{i} w{i + 1} w9") for i in range(4)]
-    good = certify(base, fast, "random", prompts, SAMPLED, None)
+    good = certify(base, fast, "random", asked(base, prompts, SAMPLED), SAMPLED, None)
     assert (good["prompts"], good["identical_prompts"], good["near_ties"], good["mismatches"]) == (4, 4, 0, 0)
     assert good["tokens"] == 4 * 24
     assert good["worst"] == 0
@@ -89,7 +89,7 @@ def test_a_certificate_counts_and_shows_a_defect(base: Base, monkeypatch: pytest
         return out
 
     monkeypatch.setattr(fast, "generate", faulty)
-    bad = certify(base, fast, "random", prompts, Decoding(max_new_tokens=24), None)
+    bad = certify(base, fast, "random", asked(base, prompts, Decoding(max_new_tokens=24)), Decoding(max_new_tokens=24), None)
     assert bad["identical_prompts"] == 0
     assert bad["mismatches"] >= 4
     assert bad["runs"][0]["first"]["token"] == 21
@@ -101,23 +101,23 @@ def test_an_interrupted_certificate_goes_on_after_the_answers_that_it_has(
 ) -> None:
     fast = accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1))
     prompts = [from_text(f"w{i} w{i + 1} w9") for i in range(4)]
-    whole = certify(base, fast, "random", prompts, SAMPLED, None)
-    journal, real, asked = tmp_path / "journal", fast.generate, []
+    whole = certify(base, fast, "random", asked(base, prompts, SAMPLED), SAMPLED, None)
+    journal, real, calls = tmp_path / "journal", fast.generate, []
 
     def third_time_unlucky(ids: torch.Tensor, **kwargs: object) -> object:
-        asked.append(ids)
-        if len(asked) == 3:
+        calls.append(ids)
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return real(ids, **kwargs)
 
     monkeypatch.setattr(fast, "generate", third_time_unlucky)
     with pytest.raises(KeyboardInterrupt):
-        certify(base, fast, "random", prompts, SAMPLED, None, journal)
+        certify(base, fast, "random", asked(base, prompts, SAMPLED), SAMPLED, None, journal)
     journal.write_text(journal.read_text() + '{"positions": [[1, 1, 0.')  # and it was killed in the middle of a line
     with pytest.raises(UsageError, match=r"other settings .decoding.: use them again, or remove it"):
-        certify(base, fast, "random", prompts, Decoding(max_new_tokens=24), None, journal)
-    resumed = certify(base, fast, "random", prompts, SAMPLED, None, journal)
-    assert len(asked) == 5
+        certify(base, fast, "random", asked(base, prompts, Decoding(max_new_tokens=24)), Decoding(max_new_tokens=24), None, journal)
+    resumed = certify(base, fast, "random", asked(base, prompts, SAMPLED), SAMPLED, None, journal)
+    assert len(calls) == 5
     timed = ("speedup",)
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
 
