@@ -5,11 +5,13 @@ Knows: the files of a training's folder and Markdown. Does not know: how any of 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from .storage import read_jsonl
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # the hub refuses a card with any other name of a base
 CURVE, CARD = "curve.png", "README.md"
 _SMOOTHED = 0.05  # of all steps: a running mean over so many
 
@@ -46,8 +48,7 @@ def write_card(folder: Path, training: dict[str, Any], parity: dict[str, Any], c
     rows = [f"| {part} | {count:,} |" for part, count in training["parameters_by_part"].items()]
     text = f"""---
 library_name: lossless
-base_model: {training["model"]}
-tags: [speculative-decoding, speculative-streaming]
+{f"base_model: {training['model']}{chr(10)}" if _HUB_ID.fullmatch(training["model"]) else ""}tags: [speculative-decoding, speculative-streaming]
 ---
 
 # Streams for {training["model"]}
