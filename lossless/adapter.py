@@ -5,7 +5,7 @@ them computes, and how they are saved. Does not know: how rows travel through th
 trees, or generation.
 
 Speculative Streaming (Bhendawade et al., arXiv 2402.11131). Stream j at position t starts at layer
-N - N_s as S[t, j] = f(M[t]) + P[j], f the identity here, and stands for the token at t + 1 + j.
+N - N_s as S[t, j] = f(M[t]) + P[j], and stands for the token at t + 1 + j. f is the identity, or adds a low-rank map.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Transition(nn.Module):
         r_j = silu(U r_{j-1} + E N(e(x_{t+j})) + S N(s_j) + b_j)
         logits_j = head(s_j + V r_j)
 
+    Of rank 0 it is told nothing, and logits_j = head(s_j), as in the paper.
+
     s_j is stream j after the base's final norm, e the base's token embedding, x_{t+1} the token that
     is already certain, N the RMS norm without a weight, head the base's own LM head.
     """
@@ -73,7 +75,7 @@ class Transition(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_streams, rank))  # b
         self.out = nn.Parameter(torch.zeros(dim, rank))  # V, zero: an untrained head predicts as the stream does
         for weight in (self.start, self.recur, self.token, self.stream):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+            nn.init.normal_(weight, std=max(1, weight.shape[1]) ** -0.5)
 
     def begin(self, first_stream: torch.Tensor) -> torch.Tensor:
         """r_0 of `[..., dim]`."""
@@ -120,7 +122,11 @@ class StreamAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.base = base or {}
-        self.stream_embeddings = nn.Parameter(torch.randn(config.num_streams, dim) * 0.02)  # P
+        self.dim = dim
+        self.stream_embeddings = nn.Parameter(torch.randn(0 if config.rotate_values else config.num_streams, dim) * 0.02)  # P
+        self.start = LowRank(dim, dim, config.start_rank) if config.start_rank else None
+        self.told = LowRank(dim, dim, config.told_rank) if config.told_rank else None
+        self.pruning = LowRank(dim, dim, config.pruning_rank) if config.pruning_rank else None
         # module names hold no dots
         self.msa = nn.ModuleDict(
             {name.replace(".", "-"): LowRank(*shape, config.lora_rank) for name, shape in projections.items()}
@@ -134,10 +140,24 @@ class StreamAdapter(nn.Module):
                 f"{'no' if draft_ids is None else len(draft_ids)} draft ids were given"
             )
 
-    def start_streams(self, main: torch.Tensor) -> torch.Tensor:
-        """S[t, j] = M[t] + P[j]: `[batch, nodes, dim]` -> `[batch, nodes * num_streams, dim]`."""
-        streams = main[:, :, None] + self.stream_embeddings.to(main.dtype)
+    def start_streams(self, main: torch.Tensor, told: torch.Tensor | None = None) -> torch.Tensor:
+        """S[t, j] = f(M[t]) + P[j]: `[batch, nodes, dim]` -> `[batch, nodes * num_streams, dim]`.
+
+        told: `[batch, nodes, dim]`, embeddings of the tokens after each node, for an adapter that is told them.
+        """
+        begun = main
+        if self.start is not None:
+            begun = begun + self.start(main)
+        if self.told is not None and told is not None:
+            begun = begun + self.told(_norm(told))
+        streams = begun[:, :, None].expand(-1, -1, self.config.num_streams, -1)
+        if len(self.stream_embeddings):
+            streams = streams + self.stream_embeddings.to(main.dtype)
         return streams.flatten(1, 2)
+
+    def exit_early(self, main: torch.Tensor) -> torch.Tensor:
+        """M[t] + B A M[t], what the base's final norm and LM head read of layer N - N_s: `[..., dim]`."""
+        return main + self.pruning(main) if self.pruning is not None else main
 
     def adapters(self) -> Iterator[tuple[str, LowRank]]:
         """The MSA adapters and the projections that they are for, `<layer from N - N_s>.<path>`."""
@@ -150,9 +170,7 @@ class StreamAdapter(nn.Module):
 
     def copy_as(self, device: torch.device, dtype: torch.dtype) -> StreamAdapter:
         """A frozen copy for inference: drafts need no more precision than the base's own activations."""
-        copy = StreamAdapter(
-            self.config, self.stream_embeddings.shape[1], self.projections(), self.draft_ids, self.base
-        )
+        copy = StreamAdapter(self.config, self.dim, self.projections(), self.draft_ids, self.base)
         copy.load_state_dict(self.state_dict())
         return copy.to(device, dtype).eval().requires_grad_(False)
 
@@ -162,11 +180,10 @@ class StreamAdapter(nn.Module):
 
     def parts(self) -> dict[str, int]:
         """Trained parameters of each part of the method."""
-        return {
-            "stream embeddings": self.stream_embeddings.numel(),
-            "MSA adapters": sum(p.numel() for p in self.msa.parameters()),
-            "transition": sum(p.numel() for p in self.transition.parameters()),
-        }
+        modules = {"MSA adapters": self.msa, "transition": self.transition, "start": self.start, "told": self.told,
+                   "pruning layer": self.pruning}  # fmt: skip
+        counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items() if module is not None}
+        return {name: count for name, count in {"stream embeddings": self.stream_embeddings.numel(), **counts}.items() if count}
 
     def randomize(self, seed: int, scale: float = 0.5) -> StreamAdapter:
         """Random numbers in every weight: the worst adapter there is, for checking that output stays exact."""
@@ -193,7 +210,7 @@ class StreamAdapter(nn.Module):
             {
                 "format": 1,
                 "streaming": self.config.to_dict(),
-                "dim": self.stream_embeddings.shape[1],
+                "dim": self.dim,
                 "projections": self.projections(),
                 "base": self.base,
                 "versions": versions(),

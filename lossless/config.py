@@ -21,7 +21,14 @@ class StreamingConfig:
         num_streams: gamma, the tokens drafted ahead of the certain one; also the depth of a tree.
         num_msa_layers: N_s, the top decoder layers in which stream rows exist.
         lora_rank: rank of the MSA adapters; their scale is 1.
-        transition_rank: width of the recurrent transition head.
+        transition_rank: width of the recurrent transition head; 0 for none, as in the paper: then no stream knows the
+            tokens of its path.
+        start_rank: rank of what f adds to the main stream where streams start; 0: f is the identity.
+        told_rank: rank of the map through which streams are told the token after theirs, when they start; 0: they are
+            not. It takes the deferred schedule: in a parallel pass nobody knows that token yet.
+        rotate_values: tell streams apart by turning their values in attention, in place of stream embeddings.
+        pruning_rank: rank of the pruning layer's early exit; 0 for none.
+        pruning_floor: least probability, by the early exit, of a path whose nodes speculate in a parallel pass.
         draft_vocab_size: tokens that may be drafted, 0 for all of them. Costs coverage, never exactness.
         tree_nodes: most nodes of a draft tree, the root counted: the rows of a verification pass.
         tree_floor: least probability of a path that is worth a row; 0 always fills the tree.
@@ -35,6 +42,11 @@ class StreamingConfig:
     num_msa_layers: int = 4
     lora_rank: int = 32
     transition_rank: int = 384
+    start_rank: int = 0
+    told_rank: int = 0
+    rotate_values: bool = False
+    pruning_rank: int = 0
+    pruning_floor: float = 0.01
     draft_vocab_size: int = 0
     tree_nodes: int = 16
     tree_floor: float = 0.0
@@ -43,13 +55,19 @@ class StreamingConfig:
     recall: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_streams", "num_msa_layers", "lora_rank", "transition_rank", "tree_nodes", "tree_top_k"):
+        for name in ("num_streams", "num_msa_layers", "lora_rank", "tree_nodes", "tree_top_k"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.draft_vocab_size < 0:
-            raise UsageError(f"draft_vocab_size must be at least 0, got {self.draft_vocab_size}")
-        if not 0 <= self.tree_floor < 1:
-            raise UsageError(f"tree_floor must be at least 0 and below 1, got {self.tree_floor}")
+        for name in ("transition_rank", "start_rank", "told_rank", "pruning_rank", "draft_vocab_size"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("tree_floor", "pruning_floor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.told_rank and self.schedule == "parallel":
+            raise UsageError(
+                f"schedule must be deferred where streams are told the next token (told_rank={self.told_rank}), got 'parallel'"
+            )
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 

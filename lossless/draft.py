@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from .adapter import StreamAdapter
 from .lookup import TextMemory
+from .pruning import worth_streams
 from .tree import Candidate, DraftTree, blend, most_likely, plant
 
 
@@ -27,9 +29,11 @@ class Drafter:
         embeddings: the base's input embeddings; head: its LM head.
     """
 
-    def __init__(self, adapter: StreamAdapter, embeddings: nn.Module, head: nn.Module) -> None:
+    def __init__(self, adapter: StreamAdapter, embeddings: Any, head: nn.Module) -> None:
         self.adapter, self.embeddings, self.head = adapter, embeddings, head
         self._rows: torch.Tensor | None = None
+        self.vocabulary = int(embeddings.weight.shape[0])
+        self._numbers: torch.Tensor | None = None  # [vocab], places in the draft vocabulary
         with align_module_device(head):  # Accelerate may keep the weight elsewhere
             weight = getattr(head, "weight", None)
             if adapter.draft_ids is not None and weight is not None and weight.is_floating_point():
@@ -46,6 +50,15 @@ class Drafter:
     def token_ids(self, drafted: torch.Tensor) -> torch.Tensor:
         """Numbers in the draft vocabulary -> token ids."""
         return drafted if self.adapter.draft_ids is None else self.adapter.draft_ids[drafted]
+
+    def worth_streams(self, exits: torch.Tensor, trees: Sequence[DraftTree], floor: float) -> torch.Tensor:
+        """`[m]`, the rows of a pass over these trees that speculate; exits: `[batch, rows, dim]`, what the LM head reads
+        of the early exit."""
+        if self._numbers is None and self.adapter.draft_ids is not None:
+            ids = self.adapter.draft_ids
+            self._numbers = torch.full((self.vocabulary,), -1, device=ids.device)
+            self._numbers[ids] = torch.arange(len(ids), device=ids.device)
+        return torch.tensor(worth_streams(self.logits(exits), trees, self._numbers, floor), device=exits.device)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embeddings(ids).to(self.adapter.stream_embeddings.device)

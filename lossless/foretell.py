@@ -49,7 +49,8 @@ def foretell(runner: StreamRunner, drafter: Drafter, store: FeatureStore, tree_n
         features = store.get([number])
         text, t = features[0].ids.tolist(), features[0].prompt - 1
         block = make_block(features, [t], len(text) - 1 - t, gamma, runner.first_top, runner.model.dtype)
-        streams = runner.speculate(block.entry, block.positions, block.context, block.rows)[0]
+        told = drafter.embed(block.tokens[:, :, 0])
+        streams = runner.speculate(block.entry, block.positions, block.context, block.rows, told)[0]
         offset = t
         while t + 2 < len(text):  # x_{t+1} is certain; draft what follows it
             [tree] = drafter.trees(streams[None, t - offset], [text[t + 1]], tree_nodes, [None])

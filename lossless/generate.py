@@ -11,7 +11,8 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +207,22 @@ class AcceleratedModel:
             ids[i, : len(tree)] = torch.tensor(tree.tokens)
             positions[i, : len(tree)] = torch.tensor(tree.depths) + text.position
             mask[i, : len(tree), : len(tree)] = tree.mask()
-        nodes = torch.arange(width, device=device) if self.schedule == "parallel" else None
+        nodes = self._speculators(trees, width) if self.schedule == "parallel" else None
         chosen = None if width == 1 else mask.to(device)
-        return self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
+        out = self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
+        self.stats.speculated += len(trees) * len(out.nodes)
+        return out
+
+    def _speculators(self, trees: list[DraftTree], width: int) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
+        """The rows of a pass over trees that speculate: all, or those that the pruning layer finds worth it."""
+        if self.adapter.pruning is None:
+            return torch.arange(width, device=input_device(self.base))
+
+        def choose(entry: torch.Tensor) -> torch.Tensor:
+            exits = self.runner.finish(self.runner.adapter.exit_early(entry))
+            return self.drafter.worth_streams(exits, trees, self.adapter.config.pruning_floor)
+
+        return choose
 
     def _read_alone(self, text: Text, cache: RowCache) -> PassOutput:
         """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last."""
@@ -236,14 +250,17 @@ class AcceleratedModel:
             cache.select(going)
         if not going:
             return [], out.entry
-        if out.streams is not None:  # after a prefill only the last row's are there
-            return active, out.streams[going, [min(row, out.streams.shape[1] - 1) for row in chosen]]
+        if out.streams is not None and set(chosen) <= set(out.nodes):  # not if one was pruned
+            return active, out.streams[going, [out.nodes.index(row) for row in chosen]]
         entry = out.entry[going, chosen][:, None]  # [texts, 1, dim]
         positions = torch.tensor([[text.position - 1] for text in active], device=entry.device)
         context = cache.visible()
         if context is None:
             context = torch.ones(len(active), cache.length, dtype=torch.bool)
-        return active, self.runner.speculate(entry, positions, context[:, None].to(entry.device), cache)[:, 0]
+        told = None
+        if self.adapter.told is not None:
+            told = self.drafter.embed(torch.tensor([[text.last] for text in active], device=entry.device))
+        return active, self.runner.speculate(entry, positions, context[:, None].to(entry.device), cache, told)[:, 0]
 
 
 @contextlib.contextmanager
@@ -283,11 +300,11 @@ def accelerate(
     """
     if unknown := sorted(overrides.keys() - OVERRIDES):
         raise UsageError(f"accelerate() takes {', '.join(sorted(OVERRIDES))} as overrides, got {', '.join(unknown)}")
-    StreamingConfig(**overrides)  # checks them
     if isinstance(adapter, StreamingConfig):
         adapter = new_adapter(model, adapter, tokenizer)
     elif not isinstance(adapter, StreamAdapter):
         adapter = StreamAdapter.from_pretrained(adapter, base={"fingerprint": fingerprint(model, tokenizer)})
+    replace(adapter.config, **overrides)  # checks them
     fast = AcceleratedModel(model, adapter, exact)
     for name, value in overrides.items():
         setattr(fast, name, value)

@@ -6,6 +6,7 @@ For a position t of an answer, stream j is to say what the base says after x_{t+
 
     loss = sum_j 0.8^(j-1) KL( p_base(. | x_<=t+j) || q_j(. | S[t, <=j], x_t+1 .. x_t+j) ) / sum_j 0.8^(j-1)
 
+plus, with a pruning layer, KL( p_base(. | x_<=t) || its early exit at t ), which reaches that layer alone;
 over the draft vocabulary, the targets being the base's probabilities at temperature 1 from its own hidden states.
 """
 
@@ -30,32 +31,44 @@ class StreamLoss(nn.Module):
     Args:
         logits_gb: memory for logits. A vocabulary is wide and the streams are many: what does not fit at once is
             computed in pieces, and again for the gradient.
+        hard_labels: learn the base's likeliest tokens only, not their probabilities.
     """
 
-    def __init__(self, runner: StreamRunner, drafter: Drafter, logits_gb: float) -> None:
+    def __init__(self, runner: StreamRunner, drafter: Drafter, logits_gb: float, hard_labels: bool = False) -> None:
         super().__init__()
         self.adapter = runner.adapter
         self._base = (runner, drafter)  # in a tuple: not to be registered as submodules
-        self._bytes = int(logits_gb * 2**30)
+        self._bytes, self._hard = int(logits_gb * 2**30), hard_labels
 
     def forward(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the loss, and for each stream its KL and how often its best token is the base's."""
         runner, drafter = self._base
         transition, gamma = self.adapter.transition, self.adapter.config.num_streams
-        streams = runner.speculate(block.entry, block.positions, block.context, block.rows)  # [b, p, gamma, dim]
+        told = drafter.embed(block.tokens[:, :, 0])
+        streams = runner.speculate(block.entry, block.positions, block.context, block.rows, told)  # [b, p, gamma, dim]
         r, drafting = transition.begin(streams[:, :, 0]), []
         for j in range(1, gamma + 1):
             stream = streams[:, :, j - 1]
             r = transition.advance(r, drafter.embed(block.tokens[:, :, j - 1]), stream, j)
             drafting.append(transition.adjust(stream, r))
-        sums = self._compare_all(torch.stack(drafting, dim=2), block)  # [2, gamma]
+        sums = self._compare_all(torch.stack(drafting, dim=2), block.final, block.valid)  # [2, gamma]
         # none, if every answer of the block ends before
         each, agreement = sums / block.valid.sum(dim=(0, 1)).clamp_min(1)
         weights = torch.tensor([_DECAY**j for j in range(gamma)], device=each.device)
-        return (each * weights).sum() / weights.sum(), each.detach(), agreement.detach()
+        loss = (each * weights).sum() / weights.sum()
+        if self.adapter.pruning is not None:
+            loss = loss + self._pruning_loss(block)
+        return loss, each.detach(), agreement.detach()
 
-    def _compare_all(self, drafting: torch.Tensor, block: Block) -> torch.Tensor:
-        """drafting: `[b, p, gamma, dim]`, what the LM head reads of each stream."""
+    def _pruning_loss(self, block: Block) -> torch.Tensor:
+        """KL of the early exit to the base's own distribution at the same position."""
+        exits = self._base[0].finish(self.adapter.exit_early(block.entry[:, 1:]))  # [b, p - 1, dim]
+        valid = block.valid[:, :-1, :1]
+        divergence, _ = self._compare_all(exits[:, :, None], block.final[:, : exits.shape[1]], valid)[:, 0]
+        return divergence / valid.sum().clamp_min(1)
+
+    def _compare_all(self, drafting: torch.Tensor, final: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """drafting: `[b, p, gamma, dim]`, what the LM head reads of each stream; the rest as in `_compare`."""
         batch, count, gamma, _ = drafting.shape
         ids = self.adapter.draft_ids
         vocabulary = self._base[0].text_config.vocab_size if ids is None else len(ids)
@@ -63,11 +76,11 @@ class StreamLoss(nn.Module):
         each = batch * (gamma + 1) * vocabulary * 4 * _COPIES
         piece = max(1, self._bytes // each)
         if piece >= count:
-            return self._compare(drafting, block.final, block.valid)
+            return self._compare(drafting, final, valid)
         parts = [
             checkpoint(
-                self._compare, drafting[:, i : i + piece], block.final[:, i : i + piece + gamma - 1],
-                block.valid[:, i : i + piece], use_reentrant=False,
+                self._compare, drafting[:, i : i + piece], final[:, i : i + piece + gamma - 1],
+                valid[:, i : i + piece], use_reentrant=False,
             )
             for i in range(0, count, piece)
         ]  # fmt: skip
@@ -85,6 +98,9 @@ class StreamLoss(nn.Module):
         for j in range(drafting.shape[2]):
             drafted = F.log_softmax(drafter.logits(drafting[:, :, j][valid[:, :, j]]), dim=-1)  # [n, draft vocabulary]
             target = targets[:, j : j + count][valid[:, :, j]]
-            divergence = F.kl_div(drafted, target, reduction="sum", log_target=True)
+            if self._hard:
+                divergence = F.nll_loss(drafted, target.argmax(-1), reduction="sum")
+            else:
+                divergence = F.kl_div(drafted, target, reduction="sum", log_target=True)
             sums.append(torch.stack([divergence, (drafted.argmax(-1) == target.argmax(-1)).float().sum()]))
         return torch.stack(sums, dim=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,6 +67,7 @@ class Pass:
     main: Sight | None = None  # None: a pass of streams alone
     stream: Sight | None = None  # its keys are the main keys and those of the streams
     last_only: bool = False  # logits of the last main row only
+    begin: Callable[[torch.Tensor], None] | None = None  # given the main rows at layer N - N_s, fills the next two
     nodes: torch.Tensor | None = None  # [m] main rows that speculate
     cache: Any = None
     keeps_bits: bool = False  # main rows are to have the bits of the base's own passes
@@ -213,3 +214,21 @@ def adapting(low_rank: nn.Module) -> Any:
         return output
 
     return add
+
+
+def turning(num_streams: int) -> Any:
+    """A forward hook that turns the values of stream j by j pi / (2 gamma), pair by pair: they tell streams apart."""
+    angles = torch.arange(1, num_streams + 1) * (torch.pi / (2 * num_streams))
+
+    def turn(projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        plan = PASS.get()
+        if plan is None or output.shape[1] == plan.main_rows:
+            return None
+        main, streams = output[:, : plan.main_rows], output[:, plan.main_rows :]
+        own = angles.to(output.device).repeat(streams.shape[1] // num_streams)[:, None]  # [stream rows, 1]
+        cos, sin = own.cos().to(output.dtype), own.sin().to(output.dtype)
+        even, odd = streams[..., 0::2], streams[..., 1::2]
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+        return torch.cat([main, turned], dim=1)
+
+    return turn

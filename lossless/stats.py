@@ -17,6 +17,7 @@ class Stats:
         tokens: emitted tokens of all of them.
         target_passes: passes of the base after the prefill; one over a batch counts for each text in it.
         drafted: nodes proposed, roots not counted.
+        speculated: nodes that carried streams through a verification pass (parallel schedule).
         accepted: how many passes emitted 1, 2, 3, ... tokens.
         prefill_s, decode_s: wall-clock seconds.
         exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
@@ -28,6 +29,7 @@ class Stats:
     tokens: int = 0
     target_passes: int = 0
     drafted: int = 0
+    speculated: int = 0
     accepted: dict[int, int] = field(default_factory=dict)
     prefill_s: float = 0.0
     decode_s: float = 0.0

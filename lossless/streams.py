@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,20 @@ from .anatomy import (
     uses_attention_interface,
 )
 from .errors import UsageError
-from .passes import ATTENTION, PASS, Habit, Pass, RotaryCall, Slot, adapting, keeping_bits, named, note_rotary, running
+from .passes import (
+    ATTENTION,
+    PASS,
+    Habit,
+    Pass,
+    RotaryCall,
+    Slot,
+    adapting,
+    keeping_bits,
+    named,
+    note_rotary,
+    running,
+    turning,
+)
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
 
 _MERGED_BYTES = 64 * 2**20  # most that a copy of the top layers' projections may take
@@ -55,11 +68,13 @@ class PassOutput:
         logits: `[batch, rows, vocab]` of the main rows that were asked for.
         entry: `[batch, rows, dim]`, the main rows at layer N - N_s, where streams start.
         streams: `[batch, nodes, num_streams, dim]` after the final norm, for the nodes that speculated.
+        nodes: their rows.
     """
 
     logits: torch.Tensor
     entry: torch.Tensor
-    streams: torch.Tensor | None = field(default=None)
+    streams: torch.Tensor | None = None
+    nodes: tuple[int, ...] = ()
 
 
 class StreamRunner:
@@ -104,15 +119,17 @@ class StreamRunner:
                 f"{type(self.model).__name__} cannot be accelerated: its token embeddings ({width}) are of another "
                 f"width than its hidden states ({dim})"
             )
-        if self.adapter.stream_embeddings.shape[1] != dim:
+        if self.adapter.dim != dim:
             raise UsageError(
-                f"the adapter is for hidden states of width {self.adapter.stream_embeddings.shape[1]}, "
+                f"the adapter is for hidden states of width {self.adapter.dim}, "
                 f"the model's are {dim} wide: it belongs to another model"
             )
         found = self.adapter.projections()
         if found != expected:
             odd = sorted(found.items() ^ expected.items())[0]
             raise UsageError(f"the adapter's projections are not the model's (first: {odd}): it belongs to another model")
+        if self.adapter.config.rotate_values and not any(name.endswith("v_proj") for name in found):
+            raise UsageError(f"rotate_values needs layers with a value projection of their own, {type(self.model).__name__} has none")
         ids = self.adapter.draft_ids
         if ids is not None and int(ids.max()) >= self.text_config.vocab_size:
             raise UsageError(
@@ -160,6 +177,8 @@ class StreamRunner:
         handles.append(self.lm_head.register_forward_pre_hook(self._leave))
         for name, low_rank in self.adapter.adapters():
             handles.append(self._projection(name).register_forward_hook(adapting(low_rank)))
+            if self.adapter.config.rotate_values and name.endswith("v_proj"):
+                handles.append(self._projection(name).register_forward_hook(turning(self.adapter.config.num_streams)))
         masks: list[tuple[Any, Any]] = [(module, module.bias) for layer in self.layers for module in column_masks(layer)] if self.own_attention else []
         for module, mask in masks:  # rows of a tree do not stand in columns of their own place
             module.bias = mask.new_ones(1, 1, 1, 1).expand_as(mask)
@@ -182,7 +201,7 @@ class StreamRunner:
         positions: torch.Tensor,
         tree_mask: torch.Tensor | None,
         cache: Any,
-        nodes: torch.Tensor | None,
+        nodes: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None,
         last_only: bool = False,
     ) -> PassOutput:
         """One pass of the base over some rows, and of the streams of some of them.
@@ -193,7 +212,8 @@ class StreamRunner:
             tree_mask: `[batch, rows, rows]`, True where a row may attend to another row of this pass; every
                 row attends to what is certain in the cache. None for a chain (each row sees those before it).
             cache: a `RowCache`; the rows stay provisional in it.
-            nodes: `[m]` rows that speculate, or None for none.
+            nodes: `[m]` rows that speculate, or None for none; or what chooses them, given all rows at layer
+                N - N_s, `[batch, rows, dim]`.
             last_only: logits for the last row only (a prefill).
         """
         device = ids.device
@@ -209,13 +229,18 @@ class StreamRunner:
         plan.keeps_bits = self.limits is not None and len(ids) == 1 and cache.visible() is None
         if plan.keeps_bits and not last_only:
             plan.paths = [[i for i, seen in enumerate(row) if seen] for row in own[0].tolist()]
-        if nodes is not None:
-            plan.nodes = nodes
-            context = behind_the_past(own[:, nodes], cache, len(ids))
-            plan.stream = stream_sight(context, positions[:, nodes], keys, self.adapter.config.num_streams)
+
+        def begin(entry: torch.Tensor) -> None:
+            plan.nodes = nodes(entry) if callable(nodes) else nodes
+            context = behind_the_past(own[:, plan.nodes], cache, len(ids))
+            plan.stream = stream_sight(context, positions[:, plan.nodes], keys, self.adapter.config.num_streams)
+
+        plan.begin = None if nodes is None else begin
         logits = self._run(plan, ids, positions, cache)
-        streams = None if plan.streams is None else plan.streams.unflatten(1, (-1, self.adapter.config.num_streams))
-        return PassOutput(logits, plan.entry, streams)
+        if plan.streams is None or plan.nodes is None:
+            return PassOutput(logits, plan.entry)
+        streams = plan.streams.unflatten(1, (-1, self.adapter.config.num_streams))
+        return PassOutput(logits, plan.entry, streams, tuple(plan.nodes.tolist()))
 
     def observe(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The main stream over whole texts, without streams: what they are trained on.
@@ -243,7 +268,12 @@ class StreamRunner:
             return self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
     def speculate(
-        self, entry: torch.Tensor, positions: torch.Tensor, context: torch.Tensor, cache: Any
+        self,
+        entry: torch.Tensor,
+        positions: torch.Tensor,
+        context: torch.Tensor,
+        cache: Any,
+        told: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Streams alone through the top layers, over main keys that are already in the cache.
 
@@ -252,6 +282,7 @@ class StreamRunner:
             context: `[batch, nodes, past]`, True where a node's streams may attend to a main key.
             cache: anything whose `update(keys, values, layer)` returns main keys followed by these, and whose
                 `places()` says where in the text those keys stand.
+            told: `[batch, nodes, dim]`, embeddings of the token after each node, for an adapter that is told it.
 
         Returns:
             `[batch, nodes, num_streams, dim]` after the final norm. The layers are called as the base called
@@ -260,7 +291,7 @@ class StreamRunner:
         keys = cache.places().to(entry.device).expand(len(entry), -1)
         sight = stream_sight(context, positions, keys, self.adapter.config.num_streams)
         plan = Pass(self._implementation, len(entry), 0, stream=sight, cache=cache, merged=bool(self._merged))
-        hidden = self.adapter.start_streams(entry)
+        hidden = self.adapter.start_streams(entry, told)
         with running(plan):
             for number, habit in self._habits.items():
                 i = number - self.first_top
@@ -270,9 +301,9 @@ class StreamRunner:
                 else:
                     hidden = self.top[i](hidden, **given)
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return self._finish(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
+        return self.finish(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
 
-    def _finish(self, hidden: torch.Tensor) -> torch.Tensor:
+    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """From the last layer to what the LM head reads."""
         for part in self._after:
             hidden = part(hidden)
@@ -289,7 +320,8 @@ class StreamRunner:
         if layer is self.top[0]:
             hidden = hidden.to(self.adapter.stream_embeddings.device)  # another than the layer's below, perhaps
             plan.entry = hidden
-            if plan.nodes is not None:
+            if plan.begin is not None:
+                plan.begin(hidden)
                 hidden = torch.cat([hidden, self.adapter.start_streams(hidden[:, plan.nodes])], dim=1)
         if number >= self.first_top:
             self._habits[number] = habit
@@ -342,7 +374,7 @@ class StreamRunner:
         if plan is None or plan.nodes is None or plan.main is None:
             return None
         hidden, *rest = output if isinstance(output, tuple) else (output,)
-        plan.streams = self._finish(hidden[:, plan.main_rows :])
+        plan.streams = self.finish(hidden[:, plan.main_rows :])
         hidden = hidden[:, : plan.main_rows].contiguous()
         return (hidden, *rest) if isinstance(output, tuple) else hidden
 

@@ -57,6 +57,7 @@ class TrainConfig:
     learning_rate: float = 2e-3
     warmup_steps: int = 20
     max_grad_norm: float = 1.0
+    hard_labels: bool = False
     mixed_precision: str = "no"
     held_out: int = 24
     eval_every: int = 100
@@ -142,7 +143,7 @@ def train(
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config))
     accelerator.register_for_checkpointing(schedule)  # not prepared: a step of it is a step, whatever the processes
-    loss_module, optimizer = accelerator.prepare(StreamLoss(runner, drafter, config.logits_memory_gb), optimizer)
+    loss_module, optimizer = accelerator.prepare(StreamLoss(runner, drafter, config.logits_memory_gb, config.hard_labels), optimizer)
     checkpoints = _Checkpoints(out, settings, accelerator, 4 * adapter.parameter_count())
     progress = checkpoints.resume()
 
