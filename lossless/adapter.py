@@ -60,8 +60,6 @@ class Transition(nn.Module):
         r_j = silu(U r_{j-1} + E N(e(x_{t+j})) + S N(s_j) + b_j)
         logits_j = head(s_j + V r_j)
 
-    Of rank 0 it is told nothing, and logits_j = head(s_j), as in the paper.
-
     s_j is stream j after the base's final norm, e the base's token embedding, x_{t+1} the token that
     is already certain, N the RMS norm without a weight, head the base's own LM head.
     """
@@ -75,7 +73,7 @@ class Transition(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_streams, rank))  # b
         self.out = nn.Parameter(torch.zeros(dim, rank))  # V, zero: an untrained head predicts as the stream does
         for weight in (self.start, self.recur, self.token, self.stream):
-            nn.init.normal_(weight, std=max(1, weight.shape[1]) ** -0.5)
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def begin(self, first_stream: torch.Tensor) -> torch.Tensor:
         """r_0 of `[..., dim]`."""
@@ -89,6 +87,19 @@ class Transition(nn.Module):
     def adjust(self, stream: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         """s_j + V r_j, what the LM head reads: `[..., dim]`."""
         return stream + _linear(r, self.out)
+
+
+class NoTransition(nn.Module):
+    """In its place: logits_j = head(s_j), as in the paper. No stream knows its path."""
+
+    def begin(self, first_stream: torch.Tensor) -> torch.Tensor:
+        return first_stream[..., :0]
+
+    def advance(self, r: torch.Tensor, token: torch.Tensor, stream: torch.Tensor, j: int) -> torch.Tensor:
+        return r
+
+    def adjust(self, stream: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return stream
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -123,7 +134,9 @@ class StreamAdapter(nn.Module):
         self.config = config
         self.base = base or {}
         self.dim = dim
-        self.stream_embeddings = nn.Parameter(torch.randn(0 if config.rotate_values else config.num_streams, dim) * 0.02)  # P
+        self.stream_embeddings: nn.Parameter | None = None  # P
+        if not config.rotate_values:
+            self.stream_embeddings = nn.Parameter(torch.randn(config.num_streams, dim) * 0.02)
         self.start = LowRank(dim, dim, config.start_rank) if config.start_rank else None
         self.told = LowRank(dim, dim, config.told_rank) if config.told_rank else None
         self.pruning = LowRank(dim, dim, config.pruning_rank) if config.pruning_rank else None
@@ -131,7 +144,9 @@ class StreamAdapter(nn.Module):
         self.msa = nn.ModuleDict(
             {name.replace(".", "-"): LowRank(*shape, config.lora_rank) for name, shape in projections.items()}
         )
-        self.transition = Transition(dim, config.transition_rank, config.num_streams)
+        self.transition: Transition | NoTransition = NoTransition()
+        if config.transition_rank:
+            self.transition = Transition(dim, config.transition_rank, config.num_streams)
         self.draft_ids: torch.Tensor | None
         self.register_buffer("draft_ids", draft_ids)
         if config.draft_vocab_size != (0 if draft_ids is None else len(draft_ids)):
@@ -151,7 +166,7 @@ class StreamAdapter(nn.Module):
         if self.told is not None and told is not None:
             begun = begun + self.told(_norm(told))
         streams = begun[:, :, None].expand(-1, -1, self.config.num_streams, -1)
-        if len(self.stream_embeddings):
+        if self.stream_embeddings is not None:
             streams = streams + self.stream_embeddings.to(main.dtype)
         return streams.flatten(1, 2)
 
@@ -174,16 +189,22 @@ class StreamAdapter(nn.Module):
         copy.load_state_dict(self.state_dict())
         return copy.to(device, dtype).eval().requires_grad_(False)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def parameter_count(self) -> int:
         """Trained parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def parts(self) -> dict[str, int]:
         """Trained parameters of each part of the method."""
-        modules = {"MSA adapters": self.msa, "transition": self.transition, "start": self.start, "told": self.told,
-                   "pruning layer": self.pruning}  # fmt: skip
-        counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items() if module is not None}
-        return {name: count for name, count in {"stream embeddings": self.stream_embeddings.numel(), **counts}.items() if count}
+        names = {"stream_embeddings": "stream embeddings", "msa": "MSA adapters", "transition": "transition",
+                 "start": "start", "told": "told", "pruning": "pruning layer"}  # fmt: skip
+        counts = dict.fromkeys(names.values(), 0)
+        for name, parameter in self.named_parameters():
+            counts[names[name.split(".")[0]]] += parameter.numel()
+        return {name: count for name, count in counts.items() if count}
 
     def randomize(self, seed: int, scale: float = 0.5) -> StreamAdapter:
         """Random numbers in every weight: the worst adapter there is, for checking that output stays exact."""

@@ -1,4 +1,4 @@
-"""The command line: `lossless generate | compare | bench | verify | doctor | distill | train | push`.
+"""The command line: `lossless generate | compare | bench | verify | doctor | distill | train | ablate | push`.
 
 Knows: flags, what goes to the terminal, exit codes (0 done, 2 bad input, 3 tokens differ, 4 drafts are not
 what training foretold, 130 Ctrl-C).
@@ -20,6 +20,7 @@ import transformers
 from transformers import TextStreamer
 
 from . import bench as benchmark
+from .ablation import VARIANTS, ablate, table
 from .adapter import StreamAdapter, push_to_hub
 from .answers import Answers
 from .card import draw_curve, write_card
@@ -36,6 +37,9 @@ from .verify import Asked, asked, certify
 from .verify import summary as summarize
 
 _CERTIFIED, _CERTIFIED_TOKENS = 4, 64  # held-out prompts that training ends with a certificate of
+# a variant of an ablation in a few minutes on two cores
+_SMALL_STREAMING = StreamingConfig(transition_rank=256, draft_vocab_size=16384, tree_nodes=32)
+_SMALL_TRAINING = TrainConfig(steps=150, eval_every=150, checkpoint_every=25, held_out=32)
 _PROMPTS = "JSONL, any file or folder that datasets reads, or a data set's hub id; plain, alpaca, chat or ShareGPT records"
 
 
@@ -137,17 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_distill)
 
     command = commands.add_parser("train", help="train an adapter on collected answers")
-    _model_flags(command)
-    command.add_argument("--data", required=True, metavar="FOLDER", help="a folder that distill has written")
-    command.add_argument("--out", required=True, metavar="FOLDER", help="where the adapter goes; the same command goes on there")
-    for name, kind in (("streaming", StreamingConfig()), ("training", TrainConfig())):
-        group = command.add_argument_group(name)
-        for key, value in vars(kind).items():
-            how: dict[str, Any] = {"type": type(value)}
-            if isinstance(value, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            group.add_argument(f"--{key.replace('_', '-')}", default=value, help="(%(default)s)", **how)
+    _training_flags(command, StreamingConfig(), TrainConfig())
     command.set_defaults(run=_train)
+
+    command = commands.add_parser("ablate", help="train variants of the method on the same answers, and compare them")
+    command.add_argument("--only", nargs="+", metavar="NAME", choices=[v.name for v in VARIANTS], help="these variants only")
+    _training_flags(command, _SMALL_STREAMING, _SMALL_TRAINING)
+    command.set_defaults(run=_ablate)
 
     command = commands.add_parser("push", help="put a trained adapter on the Hugging Face hub")
     command.add_argument("--adapter", required=True, metavar="FOLDER", help="a folder that train has written")
@@ -156,6 +156,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", help="a branch other than main")
     command.set_defaults(run=_push)
     return parser
+
+
+def _training_flags(command: argparse.ArgumentParser, streaming: StreamingConfig, training: TrainConfig) -> None:
+    _model_flags(command)
+    command.add_argument("--data", required=True, metavar="FOLDER", help="a folder that distill has written")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where it goes; the same command goes on there")
+    for name, kind in (("streaming", streaming), ("training", training)):
+        group = command.add_argument_group(name)
+        for key, value in vars(kind).items():
+            how: dict[str, Any] = {"type": type(value)}
+            if isinstance(value, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(f"--{key.replace('_', '-')}", default=value, help="(%(default)s)", **how)
 
 
 def _model_flags(command: argparse.ArgumentParser) -> None:
@@ -321,9 +334,20 @@ def _distill(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _configs(arguments: argparse.Namespace) -> tuple[StreamingConfig, TrainConfig]:
     streaming = StreamingConfig(**{key: getattr(arguments, key) for key in vars(StreamingConfig())})
-    config = TrainConfig(**{key: getattr(arguments, key) for key in vars(TrainConfig())})
+    return streaming, TrainConfig(**{key: getattr(arguments, key) for key in vars(TrainConfig())})
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    streaming, config = _configs(arguments)
+    report = ablate(_load(arguments), arguments.data, arguments.out, streaming, config, arguments.only)
+    print(f"\n{table(report)}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    streaming, config = _configs(arguments)
     base, out = _load(arguments), Path(arguments.out)
     adapter, held_out, summary = train(base, arguments.data, out, streaming, config)
     if not processes().is_main_process:

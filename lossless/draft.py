@@ -61,7 +61,7 @@ class Drafter:
         return torch.tensor(worth_streams(self.logits(exits), trees, self._numbers, floor), device=exits.device)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.embeddings(ids).to(self.adapter.stream_embeddings.device)
+        return self.embeddings(ids).to(self.adapter.device)
 
     def trees(
         self,

@@ -318,7 +318,7 @@ class StreamRunner:
         hidden = given.pop(self._names[number][0])
         habit = Habit({name: named(name, value, plan) for name, value in given.items()})
         if layer is self.top[0]:
-            hidden = hidden.to(self.adapter.stream_embeddings.device)  # another than the layer's below, perhaps
+            hidden = hidden.to(self.adapter.device)  # another than the layer's below, perhaps
             plan.entry = hidden
             if plan.begin is not None:
                 plan.begin(hidden)

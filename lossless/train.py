@@ -47,7 +47,8 @@ class TrainConfig:
     """How long and how fast to learn.
 
     A step visits `answers_per_step` runs of `positions_per_answer` positions, `gradient_accumulation` times over, in
-    every process. `patience` evaluations without a better one end the training; 0 never does.
+    every process, of the first `share` of the answers in the order of their ids' shuffle. `patience` evaluations without
+    a better one end the training; 0 never does.
     """
 
     steps: int = 900
@@ -58,6 +59,7 @@ class TrainConfig:
     warmup_steps: int = 20
     max_grad_norm: float = 1.0
     hard_labels: bool = False
+    share: float = 1.0
     mixed_precision: str = "no"
     held_out: int = 24
     eval_every: int = 100
@@ -79,6 +81,8 @@ class TrainConfig:
             raise UsageError(f"patience must be at least 0, got {self.patience}")
         if self.logits_memory_gb <= 0:
             raise UsageError(f"logits_memory_gb must be above 0, got {self.logits_memory_gb}")
+        if not 0 < self.share <= 1:
+            raise UsageError(f"share must be above 0 and at most 1, got {self.share}")
         if self.mixed_precision not in _MIXED:
             raise UsageError(f"mixed_precision must be one of {', '.join(_MIXED)}, got {self.mixed_precision!r}")
 
@@ -380,4 +384,5 @@ def _split(answers: Answers, config: TrainConfig) -> tuple[Answers, Answers]:
     ids = answers.column("id")
     order = sorted(range(len(ids)), key=lambda i: ids[i])
     random.Random(config.seed).shuffle(order)
-    return answers.select(order[: config.held_out]), answers.select(order[config.held_out :])
+    last = config.held_out + max(config.answers_per_step, int(config.share * (len(order) - config.held_out)))
+    return answers.select(order[: config.held_out]), answers.select(order[config.held_out : last])

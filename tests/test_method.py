@@ -66,7 +66,8 @@ def test_every_part_has_a_gradient_and_the_base_has_none(part: str, tmp_path: Pa
         block = make_block(features, [f.prompt - 1 for f in features], 6, 4, runner.first_top, torch.float32)
         StreamLoss(runner, drafter, 1.0)(block)[0].backward()
     for name, parameter in adapter.named_parameters():
-        assert parameter.numel() == 0 or (parameter.grad is not None and parameter.grad.abs().sum() > 0), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in model.parameters())
     assert sum(adapter.parts().values()) == adapter.parameter_count()
     adapter.save_pretrained(tmp_path)
@@ -107,7 +108,7 @@ def test_turned_values_tell_streams_apart_where_embeddings_do_not() -> None:
     for rotate in (False, True):
         adapter = new_adapter(model, tiny_config(rotate_values=rotate, transition_rank=0)).randomize(3)
         if not rotate:
-            torch.nn.init.zeros_(adapter.stream_embeddings)
+            torch.nn.init.zeros_(adapter.stream_embeddings)  # type: ignore[arg-type]
         runner = StreamRunner(model, adapter)
         with torch.no_grad(), runner.installed():
             nodes = torch.tensor([6])
@@ -115,7 +116,7 @@ def test_turned_values_tell_streams_apart_where_embeddings_do_not() -> None:
         drawn[rotate] = out.streams[0, 0]  # [gamma, dim]
     # streams differ by their places in the text alone (rotary), unless their values are turned
     assert (drawn[True] - drawn[False]).abs().max() > 0.05
-    assert len(adapter.stream_embeddings) == 0
+    assert adapter.stream_embeddings is None
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96)).eval()
     with pytest.raises(UsageError, match="rotate_values needs layers with a value projection"):
         accelerate(gpt2, tiny_config(rotate_values=True, num_msa_layers=1))

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lossless import train as module
+from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers
 from lossless.cache import RowCache
@@ -297,4 +298,20 @@ def test_a_loss_that_is_no_number_stops_the_run(
         train(taught, answers, tmp_path, tiny_config(), config)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000006"]
 
-
+def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_path: Path) -> None:
+    training = TrainConfig(steps=4, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=4)
+    names = ["paper", "paper + next token told", "paper + transition", "half of the answers"]
+    options = {"lora_rank": 4, "transition_rank": 8, "num_msa_layers": 2, "draft_vocab_size": 40}
+    report = ablate(taught, answers, tmp_path, tiny_config(**options), training, names)
+    rows = {row["name"]: row for row in report["variants"]}
+    assert list(rows) == names
+    assert set(rows["paper"]["parameters_by_part"]) == {"stream embeddings", "MSA adapters"}
+    assert rows["paper + next token told"]["parameters_by_part"]["told"] == 2 * 32 * 32
+    assert rows["half of the answers"]["answer_tokens"] < 0.6 * rows["paper"]["answer_tokens"]
+    layer = sum(p.numel() for p in taught.model.model.layers[0].parameters())
+    assert list(report["others"].values()) == [4 * (32 * 32 + 32 + 32 * 96), layer + 2 * 32 * 32 + 32, 4 * 32]
+    again = ablate(taught, answers, tmp_path, tiny_config(**options), training, names)
+    assert again["variants"] == report["variants"]
+    written = (tmp_path / "ablation.md").read_text()
+    assert written.count("\n") == 2 + 4 + 3
+    assert f"| paper | {rows['paper']['trained_parameters']:,} |" in written

@@ -1,0 +1,123 @@
+"""What each part of the method is worth: the same data and steps, one thing changed at a time.
+
+Knows: which variants are compared, and how drafters of other papers would be counted on the same base. Does not know:
+how any of them is trained or measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .anatomy import decoder_layers
+from .config import StreamingConfig
+from .models import Base
+from .storage import versions, write_json
+from .train import TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, what it changes in the adapter and in the training, and the part of the answers that it sees."""
+
+    name: str
+    streaming: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+
+
+_PAPER = {"transition_rank": 0, "schedule": "parallel"}
+_CENTRE = "paper + transition"  # what the rest is compared with
+VARIANTS = (
+    Variant("paper", _PAPER),
+    Variant("paper, values rotated", _PAPER | {"rotate_values": True}),
+    Variant("paper, f of rank 32", _PAPER | {"start_rank": 32}),
+    Variant("paper + pruning layer", _PAPER | {"pruning_rank": 16}),
+    Variant("paper + next token told", _PAPER | {"told_rank": 32, "schedule": "deferred"}),
+    Variant(_CENTRE),
+    Variant("paper + both", {"told_rank": 32, "schedule": "deferred"}),
+    Variant("2 streams", {"num_streams": 2}),
+    Variant("6 streams", {"num_streams": 6}),
+    Variant("2 MSA layers", {"num_msa_layers": 2}),
+    Variant("8 MSA layers", {"num_msa_layers": 8}),
+    Variant("LoRA rank 8", {"lora_rank": 8}),
+    Variant("LoRA rank 128", {"lora_rank": 128}),
+    Variant("transition rank 128", {"transition_rank": 128}),
+    Variant("values rotated", {"rotate_values": True}),
+    Variant("hard labels", training={"hard_labels": True}),
+    Variant("draft vocabulary 4096", {"draft_vocab_size": 4096}),
+    Variant("draft vocabulary of all", {"draft_vocab_size": 0}),
+    Variant("half of the answers", share=0.5),
+    Variant("an eighth of the answers", share=0.125),
+)
+
+
+def ablate(
+    base: Base, data: str | Path, out: str | Path, streaming: StreamingConfig, config: TrainConfig, only: list[str] | None = None
+) -> dict[str, Any]:
+    """Train every variant in a folder of its own under `out`; what is done already is not done again.
+
+    Returns:
+        The report that is also written to `out/ablation.json`, and as a table to `out/ablation.md`.
+    """
+    out, rows = Path(out), []
+    for variant in VARIANTS:
+        if only and variant.name not in only:
+            continue
+        folder = out / variant.name.replace(" ", "-").replace(",", "")
+        print(f"\n{variant.name}", flush=True)
+        _, _, summary = train(
+            base, data, folder, replace(streaming, **variant.streaming), replace(config, **variant.training, share=variant.share)
+        )
+        rows.append(
+            {
+                "name": variant.name,
+                "acceptance_length": summary["acceptance_length"],
+                "trained_parameters": summary["trained_parameters"],
+                "parameters_by_part": summary["parameters_by_part"],
+                "answer_tokens": summary["answer_tokens"],
+            }
+        )
+        report = {
+            "model": base.name,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "device": str(base.model.device),
+            "versions": versions(),
+            "streaming": streaming.to_dict(),
+            "train": asdict(config),
+            "variants": rows,
+            "others": _others(base, streaming),
+        }
+        write_json(out / "ablation.json", report)
+        (out / "ablation.md").write_text(table(report) + "\n", encoding="utf-8")
+    return report
+
+
+def _others(base: Base, streaming: StreamingConfig) -> dict[str, int]:
+    """Trained parameters of other drafters for this base, by the shapes that their papers give.
+
+    Medusa: for each token ahead a residual layer (d d + d) and an LM head (d V). EAGLE: one decoder layer of the base's
+    own shape and a map from 2 d to d. The paper of this method counts its stream embeddings (gamma d) and no LoRA.
+    """
+    config, gamma = base.model.config.get_text_config(), streaming.num_streams
+    dim, vocabulary = config.hidden_size, config.vocab_size
+    layer = sum(parameter.numel() for parameter in decoder_layers(base.model)[0].parameters())
+    return {
+        f"Medusa, {gamma} heads": gamma * (dim * dim + dim + dim * vocabulary),
+        "EAGLE": layer + 2 * dim * dim + dim,
+        f"Speculative Streaming as its paper counts, {gamma} streams": gamma * dim,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report as Markdown."""
+    centre = next((row["acceptance_length"] for row in report["variants"] if row["name"] == _CENTRE), None)
+    lines = ["| variant | trained parameters | answer tokens | acceptance length | against the centre |", "|---|---|---|---|---|"]
+    for row in report["variants"]:
+        against = f"{row['acceptance_length'] - centre:+.2f}" if centre else "-"
+        lines.append(
+            f"| {row['name']} | {row['trained_parameters']:,} | {row['answer_tokens']:,} | {row['acceptance_length']:.2f} | {against} |"
+        )
+    lines += [f"| *{name}* | {count:,} | - | - | - |" for name, count in report["others"].items()]
+    return "\n".join(lines)
