@@ -30,7 +30,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_parses() -> None:
-    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "verify", "doctor", "distill", "train"}
+    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "verify", "doctor", "distill", "train", "ablate", "push"}
     for words in commands():
         _parser().parse_args(words)
 
