@@ -6,13 +6,15 @@ how any of them is trained or measured.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .anatomy import decoder_layers
+from .anatomy import decoder_layers, features, is_projection
 from .config import StreamingConfig
-from .models import Base
+from .errors import NotOfThisBase
+from .models import Base, processes
 from .storage import versions, write_json
 from .train import TrainConfig, train
 
@@ -61,24 +63,15 @@ def ablate(
     Returns:
         The report that is also written to `out/ablation.json`, and as a table to `out/ablation.md`.
     """
-    out, rows = Path(out), []
+    out = Path(out)
+    rows = {row["name"]: row for row in _report(out).get("variants", [])}
+    report: dict[str, Any] = {}
     for variant in VARIANTS:
         if only and variant.name not in only:
             continue
-        folder = out / variant.name.replace(" ", "-").replace(",", "")
-        print(f"\n{variant.name}", flush=True)
-        _, _, summary = train(
-            base, data, folder, replace(streaming, **variant.streaming), replace(config, **variant.training, share=variant.share)
-        )
-        rows.append(
-            {
-                "name": variant.name,
-                "acceptance_length": summary["acceptance_length"],
-                "trained_parameters": summary["trained_parameters"],
-                "parameters_by_part": summary["parameters_by_part"],
-                "answer_tokens": summary["answer_tokens"],
-            }
-        )
+        if processes().is_main_process:
+            print(f"\n{variant.name}", flush=True)
+        rows[variant.name] = _row(base, data, out, variant, streaming, config)
         report = {
             "model": base.name,
             "dtype": str(base.model.dtype).removeprefix("torch."),
@@ -86,12 +79,33 @@ def ablate(
             "versions": versions(),
             "streaming": streaming.to_dict(),
             "train": asdict(config),
-            "variants": rows,
+            "variants": [rows[v.name] for v in VARIANTS if v.name in rows],
             "others": _others(base, streaming),
         }
-        write_json(out / "ablation.json", report)
-        (out / "ablation.md").write_text(table(report) + "\n", encoding="utf-8")
+        if processes().is_main_process:
+            write_json(out / "ablation.json", report)
+            (out / "ablation.md").write_text(table(report) + "\n", encoding="utf-8")
     return report
+
+
+def _report(out: Path) -> dict[str, Any]:
+    """What was written before."""
+    path = out / "ablation.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _row(
+    base: Base, data: str | Path, out: Path, variant: Variant, streaming: StreamingConfig, config: TrainConfig
+) -> dict[str, Any]:
+    """One variant, trained; or why this base cannot have it."""
+    folder = out / variant.name.replace(" ", "-").replace(",", "")
+    try:
+        own = replace(streaming, **variant.streaming)
+        _, _, summary = train(base, data, folder, own, replace(config, **variant.training, share=config.share * variant.share))
+    except NotOfThisBase as error:
+        return {"name": variant.name, "refused": str(error)}
+    kept = ("acceptance_length", "trained_parameters", "parameters_by_part", "answer_tokens")
+    return {"name": variant.name} | {key: summary[key] for key in kept}
 
 
 def _others(base: Base, streaming: StreamingConfig) -> dict[str, int]:
@@ -102,7 +116,10 @@ def _others(base: Base, streaming: StreamingConfig) -> dict[str, int]:
     """
     config, gamma = base.model.config.get_text_config(), streaming.num_streams
     dim, vocabulary = config.hidden_size, config.vocab_size
-    layer = sum(parameter.numel() for parameter in decoder_layers(base.model)[0].parameters())
+    modules = [module for module in decoder_layers(base.model)[0].modules() if is_projection(module)]
+    matrices = sum(features(module)[0] * features(module)[1] for module in modules)  # quantized weights are packed
+    inside = {id(module.weight) for module in modules}
+    layer = matrices + sum(p.numel() for p in decoder_layers(base.model)[0].parameters() if id(p) not in inside)
     return {
         f"Medusa, {gamma} heads": gamma * (dim * dim + dim + dim * vocabulary),
         "EAGLE": layer + 2 * dim * dim + dim,
@@ -112,9 +129,12 @@ def _others(base: Base, streaming: StreamingConfig) -> dict[str, int]:
 
 def table(report: dict[str, Any]) -> str:
     """A report as Markdown."""
-    centre = next((row["acceptance_length"] for row in report["variants"] if row["name"] == _CENTRE), None)
+    centre = next((row.get("acceptance_length") for row in report["variants"] if row["name"] == _CENTRE), None)
     lines = ["| variant | trained parameters | answer tokens | acceptance length | against the centre |", "|---|---|---|---|---|"]
     for row in report["variants"]:
+        if "refused" in row:
+            lines.append(f"| {row['name']} | - | - | not for this base | - |")
+            continue
         against = f"{row['acceptance_length'] - centre:+.2f}" if centre else "-"
         lines.append(
             f"| {row['name']} | {row['trained_parameters']:,} | {row['answer_tokens']:,} | {row['acceptance_length']:.2f} | {against} |"

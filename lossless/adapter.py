@@ -134,6 +134,8 @@ class StreamAdapter(nn.Module):
         self.config = config
         self.base = base or {}
         self.dim = dim
+        self._place: torch.Tensor
+        self.register_buffer("_place", torch.empty(0), persistent=False)
         self.stream_embeddings: nn.Parameter | None = None  # P
         if not config.rotate_values:
             self.stream_embeddings = nn.Parameter(torch.randn(config.num_streams, dim) * 0.02)
@@ -191,7 +193,8 @@ class StreamAdapter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where all of it is but the MSA adapters, which are with their projections."""
+        return self._place.device
 
     def parameter_count(self) -> int:
         """Trained parameters."""

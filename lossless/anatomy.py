@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import UsageError
+from .errors import NotOfThisBase, UsageError
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm", "norm_f")
 _ROUTED = frozenset(("experts", "router", "gate", "shared_expert_gate"))  # parts that see some rows, or judge them
@@ -139,7 +139,7 @@ def find_projections(model: PreTrainedModel, num_msa_layers: int) -> dict[str, t
     refuse_what_keeps_a_state(model)
     layers = decoder_layers(model)
     if not 1 <= num_msa_layers <= len(layers):
-        raise UsageError(f"num_msa_layers must be between 1 and {len(layers)} (model depth), got {num_msa_layers}")
+        raise NotOfThisBase(f"num_msa_layers must be between 1 and {len(layers)} (model depth), got {num_msa_layers}")
     return {
         f"{i}.{path}": features(module)
         for i, layer in enumerate(layers[len(layers) - num_msa_layers :])

@@ -100,7 +100,8 @@ class AnswerWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError):  # a full disk has no room for an end either: `mend` gives the shard one
             with contextlib.suppress(OSError):
-                self._sink.close()
+                if self._sink is not None:
+                    self._sink.close()
         else:
             self._close()
 

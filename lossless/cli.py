@@ -40,7 +40,7 @@ _CERTIFIED, _CERTIFIED_TOKENS = 4, 64  # held-out prompts that training ends wit
 # a variant of an ablation in a few minutes on two cores
 _SMALL_STREAMING = StreamingConfig(transition_rank=256, draft_vocab_size=16384, tree_nodes=32)
 _SMALL_TRAINING = TrainConfig(steps=150, eval_every=150, checkpoint_every=25, held_out=32)
-_PROMPTS = "JSONL, any file or folder that datasets reads, or a data set's hub id; plain, alpaca, chat or ShareGPT records"
+_PROMPTS = "JSONL, JSON, CSV, Parquet, Arrow, a folder for datasets, or a data set's hub id; plain, alpaca, chat or ShareGPT records"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("lossless: interrupted; what was done is kept", file=sys.stderr)
             return 130
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .answers import Answers, AnswerWriter, mend
@@ -99,7 +100,9 @@ def distill(base: Base, prompts: list[Prompt], config: DistillConfig, folder: st
     skipped: list[str] = []
     queue = JobQueue(talks.opening_jobs(state.process_index, state.num_processes, skipped))
     if missing and state.is_main_process:
-        print(_estimate(base, config, missing, state.num_processes))
+        turns = sum(min(config.max_turns, 1 + len(prompt.from_the_start()[1])) for prompt in prompts)
+        most = (turns - len(done)) * config.max_new_tokens // state.num_processes
+        print(_estimate(base, config, max(1, min(missing, most)), state.num_processes))
     state.wait_for_everyone()
     started, fresh = time.monotonic(), 0
     bar = tqdm(total=missing, unit="tok", desc="answers", disable=not state.is_main_process)
@@ -116,13 +119,14 @@ def distill(base: Base, prompts: list[Prompt], config: DistillConfig, folder: st
             fresh += len(answer)
             bar.update(len(answer))
     state.wait_for_everyone()
-    done = Answers.read(folder)
+    seconds, done = time.monotonic() - started, Answers.read(folder)
+    told = gather_object([(len(skipped), fresh)])
     summary = {
         "answers": len(done),
         "answer_tokens": sum(done.lengths("answer_ids")),
         "prompt_tokens": sum(done.lengths("prompt_ids")),
-        "prompts_too_long": len(skipped),
-        "answer_tokens_per_s": round(fresh / max(time.monotonic() - started, 1e-9), 1),
+        "prompts_skipped": sum(count for count, _ in told),
+        "answer_tokens_per_s": round(sum(count for _, count in told) / max(seconds, 1e-9), 1),
         "processes": state.num_processes,
     }
     if state.is_main_process:
@@ -136,8 +140,8 @@ def _check_same_job(folder: Path, settings: dict[str, Any]) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     other = fingerprint_differences(before["fingerprint"], settings["fingerprint"])
-    # asking for more tokens than before goes on with the same data
-    differing = [k for k in settings["config"] if k != "answer_tokens" and before["config"].get(k) != settings["config"][k]]
+    # asking for more tokens than before goes on with the same data, and so do batches that fit into memory
+    differing = [k for k in settings["config"] if k not in ("answer_tokens", "batch_size") and before["config"].get(k) != settings["config"][k]]
     if other or differing:
         raise UsageError(
             f"{folder} was begun with other settings ({', '.join(differing + other)}): "
@@ -193,9 +197,13 @@ class _Conversations:
         return int(number), int(turn)
 
     def _job(self, number: int, turn: int, messages: tuple[Message, ...], skipped: list[str]) -> Job | None:
-        """Turn `turn` of conversation `number`; None, and noted, if it has become too long."""
-        ids = encode(self.base.tokenizer, messages)
+        """Turn `turn` of conversation `number`; None, and noted, if it has become too long or the template refuses it."""
         job_id = f"{number}/{turn}:{self.prompts[number].id}"
+        try:
+            ids = encode(self.base.tokenizer, messages)
+        except UsageError:
+            skipped.append(job_id)
+            return None
         # a later turn may be as much longer as the answers before it
         if len(ids) > self.config.max_prompt_tokens + turn * self.config.max_new_tokens:
             skipped.append(job_id)
@@ -216,7 +224,7 @@ def _estimate(base: Base, config: DistillConfig, tokens: int, processes: int) ->
     seconds = (time.monotonic() - started) * tokens / produced
     disk = tokens * processes * 2 * _TOKEN_BYTES  # a prompt is seldom longer than its answer
     return (
-        f"{tokens * processes:,} answer tokens to go: about {_duration(seconds)}, longer where texts are long, and "
+        f"{tokens * processes:,} answer tokens to go at most: about {_duration(seconds)}, longer where texts are long, and "
         f"{disk / 2**20:,.1f} MB of disk"
     )
 

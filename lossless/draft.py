@@ -26,11 +26,11 @@ class Drafter:
 
     Args:
         adapter: transition head and draft vocabulary.
-        embeddings: the base's input embeddings; head: its LM head.
+        embeddings: the base's input embeddings; head: its LM head; scale: what the base multiplies that one's logits with.
     """
 
-    def __init__(self, adapter: StreamAdapter, embeddings: Any, head: nn.Module) -> None:
-        self.adapter, self.embeddings, self.head = adapter, embeddings, head
+    def __init__(self, adapter: StreamAdapter, embeddings: Any, head: nn.Module, scale: float = 1.0) -> None:
+        self.adapter, self.embeddings, self.head, self.scale = adapter, embeddings, head, scale
         self._rows: torch.Tensor | None = None
         self.vocabulary = int(embeddings.weight.shape[0])
         self._numbers: torch.Tensor | None = None  # [vocab], places in the draft vocabulary
@@ -43,9 +43,12 @@ class Drafter:
         """`[..., dim]` -> `[..., draft vocabulary]`, in float32."""
         ids = self.adapter.draft_ids
         if self._rows is not None:
-            return F.linear(hidden.to(self._rows.dtype), self._rows).float()
+            return self._scaled(F.linear(hidden.to(self._rows.dtype), self._rows).float())
         full = self.head(hidden)
-        return (full if ids is None else full[..., ids]).float()
+        return self._scaled((full if ids is None else full[..., ids]).float())
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.scale == 1.0 else logits * self.scale
 
     def token_ids(self, drafted: torch.Tensor) -> torch.Tensor:
         """Numbers in the draft vocabulary -> token ids."""
@@ -58,7 +61,7 @@ class Drafter:
             ids = self.adapter.draft_ids
             self._numbers = torch.full((self.vocabulary,), -1, device=ids.device)
             self._numbers[ids] = torch.arange(len(ids), device=ids.device)
-        return torch.tensor(worth_streams(self.logits(exits), trees, self._numbers, floor), device=exits.device)
+        return torch.tensor(worth_streams(self.logits(exits), trees, self._numbers, floor))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embeddings(ids).to(self.adapter.device)

@@ -76,13 +76,13 @@ class FeatureStore:
         cache = RowCache(len(self.runner.layers), ids.shape[1])
         entry, final = self.runner.observe(ids, cache)
         top = cache.rows[-len(self.runner.top) :]
-        # bfloat16 keeps the range of the residual stream at half the memory; drafts need no more
+        # copies, not views of the whole batch; bfloat16 keeps the range of the residual stream at half the memory; drafts need no more
         return [
             Features(
                 ids=ids[i, : len(text)].clone(),
                 prompt=len(record["prompt_ids"]),
-                entry=entry[i, : len(text)].bfloat16(),
-                final=final[i, : len(text)].bfloat16(),
+                entry=entry[i, : len(text)].bfloat16().clone(),
+                final=final[i, : len(text)].bfloat16().clone(),
                 keys=torch.stack([layer.keys[i, :, : len(text)] for layer in top]).bfloat16(),
                 values=torch.stack([layer.values[i, :, : len(text)] for layer in top]).bfloat16(),
             )

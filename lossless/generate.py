@@ -54,7 +54,9 @@ class AcceleratedModel:
         check_served(self.runner)
         self.guarantee = find_guarantee(self.runner, exact)
         self.runner.limits = self.guarantee.limits
-        self.drafter = Drafter(self.runner.adapter, model.get_input_embeddings(), model.get_output_embeddings())
+        with torch.no_grad(), self.runner.installed():
+            scale = self.runner.logit_scale()
+        self.drafter = Drafter(self.runner.adapter, model.get_input_embeddings(), model.get_output_embeddings(), scale)
         self.tree_nodes = adapter.config.tree_nodes
         # a row that costs more than it is likely to give is not worth it
         self.tree_floor = max(adapter.config.tree_floor, min(self.guarantee.row_cost, 0.5))
@@ -195,7 +197,7 @@ class AcceleratedModel:
             own = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
             # a padding row sees itself, so that its softmax has something to sum
             mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
-        nodes = torch.tensor([rows - 1], device=device) if self.schedule == "parallel" else None
+        nodes = torch.tensor([rows - 1]) if self.schedule == "parallel" else None
         return self.runner.verify(prompt.to(device), positions.to(device), mask, cache, nodes, last_only=True)
 
     def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache) -> PassOutput:
@@ -216,7 +218,7 @@ class AcceleratedModel:
     def _speculators(self, trees: list[DraftTree], width: int) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
         """The rows of a pass over trees that speculate: all, or those that the pruning layer finds worth it."""
         if self.adapter.pruning is None:
-            return torch.arange(width, device=input_device(self.base))
+            return torch.arange(width)
 
         def choose(entry: torch.Tensor) -> torch.Tensor:
             exits = self.runner.finish(self.runner.adapter.exit_early(entry))

@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def load_base(
 
 def processes() -> PartialState:
     """This process among those that `accelerate launch` or `torchrun` started; alone, if none did."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    # one may wait for another for hours: prompts are drawn by the first alone
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

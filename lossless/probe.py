@@ -51,11 +51,12 @@ def check_served(runner: StreamRunner) -> None:
             runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None)
             cache.keep(range(3))
             places = torch.tensor([tree.depths], device=device) + 3
-            nodes = torch.arange(len(tree), device=device)
+            nodes = torch.arange(len(tree))
             out = runner.verify(torch.tensor([tree.tokens], device=device), places, tree.mask()[None].to(device), cache, nodes)
             cache.keep([0])
             context = torch.ones(1, 1, 4, dtype=torch.bool, device=device)
-            runner.speculate(out.entry[:, :1], places[:, :1], context, cache)
+            there = out.entry.device
+            runner.speculate(out.entry[:, :1], places[:, :1].to(there), context.to(there), cache)
         for branch in branches:
             text = torch.tensor([[*tokens[:3], *(tree.tokens[node] for node in branch)]], device=device)
             plain = model(input_ids=text, use_cache=False).logits[0, 3:].float()

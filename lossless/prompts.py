@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .errors import UsageError
 
 Message = dict[str, str]
@@ -100,7 +102,7 @@ def _messages(record: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[str, .
 def read_prompts(sources: str | Path | Iterable[str | Path], limit: int | None = None) -> list[Prompt]:
     """Read the prompts of files and data sets, at most `limit` of each; a record without a category gets the source's name.
 
-    A source is a JSONL file (`.gz` too), any other file or folder that `datasets` reads, or a data set's hub id
+    A source is a JSONL file (`.gz` too), another file (JSON, CSV, Parquet, Arrow, text) or folder for `datasets`, or a data set's hub id
     (`name:split`; the split is `train` if none is named). Broken records are skipped, with one warning that counts them.
 
     Raises:
@@ -153,7 +155,7 @@ def _dataset(source: str, path: Path) -> Iterable[Any]:
         raise UsageError(f"no prompt file at {path}")
     import datasets  # takes a second that most commands need not wait
 
-    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
     name, _, split = source.partition(":")
     try:
         if path.is_file():
@@ -161,6 +163,8 @@ def _dataset(source: str, path: Path) -> Iterable[Any]:
                 raise UsageError(f"prompts are read from .jsonl, .jsonl.gz, {', '.join(kinds)}, got {path}")
             return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
         if path.is_dir():
+            if not any(path.glob("**/dataset_info.json")):
+                return datasets.load_dataset(str(path), split=split or "train")
             found = datasets.load_from_disk(str(path))
             return itertools.chain(*found.values()) if isinstance(found, dict) else found
         return datasets.load_dataset(name, split=split or "train", streaming=True)
@@ -175,10 +179,16 @@ def encode(tokenizer: Any, messages: Iterable[Message]) -> list[int]:
     """Token ids of the conversation, opened at the assistant's turn.
 
     A tokenizer without a chat template gets the plain text of the messages, one a line.
+
+    Raises:
+        UsageError: the template refuses the conversation (a system message, for example).
     """
     if not tokenizer.chat_template:
         return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
-    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    try:
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    except TemplateError as error:
+        raise UsageError(f"the model's chat template refuses this conversation: {error}") from error
     return list(encoded["input_ids"])
 
 

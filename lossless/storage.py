@@ -41,6 +41,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 def append_jsonl(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Append lines, each flushed as it is written; a torn last line is cut off first."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         text = path.read_bytes()
         if not text.endswith(b"\n"):

@@ -35,12 +35,14 @@ from .anatomy import (
     device_of,
     find_projections,
     hides_where_true,
+    input_device,
     own_window,
     position_bias,
     shares_position_bias,
     uses_attention_interface,
 )
-from .errors import UsageError
+from .cache import RowCache
+from .errors import NotOfThisBase, UsageError
 from .passes import (
     ATTENTION,
     PASS,
@@ -129,7 +131,7 @@ class StreamRunner:
             odd = sorted(found.items() ^ expected.items())[0]
             raise UsageError(f"the adapter's projections are not the model's (first: {odd}): it belongs to another model")
         if self.adapter.config.rotate_values and not any(name.endswith("v_proj") for name in found):
-            raise UsageError(f"rotate_values needs layers with a value projection of their own, {type(self.model).__name__} has none")
+            raise NotOfThisBase(f"rotate_values needs layers with a value projection of their own, {type(self.model).__name__} has none")
         ids = self.adapter.draft_ids
         if ids is not None and int(ids.max()) >= self.text_config.vocab_size:
             raise UsageError(
@@ -212,8 +214,8 @@ class StreamRunner:
             tree_mask: `[batch, rows, rows]`, True where a row may attend to another row of this pass; every
                 row attends to what is certain in the cache. None for a chain (each row sees those before it).
             cache: a `RowCache`; the rows stay provisional in it.
-            nodes: `[m]` rows that speculate, or None for none; or what chooses them, given all rows at layer
-                N - N_s, `[batch, rows, dim]`.
+            nodes: `[m]` rows that speculate (on the CPU: they index tensors on several devices), or None for none; or
+                what chooses them, given all rows at layer N - N_s, `[batch, rows, dim]`.
             last_only: logits for the last row only (a prefill).
         """
         device = ids.device
@@ -266,6 +268,19 @@ class StreamRunner:
         with running(plan):
             given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
             return self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits
+
+    def logit_scale(self) -> float:
+        """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
+        device = input_device(self.model)
+        ids = torch.tensor([[1 + 3 * i % (self.text_config.vocab_size - 1) for i in range(8)]], device=device)
+        places = torch.arange(8, device=device)[None]
+        plan = Pass(self._implementation, 1, 8, Sight(None, places, places), last_only=True)
+        if not self._knows_causal():
+            plan.main = Sight(torch.ones(1, 8, 8, dtype=torch.bool, device=device).tril(), places, places)
+        logits = self._run(plan, ids, places, RowCache(len(self.layers)))[0, -1].float()
+        bare = self.lm_head(plan.final[0, -1]).float().to(logits.device)
+        found = float((bare * logits).sum() / (bare * bare).sum())
+        return 1.0 if abs(found - 1) < 0.02 else found
 
     def speculate(
         self,

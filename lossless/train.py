@@ -9,6 +9,7 @@ answers), `curve.jsonl`, and in the end the adapter with `training.json`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import GradientAccumulationPlugin, broadcast
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -39,7 +40,8 @@ from .storage import append_jsonl, ensure_room, read_jsonl, versions, write_json
 from .streams import StreamRunner
 
 _LENGTH_WINDOW = 24  # batches whose answers are sorted by length, so that little of each is padding
-_MIXED = ("no", "bf16", "fp16")
+_MIXED = ("", "no", "bf16", "fp16")
+_PRACTICAL = ("feature_memory_gb", "logits_memory_gb", "checkpoint_every", "tracker")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TrainConfig:
     """How long and how fast to learn.
 
     A step visits `answers_per_step` runs of `positions_per_answer` positions, `gradient_accumulation` times over, in
-    every process, of the first `share` of the answers in the order of their ids' shuffle. `patience` evaluations without
+    every process, of a `share` of the answers. `patience` evaluations without
     a better one end the training; 0 never does.
     """
 
@@ -60,7 +62,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     hard_labels: bool = False
     share: float = 1.0
-    mixed_precision: str = "no"
+    mixed_precision: str = ""
     held_out: int = 24
     eval_every: int = 100
     patience: int = 0
@@ -84,7 +86,7 @@ class TrainConfig:
         if not 0 < self.share <= 1:
             raise UsageError(f"share must be above 0 and at most 1, got {self.share}")
         if self.mixed_precision not in _MIXED:
-            raise UsageError(f"mixed_precision must be one of {', '.join(_MIXED)}, got {self.mixed_precision!r}")
+            raise UsageError(f"mixed_precision must be one of {', '.join(_MIXED[1:])}, or empty for what Accelerate is configured to, got {self.mixed_precision!r}")
 
 
 def draft_vocabulary(answers: Answers, size: int) -> torch.Tensor:
@@ -113,7 +115,7 @@ def train(
 ) -> tuple[StreamAdapter, Answers, dict[str, Any]]:
     """Train an adapter on the answers in `data` and save it into `out`.
 
-    A checkpoint is written every `checkpoint_every` steps and on Ctrl-C; the same command goes on from it. Of the
+    A checkpoint is written every `checkpoint_every` steps; after an interruption the same command goes on from it. Of the
     adapters that were evaluated the best is the one that is saved. Under `accelerate launch` the processes of a step
     visit different answers.
 
@@ -130,30 +132,34 @@ def train(
     if streaming.draft_vocab_size:
         seen = len(np.unique(answers.emitted()))
         streaming = replace(streaming, draft_vocab_size=min(streaming.draft_vocab_size, seen))
-    accelerator = Accelerator(
-        cpu=processes().device.type == "cpu", mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation,
-        log_with=config.tracker or None, project_dir=out,
-    )  # fmt: skip
+    accelerator = _accelerator(config, out)
+    if base.model.device != accelerator.device:
+        raise UsageError(
+            f"training computes on {accelerator.device}, but the base is on {base.model.device}: the device of a training "
+            "is chosen with CUDA_VISIBLE_DEVICES or by accelerate launch"
+        )
     settings = json.loads(json.dumps({"streaming": streaming.to_dict(), "train": asdict(config)}))
     if config.tracker:
         accelerator.init_trackers("lossless", settings["streaming"] | settings["train"])
+    digest = hashlib.sha256("\n".join(sorted(answers.column("id"))).encode()).hexdigest()
     torch.manual_seed(config.seed)
     draft_ids = draft_vocabulary(answers, streaming.draft_vocab_size) if streaming.draft_vocab_size else None
-    base.model.to(accelerator.device)
     adapter = new_adapter(base.model, streaming, base.tokenizer, draft_ids).to(accelerator.device)
     adapter.base["name"] = base.name
     runner = StreamRunner(base.model, adapter)
-    drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings())
+    with torch.no_grad(), runner.installed():
+        scale = runner.logit_scale()
+    drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), scale)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config))
     accelerator.register_for_checkpointing(schedule)  # not prepared: a step of it is a step, whatever the processes
     loss_module, optimizer = accelerator.prepare(StreamLoss(runner, drafter, config.logits_memory_gb, config.hard_labels), optimizer)
-    checkpoints = _Checkpoints(out, settings, accelerator, 4 * adapter.parameter_count())
+    checkpoints = _Checkpoints(out, settings | {"answers": digest}, accelerator, 4 * adapter.parameter_count())
     progress = checkpoints.resume()
 
     order = _Order(_text_lengths(answers), config)
-    store = FeatureStore(runner, answers, config.feature_memory_gb)
-    held_store = FeatureStore(runner, held_out, config.feature_memory_gb)
+    held_store = FeatureStore(runner, held_out, config.feature_memory_gb / 8)
+    store = FeatureStore(runner, answers, config.feature_memory_gb * 7 / 8)
     tokens = sum(answers.lengths("answer_ids"))
     accelerator.print(
         f"{len(answers)} answers, {tokens:,} tokens; {adapter.parameter_count():,} trained parameters; "
@@ -178,7 +184,13 @@ def train(
                             )
                         accelerator.backward(loss)
                         if accelerator.sync_gradients:
-                            accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
+                            norm = accelerator.clip_grad_norm_(adapter.parameters(), config.max_grad_norm)
+                            # a scaler of half precision skips such a step by itself
+                            if accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+                                raise UsageError(
+                                    f"the gradient is {float(norm)} at step {progress.step}: training stopped, "
+                                    f"{checkpoints.latest_told()}; try a lower learning rate"
+                                )
                         optimizer.step()
                         optimizer.zero_grad()
                     parts.append(torch.stack([loss.detach().expand(streaming.num_streams), each, agreement]))
@@ -193,7 +205,8 @@ def train(
                     # one word for all processes, whose numbers might differ in a bit
                     length = round(float(broadcast(torch.tensor(told.acceptance_length, device=accelerator.device))), 3)
                     entry |= {"acceptance_length": told.acceptance_length, "reached": told.reached}
-                    bar.write(f"step {progress.step}: loss {entry['loss']:.3f}, held-out acceptance length {length:.3f}")
+                    if accelerator.is_main_process:
+                        bar.write(f"step {progress.step}: loss {entry['loss']:.3f}, held-out acceptance length {length:.3f}")
                     if progress.note(length, config.patience) and accelerator.is_main_process:
                         _save_whole(adapter, out / "best.safetensors")
                 # 3. note it, and keep it
@@ -203,9 +216,8 @@ def train(
                     accelerator.log(_flat(entry), step=progress.step)
                 if progress.step % config.checkpoint_every == 0 or progress.step == config.steps or progress.stopped:
                     checkpoints.save(progress)
-        except KeyboardInterrupt:
-            checkpoints.save(progress)
-            bar.write(f"stopped at step {progress.step}; the same command goes on from there")
+        except KeyboardInterrupt:  # in the middle of a step, so that nothing but the last checkpoint is whole
+            accelerator.print(f"stopped in step {progress.step + 1}; {checkpoints.latest_told()}, the same command goes on from it")
             raise
     if progress.stopped:
         accelerator.print(f"stopped early: {config.patience} evaluations without a better one than at step {progress.best_step}")
@@ -218,7 +230,7 @@ def train(
         "answer_tokens": tokens,
         "trained_parameters": adapter.parameter_count(),
         "parameters_by_part": adapter.parts(),
-        "base_parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+        "base_parameters": base.model.num_parameters(),
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
         "dtype": str(base.model.dtype).removeprefix("torch."),
@@ -230,7 +242,8 @@ def train(
     if accelerator.is_main_process:
         adapter.save_pretrained(out)
         write_json(out / "training.json", summary)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return adapter, held_out, summary
 
 
@@ -297,8 +310,10 @@ class _Checkpoints:
         progress = _Progress()
         if found:
             written = json.loads((found[-1] / "progress.json").read_text(encoding="utf-8"))
-            if written["settings"] != self.settings:
-                raise UsageError(f"{self.out} holds a checkpoint of other settings: use them again to go on, or another folder")
+            if _compared(written["settings"]) != _compared(self.settings):
+                raise UsageError(
+                    f"{self.out} holds a checkpoint of other settings or answers: use them again to go on, or another folder"
+                )
             self.accelerator.load_state(str(found[-1]))
             progress = _Progress(**written["progress"])
         if self.accelerator.is_main_process:
@@ -316,6 +331,27 @@ class _Checkpoints:
 
     def _whole(self) -> list[Path]:
         return sorted(path.parent for path in self.out.glob("checkpoint-*/progress.json"))
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that may change on the way: what fits into memory, and what is told to whom."""
+    return settings | {"train": {key: value for key, value in settings["train"].items() if key not in _PRACTICAL}}
+
+
+def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
+    try:
+        accelerator = Accelerator(
+            cpu=processes().device.type == "cpu",
+            mixed_precision=config.mixed_precision or None,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
+            log_with=config.tracker or None,
+            project_dir=out,
+        )
+    except ValueError as error:
+        raise UsageError(f"Accelerate refuses these settings: {str(error).splitlines()[0]}") from error
+    if config.tracker and not accelerator.log_with:
+        raise UsageError(f"tracker {config.tracker!r} is not installed here: pip install it, or leave --tracker out")
+    return accelerator
 
 
 def _save_whole(adapter: StreamAdapter, path: Path) -> None:
@@ -381,8 +417,16 @@ def _split(answers: Answers, config: TrainConfig) -> tuple[Answers, Answers]:
             f"training needs at least held_out + answers_per_step = {config.held_out + config.answers_per_step} "
             f"answers of three tokens or more, got {len(answers)}"
         )
+    talks: dict[str, list[int]] = {}  # all turns of a conversation, and all answers to a prompt, are on one side
     ids = answers.column("id")
-    order = sorted(range(len(ids)), key=lambda i: ids[i])
-    random.Random(config.seed).shuffle(order)
-    last = config.held_out + max(config.answers_per_step, int(config.share * (len(order) - config.held_out)))
-    return answers.select(order[: config.held_out]), answers.select(order[config.held_out : last])
+    for number in sorted(range(len(ids)), key=lambda i: ids[i]):
+        talks.setdefault(ids[number].partition(":")[2] or ids[number], []).append(number)
+    names = sorted(talks)
+    random.Random(config.seed).shuffle(names)
+    held: list[int] = []
+    while len(held) < config.held_out:
+        held += talks[names.pop()]
+    rest = [number for name in names for number in talks[name]]
+    if len(rest) < config.answers_per_step:
+        raise UsageError(f"all but {len(rest)} answers belong to held-out conversations: more prompts are needed, or a lower held_out")
+    return answers.select(held[: config.held_out]), answers.select(rest[: max(config.answers_per_step, int(config.share * len(rest)))])

@@ -10,13 +10,14 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
+from jinja2 import TemplateError
 
 from lossless.answers import Answers, AnswerWriter, mend
 from lossless.batch import Job, JobQueue, continue_all
 from lossless.distill import DistillConfig, distill
 from lossless.errors import UsageError
 from lossless.models import Base
-from lossless.prompts import Prompt, from_text
+from lossless.prompts import Prompt, encode, from_text
 from lossless.storage import append_jsonl, read_jsonl
 
 from .conftest import VOCAB, build_tiny
@@ -149,6 +150,23 @@ def test_a_conversation_goes_on_with_the_model_s_own_answers(base: Base, tmp_pat
             writer.write(answer)
     distill(base, [talk, *numbers(3)], config, tmp_path)
     assert by_id(tmp_path) == found
+
+
+def test_a_conversation_that_the_template_refuses_is_skipped(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Strict(Words):
+        chat_template = "no system message"
+
+        def apply_chat_template(self, messages: Any, **_: Any) -> Any:
+            if messages[0]["role"] == "system":
+                raise TemplateError("System role not supported")
+            return self(" ".join(m["content"] for m in messages))
+
+    strict = Base(base.model, Strict(), "tiny")
+    system = Prompt("s", ({"role": "system", "content": "1"}, {"role": "user", "content": "11"}))
+    summary = distill(strict, [system, *numbers(3)], DistillConfig(max_new_tokens=5, batch_size=2), tmp_path)
+    assert (summary["answers"], summary["prompts_skipped"]) == (3, 1)
+    with pytest.raises(UsageError, match="chat template refuses this conversation: System role"):
+        encode(strict.tokenizer, system.messages)
 
 
 def test_shards_of_several_processes_are_mended_and_read_by_datasets(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from lossless.generate import AcceleratedModel
+from lossless.cache import RowCache
+from lossless.generate import AcceleratedModel, accelerate
 from lossless.lookup import TextMemory
 from lossless.tree import DraftTree
+
+from .conformance.families import build
+from .conftest import prompt_ids, tiny_config
 
 
 def paths(tree: DraftTree) -> set[tuple[int, ...]]:
@@ -14,6 +19,21 @@ def paths(tree: DraftTree) -> set[tuple[int, ...]]:
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
         found.append((*(found[parent] if parent >= 0 else ()), token))
     return set(found)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "granite", "gemma2"])
+def test_drafts_are_scaled_as_the_base_scales_its_logits(family: str) -> None:
+    fast = accelerate(build(family), tiny_config())
+    ids = prompt_ids(9)
+    with torch.no_grad():
+        logits = fast.base(ids).logits
+        with fast.runner.installed():
+            _, final = fast.runner.observe(ids, RowCache(len(fast.runner.layers)))
+        drafted = fast.drafter.logits(final)
+    spread = (logits - logits.mean(-1, keepdim=True)).std()
+    assert (drafted - logits).abs().max() < 0.1 * spread  # a soft cap is not quite a line
+    assert family != "llama" or fast.drafter.scale == 1.0
+    assert family != "cohere" or fast.drafter.scale == pytest.approx(fast.base.config.logit_scale, rel=1e-3)
 
 
 def test_a_floor_leaves_out_unlikely_paths(fast: AcceleratedModel) -> None:

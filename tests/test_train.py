@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from lossless import train as module
 from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
-from lossless.answers import Answers
+from lossless.answers import Answers, AnswerWriter
 from lossless.cache import RowCache
 from lossless.distill import DistillConfig, distill
 from lossless.draft import Drafter
@@ -224,6 +226,46 @@ def test_a_loop_that_drafts_otherwise_is_found_out(
     assert parity["decoded"] < 0.9 * parity["foretold"]
 
 
+def test_an_interrupted_evaluation_is_made_again(
+    taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(steps=6, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=6, checkpoint_every=3)
+    real = module.foretell
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "foretell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(taught, answers, tmp_path, tiny_config(), config)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000003"]
+    monkeypatch.setattr(module, "foretell", real)
+    _, _, summary = train(taught, answers, tmp_path, tiny_config(), config)
+    assert (summary["steps_done"], summary["best_step"]) == (6, 6)
+    assert [e["step"] for e in read_jsonl(tmp_path / "curve.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_answers_are_another_training(taught: Base, answers: Path, tmp_path: Path) -> None:
+    config = TrainConfig(steps=2, answers_per_step=4, positions_per_answer=8, held_out=4, checkpoint_every=1)
+    shutil.copytree(answers, tmp_path / "answers")
+    train(taught, tmp_path / "answers", tmp_path / "out", tiny_config(), config)
+    train(taught, tmp_path / "answers", tmp_path / "out", tiny_config(), replace(config, feature_memory_gb=0.1))
+    with AnswerWriter(tmp_path / "answers", 7, {}) as writer:
+        writer.write(answer([11], [12, 13, 14]) | {"id": "99/0:more"})
+    with pytest.raises(UsageError, match="checkpoint of other settings or answers"):
+        train(taught, tmp_path / "answers", tmp_path / "out", tiny_config(), config)
+
+
+def test_a_conversation_is_held_out_as_a_whole() -> None:
+    stored = Answers.of([answer([1], [2, 3, 4]) | {"id": f"{i}/{turn}:talk {i}"} for i in range(40) for turn in range(3)])
+    held, rest = module._split(stored, TrainConfig(held_out=8, answers_per_step=4))
+    talks = [{id.partition(":")[2] for id in side.column("id")} for side in (held, rest)]
+    assert len(held) == 8
+    assert not talks[0] & talks[1]
+    _, half = module._split(stored, TrainConfig(held_out=8, answers_per_step=4, share=0.5))
+    assert len(half) == len(rest) // 2
+
+
 def test_gradients_reach_the_adapter_alone(taught: Base, answers: Path) -> None:
     adapter = new_adapter(taught.model, tiny_config()).randomize(0)
     runner = StreamRunner(taught.model, adapter)
@@ -300,18 +342,19 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
 def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_path: Path) -> None:
     training = TrainConfig(steps=4, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=4)
-    names = ["paper", "paper + next token told", "paper + transition", "half of the answers"]
+    names = ["paper", "paper + next token told", "paper + transition", "8 MSA layers", "half of the answers"]
     options = {"lora_rank": 4, "transition_rank": 8, "num_msa_layers": 2, "draft_vocab_size": 40}
     report = ablate(taught, answers, tmp_path, tiny_config(**options), training, names)
     rows = {row["name"]: row for row in report["variants"]}
     assert list(rows) == names
     assert set(rows["paper"]["parameters_by_part"]) == {"stream embeddings", "MSA adapters"}
     assert rows["paper + next token told"]["parameters_by_part"]["told"] == 2 * 32 * 32
+    assert rows["8 MSA layers"]["refused"] == "num_msa_layers must be between 1 and 4 (model depth), got 8"
     assert rows["half of the answers"]["answer_tokens"] < 0.6 * rows["paper"]["answer_tokens"]
     layer = sum(p.numel() for p in taught.model.model.layers[0].parameters())
     assert list(report["others"].values()) == [4 * (32 * 32 + 32 + 32 * 96), layer + 2 * 32 * 32 + 32, 4 * 32]
-    again = ablate(taught, answers, tmp_path, tiny_config(**options), training, names)
+    again = ablate(taught, answers, tmp_path, tiny_config(**options), training, names[:1])  # the rest is kept
     assert again["variants"] == report["variants"]
     written = (tmp_path / "ablation.md").read_text()
-    assert written.count("\n") == 2 + 4 + 3
+    assert written.count("\n") == 2 + 5 + 3
     assert f"| paper | {rows['paper']['trained_parameters']:,} |" in written
