@@ -6,6 +6,7 @@ Does not know: what the prompts are, or what becomes of the answers.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -75,6 +76,24 @@ def continue_all(
         (job, answer ids): the ids end with an EOS id unless `max_new_tokens` came first.
     """
     batch = _Batch(model, batch_size, generator)
+    with _dense_rows(model.get_output_embeddings()):
+        yield from _keep_full(batch, queue, eos_ids, max_new_tokens)
+
+
+@contextlib.contextmanager
+def _dense_rows(head: torch.nn.Module) -> Iterator[None]:
+    """The LM head is given rows that lie side by side: of a slice torch would multiply each row by a weight of its own,
+    copied for it, which takes longer than all the layers below."""
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _keep_full(
+    batch: _Batch, queue: JobQueue, eos_ids: set[int], max_new_tokens: int
+) -> Iterator[tuple[Job, list[int]]]:
     while True:
         idle = batch.idle()
         fresh = queue.take(len(idle)) if len(idle) * _REFILL_SHARE >= len(batch.slots) else []

@@ -399,4 +399,5 @@ class StreamRunner:
         if plan is None or plan.main is None:
             return None
         plan.final = args[0]
-        return (args[0][:, -1:],) if plan.last_only else None
+        # dense: over a slice of several texts torch multiplies each with a copy of the weight, if that is frozen
+        return (args[0][:, -1:].contiguous(),) if plan.last_only else None
