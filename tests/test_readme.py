@@ -65,20 +65,27 @@ def certificate_row(found: dict[str, Any]) -> str:
     )
 
 
-def stored_certificates() -> list[dict[str, Any]]:
-    paths = sorted(Path(shipped_adapter("demo") or "").glob("verify-*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+def benchmark_row(found: dict[str, Any]) -> str:
+    """The README's table row of a certificate over public benchmarks."""
+    decoding = found["decoding"]
+    return (
+        f"| {'NF4' if found['load_in'] == '4bit' else found['dtype']} | {found['guarantee']['exact']} "
+        f"| {'sampled at ' + str(decoding['temperature']) if decoding['do_sample'] else 'greedy'} "
+        f"| {found['identical_prompts']} of {found['prompts']} | {found['mismatches']} | {found['near_ties']} "
+        f"| {found['same_bits']:,} of {found['tokens']:,} |"
+    )
 
 
-def stored_reports() -> list[dict[str, Any]]:
-    paths = sorted(Path(shipped_adapter("demo") or "").glob("bench-*.json"))
+def stored(kind: str) -> list[dict[str, Any]]:
+    paths = sorted(Path(shipped_adapter("demo") or "").glob(f"{kind}-*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def test_every_number_comes_from_a_stored_report() -> None:
     rows = [line for line in README.splitlines() if re.match(r"\| (float|bfloat|NF4)", line)]
     assert rows
-    assert sorted(rows) == sorted([*map(result_row, stored_reports()), *map(certificate_row, stored_certificates())])
+    written = [*map(result_row, stored("bench")), *map(certificate_row, stored("verify")), *map(benchmark_row, stored("benchmarks"))]
+    assert sorted(rows) == sorted(written)
 
 
 def test_the_shipped_adapter_is_small_and_there() -> None:
