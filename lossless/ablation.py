@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .anatomy import decoder_layers, features, is_projection
-from .config import StreamingConfig
+from .config import StreamingConfig, TrainConfig
 from .errors import NotOfThisBase
 from .models import Base, processes
 from .storage import versions, write_json
-from .train import TrainConfig, train
+from .train import train
 
 
 @dataclass(frozen=True)

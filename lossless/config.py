@@ -1,4 +1,4 @@
-"""The shape of an adapter: how many streams, how deep, how wide.
+"""The shape of an adapter, how many streams, how deep, how wide; and how long and how fast it learns.
 
 Knows: numbers and the rules they obey. Does not know: tensors.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from .errors import UsageError
 
 SCHEDULES = ("parallel", "deferred")
+_MIXED = ("", "no", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,48 @@ class StreamingConfig:
         if unknown:
             raise UsageError(f"an adapter's config has no field {', '.join(unknown)}")
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how fast to learn.
+
+    A step visits `answers_per_step` runs of `positions_per_answer` positions, `gradient_accumulation` times over, in
+    every process, of a `share` of the answers. `patience` evaluations without
+    a better one end the training; 0 never does.
+    """
+
+    steps: int = 900
+    answers_per_step: int = 8
+    positions_per_answer: int = 64
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    max_grad_norm: float = 1.0
+    hard_labels: bool = False
+    share: float = 1.0
+    mixed_precision: str = ""
+    held_out: int = 24
+    eval_every: int = 100
+    patience: int = 0
+    checkpoint_every: int = 50
+    feature_memory_gb: float = 8.0
+    logits_memory_gb: float = 2.0
+    tracker: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "answers_per_step", "positions_per_answer", "gradient_accumulation", "held_out",
+                     "eval_every", "checkpoint_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise UsageError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.patience < 0:
+            raise UsageError(f"patience must be at least 0, got {self.patience}")
+        if self.logits_memory_gb <= 0:
+            raise UsageError(f"logits_memory_gb must be above 0, got {self.logits_memory_gb}")
+        if not 0 < self.share <= 1:
+            raise UsageError(f"share must be above 0 and at most 1, got {self.share}")
+        if self.mixed_precision not in _MIXED:
+            raise UsageError(f"mixed_precision must be one of {', '.join(_MIXED[1:])}, or empty for what Accelerate is configured to, got {self.mixed_precision!r}")

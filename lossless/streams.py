@@ -33,7 +33,6 @@ from .anatomy import (
     decoder,
     decoder_layers,
     device_of,
-    find_projections,
     hides_where_true,
     input_device,
     own_window,
@@ -42,7 +41,7 @@ from .anatomy import (
     uses_attention_interface,
 )
 from .cache import RowCache
-from .errors import NotOfThisBase, UsageError
+from .fit import check_fit, merged_weights
 from .passes import (
     ATTENTION,
     PASS,
@@ -58,8 +57,6 @@ from .passes import (
     turning,
 )
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
-
-_MERGED_BYTES = 64 * 2**20  # most that a copy of the top layers' projections may take
 
 
 @dataclass(frozen=True)
@@ -104,59 +101,15 @@ class StreamRunner:
         self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits; None: nobody cares
         self._habits: dict[int, Habit] = {}  # of the top layers, by their number
         self.lm_head = model.get_output_embeddings()
-        self._check_fit()
+        check_fit(model, adapter)
         for name, low_rank in adapter.adapters():
             low_rank.to(device_of(self._projection(name)))
-        self._merged = self._merge()
+        self._merged = merged_weights(adapter, {name: self._projection(name) for name, _ in adapter.adapters()})
 
     @property
     def first_top(self) -> int:
         """N - N_s, the number of the lowest layer with streams."""
         return len(self.layers) - len(self.top)
-
-    def _check_fit(self) -> None:
-        dim, expected = self.text_config.hidden_size, find_projections(self.model, self.adapter.config.num_msa_layers)
-        if (width := self.model.get_input_embeddings().weight.shape[1]) != dim:
-            raise UsageError(
-                f"{type(self.model).__name__} cannot be accelerated: its token embeddings ({width}) are of another "
-                f"width than its hidden states ({dim})"
-            )
-        if self.adapter.dim != dim:
-            raise UsageError(
-                f"the adapter is for hidden states of width {self.adapter.dim}, "
-                f"the model's are {dim} wide: it belongs to another model"
-            )
-        found = self.adapter.projections()
-        if found != expected:
-            odd = sorted(found.items() ^ expected.items())[0]
-            raise UsageError(f"the adapter's projections are not the model's (first: {odd}): it belongs to another model")
-        if self.adapter.config.rotate_values and not any(name.endswith("v_proj") for name in found):
-            raise NotOfThisBase(f"rotate_values needs layers with a value projection of their own, {type(self.model).__name__} has none")
-        ids = self.adapter.draft_ids
-        if ids is not None and int(ids.max()) >= self.text_config.vocab_size:
-            raise UsageError(
-                f"the adapter drafts token {int(ids.max())}, the model's vocabulary ends at "
-                f"{self.text_config.vocab_size - 1}: it belongs to another model"
-            )
-
-    def _merge(self) -> list[dict[str, torch.Tensor]]:
-        """W + B A of every adapted projection, for streams that run alone; empty if that is not to be had.
-
-        In a small model the many small products of the adapters take as long as the layers themselves, and a
-        copy of the top layers' weights is little. The base's own weights stay as they are.
-        """
-        projections = {name: self._projection(name) for name, _ in self.adapter.adapters()}
-        if any(parameter.requires_grad for parameter in self.adapter.parameters()):
-            return []
-        if any(type(p) is not nn.Linear or p.weight.is_meta for p in projections.values()):  # quantized, offloaded
-            return []
-        if sum(p.weight.numel() * p.weight.element_size() for p in projections.values()) > _MERGED_BYTES:
-            return []
-        merged: list[dict[str, torch.Tensor]] = [{} for _ in self.top]
-        for name, low_rank in self.adapter.adapters():
-            index, path = name.split(".", 1)
-            merged[int(index)][f"{path}.weight"] = low_rank.merged_into(projections[name].weight.detach())
-        return merged
 
     def _projection(self, name: str) -> Any:
         """The base's module of an MSA adapter, `<layer from N - N_s>.<path>`."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from lossless.cli import _parser, main, shipped_adapter
+from lossless.cli import _parser, main
+from lossless.commands import shipped_adapter
 from lossless.models import Base
 
 ROOT = Path(__file__).parent.parent

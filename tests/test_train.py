@@ -16,6 +16,8 @@ from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers, AnswerWriter
 from lossless.cache import RowCache
+from lossless.config import TrainConfig
+from lossless.curriculum import batches, draft_vocabulary, split
 from lossless.distill import DistillConfig, distill
 from lossless.draft import Drafter
 from lossless.errors import UsageError
@@ -27,7 +29,7 @@ from lossless.models import Base, freeze
 from lossless.prompts import from_text
 from lossless.storage import read_jsonl
 from lossless.streams import StreamRunner
-from lossless.train import TrainConfig, batches, draft_vocabulary, train
+from lossless.train import train
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_distill import Words
@@ -116,7 +118,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     config = TrainConfig(steps=30, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=30, checkpoint_every=7)
     train(taught, answers, tmp_path / "whole", tiny_config(), config)
 
-    real, calls = module._block, []
+    real, calls = module.block, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -124,11 +126,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, "_block", interrupted)
+    monkeypatch.setattr(module, "block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(taught, answers, tmp_path / "cut", tiny_config(), config)
     assert not (tmp_path / "cut" / "adapter.safetensors").exists()
-    monkeypatch.setattr(module, "_block", real)
+    monkeypatch.setattr(module, "block", real)
     train(taught, answers, tmp_path / "cut", tiny_config(), config)
 
     whole, cut = (StreamAdapter.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
@@ -258,11 +260,11 @@ def test_other_answers_are_another_training(taught: Base, answers: Path, tmp_pat
 
 def test_a_conversation_is_held_out_as_a_whole() -> None:
     stored = Answers.of([answer([1], [2, 3, 4]) | {"id": f"{i}/{turn}:talk {i}"} for i in range(40) for turn in range(3)])
-    held, rest = module._split(stored, TrainConfig(held_out=8, answers_per_step=4))
+    held, rest = split(stored, TrainConfig(held_out=8, answers_per_step=4))
     talks = [{id.partition(":")[2] for id in side.column("id")} for side in (held, rest)]
     assert len(held) == 8
     assert not talks[0] & talks[1]
-    _, half = module._split(stored, TrainConfig(held_out=8, answers_per_step=4, share=0.5))
+    _, half = split(stored, TrainConfig(held_out=8, answers_per_step=4, share=0.5))
     assert len(half) == len(rest) // 2
 
 

@@ -1,0 +1,237 @@
+"""What each command does, given its flags: load, attach, run, report.
+
+Knows: what goes to the terminal and to files, and exit codes. Does not know: anything that a script could not do through
+the modules above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from . import bench as benchmark
+from .ablation import ablate as compare_variants
+from .ablation import table
+from .adapter import StreamAdapter, push_to_hub
+from .answers import Answers
+from .card import draw_curve, write_card
+from .config import StreamingConfig, TrainConfig
+from .distill import DistillConfig
+from .distill import distill as collect
+from .errors import UsageError
+from .foretell import TOLERANCE, check_parity
+from .generate import OVERRIDES, AcceleratedModel, accelerate, new_adapter
+from .models import Base, load_base, processes
+from .prompts import Prompt, from_text, read_prompts
+from .storage import versions, write_json
+from .train import train as learn
+from .verify import Asked, asked, certify
+from .verify import summary as summarize
+
+_CERTIFIED, _CERTIFIED_TOKENS = 4, 64  # held-out prompts that training ends with a certificate of
+
+
+def shipped_adapter(model: str) -> str | None:
+    """The folder of the adapter that the package brings for this model, if it brings one."""
+    folder = Path(str(files("lossless"))) / "adapters" / model
+    return str(folder) if model == "demo" and folder.is_dir() else None
+
+
+def _decoding(arguments: argparse.Namespace) -> benchmark.Decoding:
+    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "seed")
+    return benchmark.Decoding(**{name: getattr(arguments, name) for name in names})
+
+
+def _load(arguments: argparse.Namespace) -> Base:
+    base = load_base(arguments.model, arguments.dtype, arguments.load_in, arguments.device)
+    if not base.tokenizer.chat_template:
+        print(f"lossless: note: {base.name} has no chat template: prompts are given to it as plain text", file=sys.stderr)
+    return base
+
+
+def _attach(arguments: argparse.Namespace, base: Base) -> tuple[AcceleratedModel, str]:
+    """The accelerated model, and the adapter's name for reports."""
+    source: str | StreamAdapter | None = arguments.adapter or shipped_adapter(arguments.model)
+    if source == "random":
+        source = new_adapter(base.model, StreamingConfig(), base.tokenizer).randomize(0)
+    if source is None:
+        raise UsageError(f"there is no adapter for {arguments.model!r} in the package: name one with --adapter")
+    overrides = {n: getattr(arguments, n) for n in sorted(OVERRIDES) if getattr(arguments, n) is not None}
+    fast = accelerate(base.model, source, base.tokenizer, arguments.exact, **overrides)
+    return fast, arguments.adapter or "shipped"
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Answer one prompt; the statistics go to the error stream."""
+    prompt, decoding = from_text(arguments.prompt), _decoding(arguments)
+    base = _load(arguments)
+    [ids] = benchmark.encode_checked(base, [prompt], decoding)
+    fast, _ = _attach(arguments, base)
+    torch.manual_seed(decoding.seed)
+    streamer = TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    fast.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **decoding.arguments())
+    print(f"\n[{fast.stats}]", file=sys.stderr)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """One prompt on both sides."""
+    prompt, decoding = from_text(arguments.prompt), _decoding(arguments)
+    base, fast, name = _both_sides(arguments, [prompt], decoding)
+    run = benchmark.bench(base, fast, [prompt], decoding)[0]
+    found = benchmark.report(base, fast, name, arguments.dtype, arguments.load_in, decoding, [run])
+    print(run.answer.strip())
+    print(f"\n{_verdict(run)}")
+    print(f"plain        {run.baseline_tokens_per_s:8.1f} tokens/s   {found['dtype']}, {found['device']}, {found['threads']} threads")
+    print(f"accelerated  {run.tokens_per_s:8.1f} tokens/s   {run.speedup:.2f} times as fast")
+    print(f"acceptance length {run.acceptance_length:.2f}: {run.tokens} tokens in {run.target_passes} passes after the first")
+    return _finish(arguments, found)
+
+
+def _verdict(run: benchmark.Run) -> str:
+    if run.identical:
+        return f"identical: all {run.tokens} tokens are the plain model's own"
+    return f"DIFFERENT: the answers part at token {run.first_difference}"
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """A file of prompts on both sides."""
+    prompts, decoding = _prompts(arguments), _decoding(arguments)
+    base, fast, name = _both_sides(arguments, prompts, decoding)
+    runs = benchmark.bench(base, fast, prompts, decoding)
+    found = benchmark.report(base, fast, name, arguments.dtype, arguments.load_in, decoding, runs)
+    print(benchmark.table(found))
+    print(
+        f"\n{found['dtype']}, {found['device']}, {found['threads']} threads, exact: {fast.guarantee.level}, "
+        f"trees of {fast.tree_nodes}, {fast.schedule}"
+    )
+    return _finish(arguments, found)
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """The certificate; 3 if it finds a mismatch."""
+    prompts, decoding = _prompts(arguments), _decoding(arguments)
+    base, fast, name = _both_sides(arguments, prompts, decoding)
+    journal = Path(f"{arguments.json}.journal") if arguments.json else None
+    found = certify(base, fast, name, asked(base, prompts, decoding), decoding, arguments.load_in, journal)
+    print(summarize(found))
+    if journal:
+        write_json(arguments.json, found)
+        journal.unlink()
+    return 3 if found["mismatches"] else 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """What a probe found on this device."""
+    base = _load(arguments)
+    fast, name = _attach(arguments, base)
+    found = fast.guarantee
+    for key, value in (
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+        ("model", f"{base.name}, {str(base.model.dtype).removeprefix('torch.')}, {base.model.device}, {torch.get_num_threads()} threads"),
+        ("adapter", f"{name}, {fast.adapter.parameter_count():,} weights"),
+        ("drafts", f"{fast.schedule}, trees of at most {fast.tree_nodes} rows, none below a probability of {fast.tree_floor:.2g}"),
+        ("exact", found.level),
+        ("noise", f"{found.noise:.2g} logits between passes of different shapes" if found.noise else "not measured"),
+        ("row cost", f"{found.row_cost:.2f} passes for each further row" if found.row_cost else "not measured"),
+        *((f"  {kind}", f"{rows} rows at a time keep their bits") for kind, rows in found.operations.items()),
+    ):
+        print(f"{key:<24}{value}")
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UsageError(f"limit must be at least 1, got {arguments.limit}")
+    return read_prompts(arguments.prompts, arguments.limit)
+
+
+def _both_sides(
+    arguments: argparse.Namespace, prompts: list[Prompt], decoding: benchmark.Decoding
+) -> tuple[Base, AcceleratedModel, str]:
+    base = _load(arguments)
+    benchmark.encode_checked(base, prompts, decoding)  # before any work is done
+    fast, name = _attach(arguments, base)
+    return base, fast, name
+
+
+def _finish(arguments: argparse.Namespace, found: dict[str, Any]) -> int:
+    if arguments.json:
+        write_json(arguments.json, found)
+    return 0 if found["identical"] == found["prompts"] else 3
+
+
+def distill(arguments: argparse.Namespace) -> int:
+    """Collect answers."""
+    names = ("answer_tokens", "max_new_tokens", "max_prompt_tokens", "max_turns", "batch_size", "self_drawn", "seed")
+    config = DistillConfig(
+        **{name: getattr(arguments, name) for name in names}, temperatures=tuple(arguments.temperatures)
+    )
+    if not arguments.prompts and not config.self_drawn:
+        raise UsageError("there is nothing to answer: name --prompts FILE, or --self-drawn N, or both")
+    prompts = read_prompts(arguments.prompts, arguments.limit) if arguments.prompts else []
+    summary = collect(_load(arguments), prompts, config, arguments.out)
+    if processes().is_main_process:
+        print(f"{summary['answers']} answers, {summary['answer_tokens']} tokens in {arguments.out}")
+        if summary["answer_tokens"] < config.answer_tokens:
+            print(f"the prompts ran out before {config.answer_tokens} answer tokens: more prompts give more", file=sys.stderr)
+    return 0
+
+
+def _configs(arguments: argparse.Namespace) -> tuple[StreamingConfig, TrainConfig]:
+    streaming = StreamingConfig(**{key: getattr(arguments, key) for key in vars(StreamingConfig())})
+    return streaming, TrainConfig(**{key: getattr(arguments, key) for key in vars(TrainConfig())})
+
+
+def ablate(arguments: argparse.Namespace) -> int:
+    """Compare variants of the method."""
+    streaming, config = _configs(arguments)
+    report = compare_variants(_load(arguments), arguments.data, arguments.out, streaming, config, arguments.only)
+    print(f"\n{table(report)}")
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train, then measure and certify what was trained; 4 if decoding does not keep what training foretold."""
+    streaming, config = _configs(arguments)
+    base, out = _load(arguments), Path(arguments.out)
+    adapter, held_out, summary = learn(base, arguments.data, out, streaming, config)
+    if not processes().is_main_process:
+        return 0
+    print(f"adapter in {out}: held-out acceptance length {summary['acceptance_length']}")
+    parity = check_parity(base, adapter, held_out, config.feature_memory_gb)
+    write_json(out / "parity.json", parity)
+    fast = AcceleratedModel(base.model, adapter)
+    certificate = certify(base, fast, str(out), _some(held_out, base), benchmark.Decoding(max_new_tokens=_CERTIFIED_TOKENS), arguments.load_in)
+    write_json(out / "certificate.json", certificate)
+    draw_curve(out)
+    write_card(out, summary, parity, certificate)
+    print(f"the decode loop accepts {parity['decoded']} tokens a pass where training foretold {parity['foretold']}")
+    print(summarize(certificate))
+    if parity["agrees"]:
+        return 0
+    print(
+        f"lossless: WARNING: decoding and training disagree by {100 * parity['difference']:.1f} % (allowed are {100 * TOLERANCE:.0f} %): "
+        "the adapter does not draft what it was taught to; do not trust its curve",
+        file=sys.stderr,
+    )
+    return 4
+
+
+def _some(held_out: Answers, base: Base) -> list[Asked]:
+    """The first held-out prompts, to be certified."""
+    records = [held_out[number] for number in range(min(_CERTIFIED, len(held_out)))]
+    return [Asked(r["id"], r["category"], torch.tensor([r["prompt_ids"]], device=base.model.device)) for r in records]
+
+
+def push(arguments: argparse.Namespace) -> int:
+    """Upload an adapter."""
+    where = push_to_hub(arguments.adapter, arguments.repo, private=arguments.private, revision=arguments.revision)
+    print(f"{arguments.adapter} is at {where}")
+    return 0
