@@ -7,6 +7,7 @@ how any of them is trained or measured.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ VARIANTS = (
 
 
 def ablate(
-    base: Base, data: str | Path, out: str | Path, streaming: StreamingConfig, config: TrainConfig, only: list[str] | None = None
+    base: Base, data: Sequence[str | Path], out: str | Path, streaming: StreamingConfig, config: TrainConfig, only: list[str] | None = None
 ) -> dict[str, Any]:
     """Train every variant in a folder of its own under `out`; what is done already is not done again.
 
@@ -95,7 +96,7 @@ def _report(out: Path) -> dict[str, Any]:
 
 
 def _row(
-    base: Base, data: str | Path, out: Path, variant: Variant, streaming: StreamingConfig, config: TrainConfig
+    base: Base, data: Sequence[str | Path], out: Path, variant: Variant, streaming: StreamingConfig, config: TrainConfig
 ) -> dict[str, Any]:
     """One variant, trained; or why this base cannot have it."""
     folder = out / variant.name.replace(" ", "-").replace(",", "")

@@ -49,6 +49,11 @@ class Answers:
         return cls(pa.Table.from_batches(batches, SCHEMA))
 
     @classmethod
+    def join(cls, parts: Iterable[Answers]) -> Answers:
+        """All of these, one after the other."""
+        return cls(pa.concat_tables([part._table for part in parts]))
+
+    @classmethod
     def of(cls, records: list[dict[str, Any]]) -> Answers:
         """These answers, each a dict with the fields of `SCHEMA`."""
         return cls(pa.Table.from_pylist(records, SCHEMA))

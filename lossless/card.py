@@ -75,7 +75,7 @@ vocabulary {streaming["draft_vocab_size"] or "the base's own"}.
 ## Data
 
 {training["answers"]:,} answers, {training["answer_tokens"]:,} tokens, all of them the base's own; temperatures
-{", ".join(map(str, data["config"]["temperatures"]))}; {data["config"]["self_drawn"]} prompts drawn by the model itself. The settings of both
+{", ".join(sorted({str(t) for part in data for t in part["config"]["temperatures"]}))}; {sum(part["config"]["self_drawn"] for part in data)} prompts drawn by the model itself. The settings of both
 commands and the versions are in `training.json`.
 
 ## Curve

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _training_flags(command: argparse.ArgumentParser, streaming: StreamingConfig, training: TrainConfig) -> None:
     _model_flags(command)
-    command.add_argument("--data", required=True, metavar="FOLDER", help="a folder that distill has written")
+    command.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="folders that distill has written")
     command.add_argument("--out", required=True, metavar="FOLDER", help="where it goes; the same command goes on there")
     for name, kind in (("streaming", streaming), ("training", training)):
         group = command.add_argument_group(name)

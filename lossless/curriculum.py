@@ -23,16 +23,19 @@ from .streams import StreamRunner
 _LENGTH_WINDOW = 24  # batches whose answers are sorted by length, so that little of each is padding
 
 
-def read_answers(base: Base, folder: Path) -> tuple[Answers, dict[str, Any]]:
-    """Answers long enough to learn from, and where they came from."""
-    if not (folder / "distill.json").is_file():
-        raise UsageError(f"no answers in {folder}: make some with 'lossless distill --out {folder}'")
-    provenance = json.loads((folder / "distill.json").read_text(encoding="utf-8"))
-    if differing := fingerprint_differences(provenance["fingerprint"], fingerprint(base.model, base.tokenizer)):
-        raise UsageError(f"the answers in {folder} are another base's (other {', '.join(differing)})")
-    answers = Answers.read(folder)
+def read_answers(base: Base, folders: list[Path]) -> tuple[Answers, list[dict[str, Any]]]:
+    """Answers long enough to learn from, and where they came from, folder by folder."""
+    read, provenance = [], []
+    for folder in folders:
+        if not (folder / "distill.json").is_file():
+            raise UsageError(f"no answers in {folder}: make some with 'lossless distill --out {folder}'")
+        written = json.loads((folder / "distill.json").read_text(encoding="utf-8"))
+        if differing := fingerprint_differences(written.pop("fingerprint"), fingerprint(base.model, base.tokenizer)):
+            raise UsageError(f"the answers in {folder} are another base's (other {', '.join(differing)})")
+        read.append(Answers.read(folder))
+        provenance.append(written)
+    answers = Answers.join(read)
     # one position needs a certain token, and one after it to draft
-    provenance.pop("fingerprint")
     return answers.select(i for i, length in enumerate(answers.lengths("answer_ids")) if length >= 3), provenance
 
 

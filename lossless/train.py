@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ from .streams import StreamRunner
 
 
 def train(
-    base: Base, data: str | Path, out: str | Path, streaming: StreamingConfig, config: TrainConfig
+    base: Base, data: Sequence[str | Path], out: str | Path, streaming: StreamingConfig, config: TrainConfig
 ) -> tuple[StreamAdapter, Answers, dict[str, Any]]:
-    """Train an adapter on the answers in `data` and save it into `out`.
+    """Train an adapter on the answers in the folders of `data` and save it into `out`.
 
     A checkpoint is written every `checkpoint_every` steps; after an interruption the same command goes on from it. Of the
     adapters that were evaluated the best is the one that is saved. Under `accelerate launch` the processes of a step
@@ -57,7 +58,7 @@ def train(
             a loss that is no number (the last checkpoint stays).
     """
     out = Path(out)
-    answers, provenance = read_answers(base, Path(data))
+    answers, provenance = read_answers(base, [Path(folder) for folder in data])
     held_out, answers = split(answers, config)
     if streaming.draft_vocab_size:
         seen = len(np.unique(answers.emitted()))
@@ -77,7 +78,7 @@ def train(
     adapter = new_adapter(base.model, streaming, base.tokenizer, draft_ids).to(accelerator.device)
     adapter.base["name"] = base.name
     runner = StreamRunner(base.model, adapter)
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad(), differentiable(base.model), runner.installed():
         scale = runner.logit_scale()
     drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), scale)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)

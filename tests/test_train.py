@@ -17,7 +17,7 @@ from lossless.adapter import StreamAdapter
 from lossless.answers import Answers, AnswerWriter
 from lossless.cache import RowCache
 from lossless.config import TrainConfig
-from lossless.curriculum import batches, draft_vocabulary, split
+from lossless.curriculum import batches, draft_vocabulary, read_answers, split
 from lossless.distill import DistillConfig, distill
 from lossless.draft import Drafter
 from lossless.errors import UsageError
@@ -83,7 +83,7 @@ def answers(taught: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_lowers_the_loss_and_raises_acceptance(taught: Base, answers: Path, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in taught.model.state_dict().items()}
     streaming = tiny_config(lora_rank=8, transition_rank=32, draft_vocab_size=50)
-    _, _, summary = train(taught, answers, tmp_path, streaming, TRAINING)
+    _, _, summary = train(taught, [answers], tmp_path, streaming, TRAINING)
 
     for name, tensor in taught.model.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -116,7 +116,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(steps=30, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=30, checkpoint_every=7)
-    train(taught, answers, tmp_path / "whole", tiny_config(), config)
+    train(taught, [answers], tmp_path / "whole", tiny_config(), config)
 
     real, calls = module.block, []
 
@@ -128,17 +128,17 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 
     monkeypatch.setattr(module, "block", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(taught, answers, tmp_path / "cut", tiny_config(), config)
+        train(taught, [answers], tmp_path / "cut", tiny_config(), config)
     assert not (tmp_path / "cut" / "adapter.safetensors").exists()
     monkeypatch.setattr(module, "block", real)
-    train(taught, answers, tmp_path / "cut", tiny_config(), config)
+    train(taught, [answers], tmp_path / "cut", tiny_config(), config)
 
     whole, cut = (StreamAdapter.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(cut.state_dict()[name], tensor, rtol=0, atol=1e-3)
     assert [e["step"] for e in read_jsonl(tmp_path / "cut" / "curve.jsonl")] == list(range(1, 31))
     with pytest.raises(UsageError, match="checkpoint of other settings"):
-        train(taught, answers, tmp_path / "cut", tiny_config(lora_rank=5), config)
+        train(taught, [answers], tmp_path / "cut", tiny_config(lora_rank=5), config)
 
 
 def test_logits_in_pieces_are_the_same_loss(taught: Base, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_logits_in_pieces_are_the_same_loss(taught: Base, answers: Path, monkeyp
 def test_accumulated_steps_are_steps_of_larger_batches(taught: Base, answers: Path, tmp_path: Path) -> None:
     """Two visits of four answers move the adapter as one of their eight does."""
     config = TrainConfig(steps=1, answers_per_step=4, positions_per_answer=8, gradient_accumulation=2, held_out=4, warmup_steps=1)
-    adapter, _, summary = train(taught, answers, tmp_path, tiny_config(), config)
+    adapter, _, summary = train(taught, [answers], tmp_path, tiny_config(), config)
     assert summary["steps_done"] == 1
     fresh = new_adapter(taught.model, tiny_config())
     assert not torch.equal(adapter.transition.out, fresh.transition.out)
@@ -192,17 +192,17 @@ def test_training_stops_when_nothing_gets_better_and_keeps_the_best(
 
     monkeypatch.setattr(module, "foretell", told)
     config = TrainConfig(steps=30, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=3, patience=2)
-    adapter, _, summary = train(taught, answers, tmp_path, tiny_config(), config)
+    adapter, _, summary = train(taught, [answers], tmp_path, tiny_config(), config)
     assert (summary["steps_done"], summary["best_step"], summary["acceptance_length"]) == (12, 6, 3.0)
     for name, tensor in adapter.state_dict().items():
         assert torch.equal(tensor, kept[1][name])
-    again, _, _ = train(taught, answers, tmp_path, tiny_config(), config)  # it is over, and stays so
+    again, _, _ = train(taught, [answers], tmp_path, tiny_config(), config)  # it is over, and stays so
     assert torch.equal(again.stream_embeddings, adapter.stream_embeddings)
 
 
 def test_the_decode_loop_accepts_what_training_foretold(taught: Base, answers: Path, tmp_path: Path) -> None:
     config = TrainConfig(steps=30, answers_per_step=8, positions_per_answer=16, learning_rate=1e-2, held_out=12, eval_every=30)
-    adapter, held_out, _ = train(taught, answers, tmp_path, tiny_config(), config)
+    adapter, held_out, _ = train(taught, [answers], tmp_path, tiny_config(), config)
     parity = check_parity(taught, adapter, held_out, 1.0)
     assert parity["decoded"] > 1.2
     assert parity["agrees"]
@@ -215,7 +215,7 @@ def test_a_loop_that_drafts_otherwise_is_found_out(
     taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(steps=60, answers_per_step=8, positions_per_answer=16, learning_rate=1e-2, held_out=12, eval_every=60)
-    adapter, held_out, _ = train(taught, answers, tmp_path, tiny_config(), config)
+    adapter, held_out, _ = train(taught, [answers], tmp_path, tiny_config(), config)
     real = AcceleratedModel._go_on
 
     def muddled(self: AcceleratedModel, *args: Any) -> Any:
@@ -239,10 +239,10 @@ def test_an_interrupted_evaluation_is_made_again(
 
     monkeypatch.setattr(module, "foretell", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(taught, answers, tmp_path, tiny_config(), config)
+        train(taught, [answers], tmp_path, tiny_config(), config)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000003"]
     monkeypatch.setattr(module, "foretell", real)
-    _, _, summary = train(taught, answers, tmp_path, tiny_config(), config)
+    _, _, summary = train(taught, [answers], tmp_path, tiny_config(), config)
     assert (summary["steps_done"], summary["best_step"]) == (6, 6)
     assert [e["step"] for e in read_jsonl(tmp_path / "curve.jsonl")] == [1, 2, 3, 4, 5, 6]
 
@@ -250,12 +250,14 @@ def test_an_interrupted_evaluation_is_made_again(
 def test_other_answers_are_another_training(taught: Base, answers: Path, tmp_path: Path) -> None:
     config = TrainConfig(steps=2, answers_per_step=4, positions_per_answer=8, held_out=4, checkpoint_every=1)
     shutil.copytree(answers, tmp_path / "answers")
-    train(taught, tmp_path / "answers", tmp_path / "out", tiny_config(), config)
-    train(taught, tmp_path / "answers", tmp_path / "out", tiny_config(), replace(config, feature_memory_gb=0.1))
+    train(taught, [tmp_path / "answers"], tmp_path / "out", tiny_config(), config)
+    train(taught, [tmp_path / "answers"], tmp_path / "out", tiny_config(), replace(config, feature_memory_gb=0.1))
     with AnswerWriter(tmp_path / "answers", 7, {}) as writer:
         writer.write(answer([11], [12, 13, 14]) | {"id": "99/0:more"})
+    joined, _ = read_answers(taught, [answers, tmp_path / "answers"])
+    assert len(joined) == 2 * len(read_answers(taught, [answers])[0]) + 1
     with pytest.raises(UsageError, match="checkpoint of other settings or answers"):
-        train(taught, tmp_path / "answers", tmp_path / "out", tiny_config(), config)
+        train(taught, [tmp_path / "answers"], tmp_path / "out", tiny_config(), config)
 
 
 def test_a_conversation_is_held_out_as_a_whole() -> None:
@@ -316,12 +318,12 @@ def test_the_draft_vocabulary_holds_the_commonest_tokens() -> None:
 
 def test_bad_data_is_told(taught: Base, answers: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no answers in"):
-        train(taught, tmp_path, tmp_path / "out", tiny_config(), TRAINING)
+        train(taught, [tmp_path], tmp_path / "out", tiny_config(), TRAINING)
     with pytest.raises(UsageError, match="at least held_out"):
-        train(taught, answers, tmp_path / "out", tiny_config(), TrainConfig(held_out=5000))
+        train(taught, [answers], tmp_path / "out", tiny_config(), TrainConfig(held_out=5000))
     other = Base(build_tiny(seed=9), Words(), "other")
     with pytest.raises(UsageError, match="another base's"):
-        train(other, answers, tmp_path / "out", tiny_config(), TRAINING)
+        train(other, [answers], tmp_path / "out", tiny_config(), TRAINING)
     with pytest.raises(UsageError, match="steps must be at least 1, got 0"):
         TrainConfig(steps=0)
 
@@ -339,14 +341,14 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(StreamLoss, "forward", poisoned)
     with pytest.raises(UsageError, match=r"loss is nan at step 7: .* the last good checkpoint is .*checkpoint-000006"):
-        train(taught, answers, tmp_path, tiny_config(), config)
+        train(taught, [answers], tmp_path, tiny_config(), config)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000006"]
 
 def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_path: Path) -> None:
     training = TrainConfig(steps=4, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=4)
     names = ["paper", "paper + next token told", "paper + transition", "8 MSA layers", "half of the answers"]
     options = {"lora_rank": 4, "transition_rank": 8, "num_msa_layers": 2, "draft_vocab_size": 40}
-    report = ablate(taught, answers, tmp_path, tiny_config(**options), training, names)
+    report = ablate(taught, [answers], tmp_path, tiny_config(**options), training, names)
     rows = {row["name"]: row for row in report["variants"]}
     assert list(rows) == names
     assert set(rows["paper"]["parameters_by_part"]) == {"stream embeddings", "MSA adapters"}
@@ -355,7 +357,7 @@ def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_p
     assert rows["half of the answers"]["answer_tokens"] < 0.6 * rows["paper"]["answer_tokens"]
     layer = sum(p.numel() for p in taught.model.model.layers[0].parameters())
     assert list(report["others"].values()) == [4 * (32 * 32 + 32 + 32 * 96), layer + 2 * 32 * 32 + 32, 4 * 32]
-    again = ablate(taught, answers, tmp_path, tiny_config(**options), training, names[:1])  # the rest is kept
+    again = ablate(taught, [answers], tmp_path, tiny_config(**options), training, names[:1])  # the rest is kept
     assert again["variants"] == report["variants"]
     written = (tmp_path / "ablation.md").read_text()
     assert written.count("\n") == 2 + 5 + 3
