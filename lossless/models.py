@@ -117,13 +117,18 @@ def differentiable(model: PreTrainedModel) -> Iterator[None]:
     In eval mode bitsandbytes packs 4-bit weights for a CPU kernel that has no derivative, and what came before it
     would be taught nonsense. It leaves them alone in training mode, which changes nothing else in a projection.
     """
-    packed = [module for module in model.modules() if type(module).__name__ == "Linear4bit" and not module.training]
-    for module in packed:
+    quantized: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit" and not module.training]
+    if any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in quantized):
+        raise UsageError(
+            "this 4-bit base has answered already, and its weights are packed for a kernel that has no derivative: "
+            "load it anew to train on it"
+        )
+    for module in quantized:
         module.train()
     try:
         yield
     finally:
-        for module in packed:
+        for module in quantized:
             module.eval()
 
 

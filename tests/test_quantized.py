@@ -11,6 +11,7 @@ from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoTokenizer
 
 from lossless.cli import main
+from lossless.errors import UsageError
 from lossless.models import differentiable, load_base
 
 from .conftest import build_tiny
@@ -61,3 +62,8 @@ def test_gradients_flow_through_4_bit_projections(wide: Path) -> None:
     assert asked.grad is not None
     torch.testing.assert_close(asked.grad, upstream @ weight, rtol=1e-3, atol=1e-3)
     assert not projection.training
+    with torch.no_grad():
+        projection(rows)
+    if getattr(projection.weight.quant_state, "packing_format_for_cpu", False):  # not on every processor
+        with pytest.raises(UsageError, match="load it anew to train on it"), differentiable(base.model):
+            pass
