@@ -64,9 +64,10 @@ def train(
         seen = len(np.unique(answers.emitted()))
         streaming = replace(streaming, draft_vocab_size=min(streaming.draft_vocab_size, seen))
     accelerator = _accelerator(config, out)
-    if base.model.device != accelerator.device:
+    here, there = accelerator.device, base.model.device
+    if here.type != there.type or (here.type != "cpu" and here != there):  # the CPU of several processes has a number
         raise UsageError(
-            f"training computes on {accelerator.device}, but the base is on {base.model.device}: the device of a training "
+            f"training computes on {here}, but the base is on {there}: the device of a training "
             "is chosen with CUDA_VISIBLE_DEVICES or by accelerate launch"
         )
     settings = json.loads(json.dumps({"streaming": streaming.to_dict(), "train": asdict(config)}))
