@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -181,13 +182,15 @@ def train(
 
 def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     try:
-        accelerator = Accelerator(
-            cpu=processes().device.type == "cpu",
-            mixed_precision=config.mixed_precision or None,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
-            log_with=config.tracker or None,
-            project_dir=out,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*no supported trackers")  # that is an error, told below
+            accelerator = Accelerator(
+                cpu=processes().device.type == "cpu",
+                mixed_precision=config.mixed_precision or None,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
+                log_with=config.tracker or None,
+                project_dir=out,
+            )
     except ValueError as error:
         raise UsageError(f"Accelerate refuses these settings: {str(error).splitlines()[0]}") from error
     if config.tracker and not accelerator.log_with:

@@ -14,6 +14,7 @@ import pytest
 
 from lossless import bench
 from lossless.adapter import StreamAdapter
+from lossless.answers import Answers
 from lossless.cli import main
 from lossless.generate import AcceleratedModel, new_adapter
 from lossless.models import load_base
@@ -109,6 +110,23 @@ def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_pat
     assert "| up to 128 |" in card
     assert "0 mismatches" in card
     assert main(["bench", *model, "--adapter", out, "--prompts", str(prompts), "--limit", "3", "--max-new-tokens", "16"]) == 0
+
+
+def test_a_tokenizer_without_a_template_gets_plain_text_and_that_is_said(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder, bare)
+    (bare / "chat_template.jinja").unlink()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w1 w2 w3"}\n{"turns": ["w4", "w5"]}\n')
+    asked = ["--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "4", "--temperatures", "0", "--batch-size", "2"]
+    assert main(["distill", "--model", str(bare), *asked, "--out", str(tmp_path / "d")]) == 0
+    assert "has no chat template: prompts are given to it as plain text" in capsys.readouterr().err
+    answers = Answers.read(tmp_path / "d")
+    found = {answers[i]["id"]: answers[i] for i in range(3)}
+    assert found["0/0:p-1"]["prompt_ids"] == [4, 5, 6]
+    first = found["1/0:p-2"]
+    assert found["1/1:p-2"]["prompt_ids"] == [*first["prompt_ids"], *(i for i in first["answer_ids"] if i > 2), 8]
 
 
 def bad_inputs(folder: Path, adapter: Path, prompts: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:

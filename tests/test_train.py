@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from lossless import train as module
@@ -178,6 +180,39 @@ def test_accumulated_steps_are_steps_of_larger_batches(taught: Base, answers: Pa
     assert not torch.equal(adapter.transition.out, fresh.transition.out)
     rates = adapter.transition.out.abs().max()
     assert 0 < rates < 2 * config.learning_rate  # one step of AdamW, not two
+
+
+@pytest.fixture
+def afresh() -> Iterator[None]:
+    """Accelerate settles its precision once in a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"tracker": "trackless"}, "Accelerate refuses these settings: .*trackless"),
+        ({"tracker": "clearml"}, "tracker 'clearml' is not installed here"),
+        ({"mixed_precision": "fp4"}, "mixed_precision must be one of no, bf16, fp16"),
+        ({"share": 0.0}, "share must be above 0"),
+        ({"patience": -1}, "patience must be at least 0"),
+        ({"logits_memory_gb": 0.0}, "logits_memory_gb must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_had_are_told(taught: Base, answers: Path, tmp_path: Path, change: dict[str, Any], rule: str) -> None:
+    with pytest.raises(UsageError, match=rule):
+        train(taught, [answers], tmp_path, tiny_config(), TrainConfig(steps=2, answers_per_step=4, held_out=4, **change))
+
+
+@pytest.mark.usefixtures("afresh")
+def test_mixed_precision_learns_too(taught: Base, answers: Path, tmp_path: Path) -> None:
+    config = TrainConfig(steps=40, answers_per_step=8, positions_per_answer=16, learning_rate=1e-2, held_out=4, mixed_precision="bf16")
+    train(taught, [answers], tmp_path, tiny_config(), config)
+    curve = [entry["loss"] for entry in read_jsonl(tmp_path / "curve.jsonl")]
+    assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
 
 
 def test_training_stops_when_nothing_gets_better_and_keeps_the_best(
