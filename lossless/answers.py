@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .errors import UsageError
 from .storage import ensure_room
@@ -71,7 +72,7 @@ class Answers:
 
     def lengths(self, name: str) -> list[int]:
         """Tokens of `prompt_ids` or `answer_ids`, for every answer."""
-        return [len(value) for value in self._table[name]]
+        return list(pc.list_value_length(self._table[name]).to_pylist())
 
     def select(self, numbers: Iterable[int]) -> Answers:
         """These answers, in this order."""

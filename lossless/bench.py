@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .errors import UsageError
+from .errors import UsageError, require_at_least
 from .generate import AcceleratedModel
 from .models import Base
 from .prompts import Prompt, encode
@@ -37,8 +37,7 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        require_at_least(1, self, "max_new_tokens")
         if self.temperature <= 0:
             raise UsageError(f"temperature must be above 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:

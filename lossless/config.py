@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, require_at_least
 
 SCHEDULES = ("parallel", "deferred")
 _MIXED = ("", "no", "bf16", "fp16")
@@ -56,12 +56,8 @@ class StreamingConfig:
     recall: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_streams", "num_msa_layers", "lora_rank", "tree_nodes", "tree_top_k"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("transition_rank", "start_rank", "told_rank", "pruning_rank", "draft_vocab_size"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} must be at least 0, got {getattr(self, name)}")
+        require_at_least(1, self, "num_streams", "num_msa_layers", "lora_rank", "tree_nodes", "tree_top_k")
+        require_at_least(0, self, "transition_rank", "start_rank", "told_rank", "pruning_rank", "draft_vocab_size")
         for name in ("tree_floor", "pruning_floor"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -113,16 +109,12 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "answers_per_step", "positions_per_answer", "gradient_accumulation", "held_out",
-                     "eval_every", "checkpoint_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise UsageError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.patience < 0:
-            raise UsageError(f"patience must be at least 0, got {self.patience}")
-        if self.logits_memory_gb <= 0:
-            raise UsageError(f"logits_memory_gb must be above 0, got {self.logits_memory_gb}")
+        require_at_least(1, self, "steps", "answers_per_step", "positions_per_answer", "gradient_accumulation", "held_out")
+        require_at_least(1, self, "eval_every", "checkpoint_every")
+        require_at_least(0, self, "patience", "warmup_steps")
+        for name in ("learning_rate", "logits_memory_gb"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.share <= 1:
             raise UsageError(f"share must be above 0 and at most 1, got {self.share}")
         if self.mixed_precision not in _MIXED:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .answers import Answers, AnswerWriter, mend
 from .batch import Job, JobQueue, continue_all
-from .errors import UsageError
+from .errors import UsageError, require_at_least
 from .models import Base, fingerprint, fingerprint_differences, processes
 from .prompts import Message, Prompt, encode, encode_user_opening, from_text
 from .storage import append_jsonl, read_jsonl, versions, write_json
@@ -48,11 +48,8 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("answer_tokens", "max_new_tokens", "max_prompt_tokens", "max_turns", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.self_drawn < 0:
-            raise UsageError(f"self_drawn must be at least 0, got {self.self_drawn}")
+        require_at_least(1, self, "answer_tokens", "max_new_tokens", "max_prompt_tokens", "max_turns", "batch_size")
+        require_at_least(0, self, "self_drawn")
         if not self.temperatures or min(self.temperatures) < 0:
             raise UsageError(f"temperatures must be at least 0, got {self.temperatures}")
 

@@ -32,7 +32,6 @@ class Drafter:
     def __init__(self, adapter: StreamAdapter, embeddings: Any, head: nn.Module, scale: float = 1.0) -> None:
         self.adapter, self.embeddings, self.head, self.scale = adapter, embeddings, head, scale
         self._rows: torch.Tensor | None = None
-        self.vocabulary = int(embeddings.weight.shape[0])
         self._numbers: torch.Tensor | None = None  # [vocab], places in the draft vocabulary
         with align_module_device(head):  # Accelerate may keep the weight elsewhere
             weight = getattr(head, "weight", None)
@@ -59,7 +58,7 @@ class Drafter:
         of the early exit."""
         if self._numbers is None and self.adapter.draft_ids is not None:
             ids = self.adapter.draft_ids
-            self._numbers = torch.full((self.vocabulary,), -1, device=ids.device)
+            self._numbers = torch.full((len(self.embeddings.weight),), -1, device=ids.device)
             self._numbers[ids] = torch.arange(len(ids), device=ids.device)
         return torch.tensor(worth_streams(self.logits(exits), trees, self._numbers, floor))
 

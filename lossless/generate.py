@@ -54,9 +54,8 @@ class AcceleratedModel:
         check_served(self.runner)
         self.guarantee = find_guarantee(self.runner, exact)
         self.runner.limits = self.guarantee.limits
-        with torch.no_grad(), self.runner.installed():
-            scale = self.runner.logit_scale()
-        self.drafter = Drafter(self.runner.adapter, model.get_input_embeddings(), model.get_output_embeddings(), scale)
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        self.drafter = Drafter(self.runner.adapter, *ends, self.runner.logit_scale())
         self.tree_nodes = adapter.config.tree_nodes
         # a row that costs more than it is likely to give is not worth it
         self.tree_floor = max(adapter.config.tree_floor, min(self.guarantee.row_cost, 0.5))

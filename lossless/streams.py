@@ -203,13 +203,17 @@ class StreamRunner:
         ids: `[batch, T]`, padded on the right. Returns `[batch, T, dim]` at layer N - N_s and
         `[batch, T, dim]` after the final norm; keys and values are left in the (empty) cache.
         """
+        plan, _ = self._observe(ids, cache)
+        return plan.entry, plan.final
+
+    def _observe(self, ids: torch.Tensor, cache: Any) -> tuple[Pass, torch.Tensor]:
+        """The pass, and `[batch, 1, vocab]` logits of the last row."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         allowed = None
         if not self._knows_causal():
             allowed = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, positions), last_only=True)
-        self._run(plan, ids, positions, cache)
-        return plan.entry, plan.final
+        return plan, self._run(plan, ids, positions, cache)
 
     def _knows_causal(self) -> bool:
         """Whether the base's attention is causal by itself over rows that are all of its keys."""
@@ -224,15 +228,11 @@ class StreamRunner:
 
     def logit_scale(self) -> float:
         """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
-        device = input_device(self.model)
-        ids = torch.tensor([[1 + 3 * i % (self.text_config.vocab_size - 1) for i in range(8)]], device=device)
-        places = torch.arange(8, device=device)[None]
-        plan = Pass(self._implementation, 1, 8, Sight(None, places, places), last_only=True)
-        if not self._knows_causal():
-            plan.main = Sight(torch.ones(1, 8, 8, dtype=torch.bool, device=device).tril(), places, places)
-        logits = self._run(plan, ids, places, RowCache(len(self.layers)))[0, -1].float()
-        bare = self.lm_head(plan.final[0, -1]).float().to(logits.device)
-        found = float((bare * logits).sum() / (bare * bare).sum())
+        ids = torch.tensor([[1 + 3 * i % (self.text_config.vocab_size - 1) for i in range(8)]], device=input_device(self.model))
+        with torch.no_grad(), self.installed():
+            plan, logits = self._observe(ids, RowCache(len(self.layers)))
+            bare = self.lm_head(plan.final[:, -1:]).float().to(logits.device)
+        found = float((bare * logits.float()).sum() / (bare * bare).sum())
         return 1.0 if abs(found - 1) < 0.02 else found
 
     def speculate(

@@ -80,9 +80,8 @@ def train(
     adapter = new_adapter(base.model, streaming, base.tokenizer, draft_ids).to(accelerator.device)
     adapter.base["name"] = base.name
     runner = StreamRunner(base.model, adapter)
-    with torch.no_grad(), differentiable(base.model), runner.installed():
-        scale = runner.logit_scale()
-    drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), scale)
+    with differentiable(base.model):
+        drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), runner.logit_scale())
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config))
     accelerator.register_for_checkpointing(schedule)  # not prepared: a step of it is a step, whatever the processes
