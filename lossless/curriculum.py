@@ -20,6 +20,7 @@ from .features import Block, Features, make_block
 from .models import Base, fingerprint, fingerprint_differences
 from .streams import StreamRunner
 
+_RUN = 32  # positions that share a row of a block
 _LENGTH_WINDOW = 24  # batches whose answers are sorted by length, so that little of each is padding
 
 
@@ -98,11 +99,20 @@ class Order:
 
 
 def block(features: list[Features], config: TrainConfig, gamma: int, runner: StreamRunner, visit: int) -> Block:
-    """A run of positions of each answer, from a random one on; a short answer gives all that it has."""
+    """Positions of each answer, from a random one on; a short answer gives all that it has.
+
+    They come in short runs, each a row of the block: attention takes all streams of a row together, and what it costs
+    grows with their square.
+    """
     rng = random.Random(f"{config.seed}/block {visit}")
-    starts = []
+    runs = -(-config.positions_per_answer // _RUN)
+    count = -(-config.positions_per_answer // runs)
+    picked, starts = [], []
     for f in features:
-        first, last = f.prompt - 1, len(f.ids) - 2 - config.positions_per_answer
-        starts.append(rng.randint(first, max(first, last)))
-    count = max(min(config.positions_per_answer, len(f.ids) - 2 - start) for f, start in zip(features, starts, strict=True))
-    return make_block(features, starts, max(count, 1), gamma, runner.first_top, runner.model.dtype)
+        first, behind = f.prompt - 1, len(f.ids) - 2
+        start = rng.randint(first, max(first, behind - config.positions_per_answer))
+        for begin in range(start, max(start + 1, min(start + runs * count, behind)), count):
+            picked.append(f)
+            starts.append(begin)
+    count = max(1, min(count, max(len(f.ids) - 2 - start for f, start in zip(picked, starts, strict=True))))
+    return make_block(picked, starts, count, gamma, runner.first_top, runner.model.dtype)

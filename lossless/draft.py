@@ -41,6 +41,7 @@ class Drafter:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., draft vocabulary]`, in float32."""
         ids = self.adapter.draft_ids
+        hidden = hidden.contiguous()  # of a slice torch would multiply each text with a copy of the weight
         if self._rows is not None:
             return self._scaled(F.linear(hidden.to(self._rows.dtype), self._rows).float())
         full = self.head(hidden)

@@ -12,17 +12,18 @@ over the draft vocabulary, the targets being the base's probabilities at tempera
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .draft import Drafter
 from .features import Block
 from .streams import StreamRunner
 
 _DECAY = 0.8
-_COPIES = 4  # of all logits that are alive at once: they, their logarithms, and the gradients of both
+_COPIES = 5  # of a stream's logits that are alive at once: they, the targets twice, the gradient and what makes it
 
 
 class StreamLoss(nn.Module):
@@ -51,7 +52,7 @@ class StreamLoss(nn.Module):
             stream = streams[:, :, j - 1]
             r = transition.advance(r, drafter.embed(block.tokens[:, :, j - 1]), stream, j)
             drafting.append(transition.adjust(stream, r))
-        sums = self._compare_all(torch.stack(drafting, dim=2), block.final, block.valid)  # [2, gamma]
+        sums = self._compare(torch.stack(drafting, dim=2), block.final, block.valid)  # [2, gamma]
         # none, if every answer of the block ends before
         each, agreement = sums / block.valid.sum(dim=(0, 1)).clamp_min(1)
         weights = torch.tensor([_DECAY**j for j in range(gamma)], device=each.device)
@@ -64,43 +65,60 @@ class StreamLoss(nn.Module):
         """KL of the early exit to the base's own distribution at the same position."""
         exits = self._base[0].finish(self.adapter.exit_early(block.entry[:, 1:]))  # [b, p - 1, dim]
         valid = block.valid[:, :-1, :1]
-        divergence, _ = self._compare_all(exits[:, :, None], block.final[:, : exits.shape[1]], valid)[:, 0]
+        divergence, _ = self._compare(exits[:, :, None], block.final[:, : exits.shape[1]], valid)[:, 0]
         return divergence / valid.sum().clamp_min(1)
 
-    def _compare_all(self, drafting: torch.Tensor, final: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """drafting: `[b, p, gamma, dim]`, what the LM head reads of each stream; the rest as in `_compare`."""
-        batch, count, gamma, _ = drafting.shape
+    def _compare(self, drafting: torch.Tensor, final: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """`[2, gamma]`: each stream's summed divergence, and how often its best token is the base's.
+
+        drafting: `[b, p, gamma, dim]`, what the LM head reads of each stream; final: `[b, p + gamma - 1, dim]`, what it
+        reads of the base; valid: `[b, p, gamma]`.
+        """
         ids = self.adapter.draft_ids
         vocabulary = self._base[0].text_config.vocab_size if ids is None else len(ids)
-        # of one position of each answer: the streams' logits and, nearly all shared between positions, one target's
-        each = batch * (gamma + 1) * vocabulary * 4 * _COPIES
-        piece = max(1, self._bytes // each)
-        if piece >= count:
-            return self._compare(drafting, final, valid)
-        parts = [
-            checkpoint(
-                self._compare, drafting[:, i : i + piece], final[:, i : i + piece + gamma - 1],
-                valid[:, i : i + piece], use_reentrant=False,
-            )
-            for i in range(0, count, piece)
-        ]  # fmt: skip
-        return torch.stack(parts).sum(0)
+        piece = max(1, self._bytes // (drafting.shape[1] * vocabulary * 4 * _COPIES))
+        found: torch.Tensor = _Divergence.apply(drafting, final, valid, self._base[1].logits, piece, self._hard)
+        return found
 
-    def _compare(self, drafting: torch.Tensor, final: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """`[2, gamma]`: over these positions, each stream's summed KL, and how often its best token is the base's.
 
-        final: `[b, p + gamma - 1, dim]`; valid: `[b, p, gamma]`.
-        """
-        drafter, count = self._base[1], drafting.shape[1]
-        with torch.no_grad():  # a target serves every stream that foretells it
-            targets = F.log_softmax(drafter.logits(final), dim=-1)  # [b, p + gamma - 1, draft vocabulary]
-        sums = []
-        for j in range(drafting.shape[2]):
-            drafted = F.log_softmax(drafter.logits(drafting[:, :, j][valid[:, :, j]]), dim=-1)  # [n, draft vocabulary]
-            target = targets[:, j : j + count][valid[:, :, j]]
-            if self._hard:
-                divergence = F.nll_loss(drafted, target.argmax(-1), reduction="sum")
-            else:
-                divergence = F.kl_div(drafted, target, reduction="sum", log_target=True)
-            sums.append(torch.stack([divergence, (drafted.argmax(-1) == target.argmax(-1)).float().sum()]))
-        return torch.stack(sums, dim=1)
+class _Divergence(torch.autograd.Function):
+    """How far each stream is from the base: a piece of the batch at a time.
+
+    A vocabulary is wide and the streams are many. The gradient with respect to what the LM head reads, softmax(l) - p
+    through the head, is taken as soon as a piece's logits are there, so that none is kept and none computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, drafting: torch.Tensor, final: torch.Tensor, valid: torch.Tensor, logits: Any, piece: int, hard: bool
+    ) -> torch.Tensor:
+        learning = ctx.needs_input_grad[0]
+        count, gamma = drafting.shape[1:3]
+        gradient = torch.zeros_like(drafting) if learning else None
+        sums = torch.zeros(2, gamma, device=drafting.device)
+        for begin in range(0, len(drafting), piece):
+            part = slice(begin, begin + piece)
+            targets = F.softmax(logits(final[part]), dim=-1)  # [piece, p + gamma - 1, draft vocabulary]
+            best = targets.argmax(-1)
+            entropy = torch.zeros_like(best, dtype=targets.dtype) if hard else -torch.special.xlogy(targets, targets).sum(-1)
+            for j in range(gamma):  # a target serves every stream that foretells it
+                of, ahead = valid[part, :, j], slice(j, j + count)
+                hidden = drafting[part, :, j][of].requires_grad_(learning)
+                with torch.set_grad_enabled(learning):
+                    drafted = logits(hidden)  # [n, draft vocabulary]
+                told, wanted = drafted.detach(), best[:, ahead][of]
+                normalizer = told.logsumexp(-1, keepdim=True)
+                target = F.one_hot(wanted, told.shape[1]).to(told.dtype) if hard else targets[:, ahead][of]
+                sums[0, j] += normalizer.sum() - torch.linalg.vecdot(target, told).sum() - entropy[:, ahead][of].sum()
+                sums[1, j] += (told.argmax(-1) == wanted).sum()
+                if gradient is not None:
+                    error = (told - normalizer).exp_().sub_(target)
+                    gradient[part, :, j][of] = torch.autograd.grad(drafted, hidden, error)[0]
+        ctx.gradient = gradient
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[Any, ...]:
+        """upstream: `[2, gamma]`, of which the second row (of counts) has no gradient to give."""
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient * upstream[0][0][:, None].to(gradient.dtype), None, None, None, None, None

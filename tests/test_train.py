@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
+from lossless import curriculum
 from lossless import train as module
 from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
@@ -26,7 +27,7 @@ from lossless.errors import UsageError
 from lossless.features import FeatureStore, make_block
 from lossless.foretell import Foretold, check_parity
 from lossless.generate import AcceleratedModel, accelerate, new_adapter
-from lossless.loss import StreamLoss
+from lossless.loss import StreamLoss, _Divergence
 from lossless.models import Base, freeze
 from lossless.prompts import from_text
 from lossless.storage import read_jsonl
@@ -159,16 +160,57 @@ def test_logits_in_pieces_are_the_same_loss(taught: Base, answers: Path, monkeyp
     with runner.installed():
         features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1, 2, 3])
         block = make_block(features, [f.prompt - 1 for f in features], 12, 4, 2, torch.float32)
-        for gigabytes in (1.0, 4e-5):
+        for gigabytes in (1.0, 1e-9):
             seen.clear()
             loss, each, agreement = StreamLoss(runner, drafter, gigabytes)(block)
             adapter.zero_grad()
             loss.backward()
             found.append((loss.detach(), each, agreement, *(p.grad.clone() for p in adapter.parameters() if p.grad is not None)))
             most = max(seen)
-    assert most <= 4 * (2 + 3)  # two positions at a time, and the targets that those share
+    assert most == 12 + 3  # one answer at a time: its positions, and the targets beyond them
     for whole, pieces in zip(*found, strict=True):
         torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_and_its_gradient_are_those_of_torch() -> None:
+    """The gradient that is taken piece by piece, beside autograd through all logits at once."""
+    torch.manual_seed(0)
+    head, drafting = torch.randn(20, 8, dtype=torch.double), torch.randn(5, 4, 3, 8, dtype=torch.double, requires_grad=True)
+    final, valid = torch.randn(5, 6, 8, dtype=torch.double), torch.rand(5, 4, 3) < 0.7
+    weights = torch.tensor([1.0, 0.5, 0.25])
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ head.T
+
+    targets = torch.stack([logits(final)[:, j : j + 4] for j in range(3)], dim=2)
+    for hard in (False, True):
+        if hard:
+            each = F.cross_entropy(logits(drafting).flatten(0, 2), targets.argmax(-1).flatten(), reduction="none").view(5, 4, 3)
+        else:
+            each = F.kl_div(logits(drafting).log_softmax(-1), targets.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        whole = (each * valid).sum((0, 1))
+        (theirs,) = torch.autograd.grad((whole * weights).sum(), drafting)
+        found = _Divergence.apply(drafting, final, valid, logits, 2, hard)
+        (ours,) = torch.autograd.grad((found[0] * weights).sum(), drafting)
+        torch.testing.assert_close(found[0].double(), whole.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+        assert torch.equal(found[1], ((logits(drafting).argmax(-1) == targets.argmax(-1)) & valid).sum((0, 1)))
+
+
+@pytest.mark.parametrize(("positions", "length", "visited"), [(64, 300, 64), (50, 300, 50), (32, 300, 32), (8, 300, 8), (64, 41, 40), (64, 3, 2)])
+def test_a_block_visits_a_stretch_of_each_answer_once(taught: Base, positions: int, length: int, visited: int) -> None:
+    """In runs of at most 32 positions; of an answer of n tokens n - 1 have a certain token and one to draft."""
+    runner = StreamRunner(taught.model, new_adapter(taught.model, tiny_config()))
+    stored = Answers.of([answer([1, 2, 3], [5] * length)])
+    with torch.no_grad(), runner.installed():
+        features = FeatureStore(runner, stored, memory_gb=1).get([0])
+        block = curriculum.block(features, TrainConfig(positions_per_answer=positions), 4, runner, visit=1)
+    places = block.positions[block.valid[:, :, 0]].tolist()
+    assert block.positions.shape[1] <= 32
+    assert len(places) == visited
+    assert places == list(range(places[0], places[0] + visited))
+    assert places[0] >= 2
+    assert places[-1] <= length
 
 
 def test_accumulated_steps_are_steps_of_larger_batches(taught: Base, answers: Path, tmp_path: Path) -> None:
