@@ -84,9 +84,8 @@ class StreamingConfig:
 class TrainConfig:
     """How long and how fast to learn.
 
-    A step visits `answers_per_step` stretches of `positions_per_answer` positions, `gradient_accumulation` times over, in
-    every process, of a `share` of the answers. `patience` evaluations without
-    a better one end the training; 0 never does.
+    A step visits `positions_per_answer` positions of `answers_per_step` answers, `gradient_accumulation` times over, in
+    every process, of a `share` of the answers. `patience` evaluations without a better one end the training; 0 never does.
     """
 
     steps: int = 900
