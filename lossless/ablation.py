@@ -17,7 +17,7 @@ from .config import StreamingConfig, TrainConfig
 from .errors import NotOfThisBase
 from .models import Base, processes
 from .storage import versions, write_json
-from .train import train
+from .train import Kept, train
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ def ablate(
     out = Path(out)
     rows = {row["name"]: row for row in _report(out).get("variants", [])}
     report: dict[str, Any] = {}
+    kept: Kept = {}  # no variant changes the base, nor the order of the answers
     for variant in VARIANTS:
         if only and variant.name not in only:
             continue
         if processes().is_main_process:
             print(f"\n{variant.name}", flush=True)
-        rows[variant.name] = _row(base, data, out, variant, streaming, config)
+        rows[variant.name] = _row(base, data, out, variant, streaming, config, kept)
         report = {
             "model": base.name,
             "dtype": str(base.model.dtype).removeprefix("torch."),
@@ -96,17 +97,23 @@ def _report(out: Path) -> dict[str, Any]:
 
 
 def _row(
-    base: Base, data: Sequence[str | Path], out: Path, variant: Variant, streaming: StreamingConfig, config: TrainConfig
+    base: Base,
+    data: Sequence[str | Path],
+    out: Path,
+    variant: Variant,
+    streaming: StreamingConfig,
+    config: TrainConfig,
+    kept: Kept,
 ) -> dict[str, Any]:
     """One variant, trained; or why this base cannot have it."""
     folder = out / variant.name.replace(" ", "-").replace(",", "")
     try:
         own = replace(streaming, **variant.streaming)
-        _, _, summary = train(base, data, folder, own, replace(config, **variant.training, share=config.share * variant.share))
+        _, _, summary = train(base, data, folder, own, replace(config, **variant.training, share=config.share * variant.share), kept)
     except NotOfThisBase as error:
         return {"name": variant.name, "refused": str(error)}
-    kept = ("acceptance_length", "trained_parameters", "parameters_by_part", "answer_tokens")
-    return {"name": variant.name} | {key: summary[key] for key in kept}
+    told = ("acceptance_length", "trained_parameters", "parameters_by_part", "answer_tokens")
+    return {"name": variant.name} | {key: summary[key] for key in told}
 
 
 def _others(base: Base, streaming: StreamingConfig) -> dict[str, int]:

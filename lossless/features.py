@@ -46,12 +46,13 @@ class FeatureStore:
         runner: the base, installed (its adapter takes no part).
         answers: prompts and answers of the base.
         memory_gb: how much to keep; what does not fit is computed again each time.
+        kept: what another store kept of the same answers, for as many top layers; this one adds to it.
     """
 
-    def __init__(self, runner: StreamRunner, answers: Answers, memory_gb: float) -> None:
+    def __init__(self, runner: StreamRunner, answers: Answers, memory_gb: float, kept: dict[int, Features] | None = None) -> None:
         self.runner, self.answers = runner, answers
-        self._room = int(memory_gb * 2**30)
-        self._kept: dict[int, Features] = {}
+        self._kept: dict[int, Features] = {} if kept is None else kept
+        self._room = int(memory_gb * 2**30) - sum(features.bytes for features in self._kept.values())
 
     def __len__(self) -> int:
         return len(self.answers)

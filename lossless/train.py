@@ -33,7 +33,7 @@ from .config import StreamingConfig, TrainConfig
 from .curriculum import Order, block, draft_vocabulary, read_answers, split
 from .draft import Drafter
 from .errors import UsageError
-from .features import FeatureStore
+from .features import Features, FeatureStore
 from .foretell import foretell
 from .generate import new_adapter
 from .loss import StreamLoss
@@ -41,15 +41,25 @@ from .models import Base, differentiable, processes
 from .storage import append_jsonl, versions, write_json
 from .streams import StreamRunner
 
+Kept = dict[tuple[str, int], dict[int, Features]]
+
 
 def train(
-    base: Base, data: Sequence[str | Path], out: str | Path, streaming: StreamingConfig, config: TrainConfig
+    base: Base,
+    data: Sequence[str | Path],
+    out: str | Path,
+    streaming: StreamingConfig,
+    config: TrainConfig,
+    kept: Kept | None = None,
 ) -> tuple[StreamAdapter, Answers, dict[str, Any]]:
     """Train an adapter on the answers in the folders of `data` and save it into `out`.
 
     A checkpoint is written every `checkpoint_every` steps; after an interruption the same command goes on from it. Of the
     adapters that were evaluated the best is the one that is saved. Under `accelerate launch` the processes of a step
     visit different answers.
+
+    Args:
+        kept: features that trainings of several adapters on the same answers share: the base is frozen for all of them.
 
     Returns:
         The adapter, the answers that were held out, and the summary that is also written to `out/training.json`.
@@ -90,8 +100,9 @@ def train(
     progress = checkpoints.resume()
 
     order = Order(answers, config)
-    held_store = FeatureStore(runner, held_out, config.feature_memory_gb / 8)
-    store = FeatureStore(runner, answers, config.feature_memory_gb * 7 / 8)
+    kept = {} if kept is None else kept
+    held_store = FeatureStore(runner, held_out, config.feature_memory_gb / 8, kept.setdefault(("held out", runner.first_top), {}))
+    store = FeatureStore(runner, answers, config.feature_memory_gb * 7 / 8, kept.setdefault(("learnt from", runner.first_top), {}))
     tokens = sum(answers.lengths("answer_ids"))
     accelerator.print(
         f"{len(answers)} answers, {tokens:,} tokens; {adapter.parameter_count():,} trained parameters; "
