@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -41,6 +41,7 @@ from .models import Base, differentiable, processes
 from .storage import append_jsonl, versions, write_json
 from .streams import StreamRunner
 
+_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 Kept = dict[tuple[str, int], dict[int, Features]]
 
 
@@ -203,6 +204,11 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
             )
     except ValueError as error:
         raise UsageError(f"Accelerate refuses these settings: {str(error).splitlines()[0]}") from error
+    if accelerator.distributed_type in _SHARDING:
+        raise UsageError(
+            f"{accelerator.distributed_type.value} shards the weights that are trained; here those are a small adapter's, which "
+            "each process needs whole: launch several processes without it"
+        )
     if config.tracker and not accelerator.log_with:
         raise UsageError(f"tracker {config.tracker!r} is not installed here: pip install it, or leave --tracker out")
     return accelerator

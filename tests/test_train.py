@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch.nn import functional as F
 
 from lossless import curriculum
@@ -233,6 +234,12 @@ def afresh() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("afresh")
+def test_what_would_shard_the_adapter_is_refused(taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UsageError, match="FSDP shards the weights that are trained"):
+        train(taught, [answers], tmp_path, tiny_config(), TRAINING)
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
