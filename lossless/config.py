@@ -84,13 +84,13 @@ class StreamingConfig:
 class TrainConfig:
     """How long and how fast to learn.
 
-    A step visits `positions_per_answer` positions of `answers_per_step` answers, `gradient_accumulation` times over, in
-    every process, of a `share` of the answers. `patience` evaluations without a better one end the training; 0 never does.
+    A step visits about `answers_per_step` stretches of `positions_per_answer` positions, `gradient_accumulation` times over,
+    in every process, of a `share` of the answers. `patience` evaluations without a better one end the training; 0 never does.
     """
 
     steps: int = 900
-    answers_per_step: int = 8
-    positions_per_answer: int = 128
+    answers_per_step: int = 16
+    positions_per_answer: int = 32
     gradient_accumulation: int = 1
     learning_rate: float = 2e-3
     warmup_steps: int = 20

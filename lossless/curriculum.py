@@ -5,8 +5,11 @@ Knows: folders of answers, and orders that are the same for the same seed. Does 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ from .features import Block, Features, make_block
 from .models import Base, fingerprint, fingerprint_differences
 from .streams import StreamRunner
 
-_RUN = 32  # positions that share a row of a block
-_LENGTH_WINDOW = 24  # batches whose answers are sorted by length, so that little of each is padding
+_WINDOW = 96  # answers whose stretches are visited in random order
+_READ_AT_ONCE = 8  # answers that the base reads in one pass
 
 
 def read_answers(base: Base, folders: list[Path]) -> tuple[Answers, list[dict[str, Any]]]:
@@ -69,50 +72,63 @@ def draft_vocabulary(answers: Answers, size: int) -> torch.Tensor:
     return torch.from_numpy(np.sort(best)).long()
 
 
-def batches(lengths: list[int], config: TrainConfig, epoch: int) -> list[list[int]]:
-    """The answers of each step of an epoch; the same for the same seed."""
-    rng = random.Random(f"{config.seed}/{epoch}")
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    found: list[list[int]] = []
-    window = config.answers_per_step * _LENGTH_WINDOW
-    for begin in range(0, len(order), window):
-        near = sorted(order[begin : begin + window], key=lambda i: lengths[i])
-        found += [near[i : i + config.answers_per_step] for i in range(0, len(near), config.answers_per_step)]
-    rng.shuffle(found)
-    return found
+@dataclass(frozen=True)
+class Visit:
+    """What a step learns from: (answer, its first position there), and all answers that steps near it visit, in batches of
+    like length; a list that is the same object while it stays the same."""
+
+    stretches: list[tuple[int, int]]
+    near: list[list[int]]
 
 
 class Order:
-    """Which answers each visit is of, epoch after epoch."""
+    """Which stretches of which answers each visit is of, epoch after epoch; the same for the same seed.
 
-    def __init__(self, answers: Answers, config: TrainConfig) -> None:
-        prompts, said = answers.lengths("prompt_ids"), answers.lengths("answer_ids")
-        self._lengths, self._config, self._epoch = [a + b for a, b in zip(prompts, said, strict=True)], config, 0
-        self._batches = batches(self._lengths, config, 0)
-
-    def visit(self, number: int) -> list[int]:
-        epoch, place = divmod(number, len(self._batches))
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, batches(self._lengths, self._config, epoch)
-        return self._batches[place]
-
-
-def block(features: list[Features], config: TrainConfig, gamma: int, runner: StreamRunner, visit: int) -> Block:
-    """Positions of each answer, from a random one on; a short answer gives all that it has.
-
-    They come in short runs, each a row of the block: attention takes all streams of a row together, and what it costs
-    grows with their square.
+    Answers come in windows. Each stretch of each answer of a window is visited once, in random order: a step sees many
+    answers, and yet the base reads an answer only once. Every process has windows of its own.
     """
-    rng = random.Random(f"{config.seed}/block {visit}")
-    runs = -(-config.positions_per_answer // _RUN)
-    count = -(-config.positions_per_answer // runs)
-    picked, starts = [], []
-    for f in features:
-        first, behind = f.prompt - 1, len(f.ids) - 2
-        start = rng.randint(first, max(first, behind - config.positions_per_answer))
-        for begin in range(start, max(start + 1, min(start + runs * count, behind)), count):
-            picked.append(f)
-            starts.append(begin)
-    count = max(1, min(count, max(len(f.ids) - 2 - start for f, start in zip(picked, starts, strict=True))))
-    return make_block(picked, starts, count, gamma, runner.first_top, runner.model.dtype)
+
+    def __init__(self, answers: Answers, config: TrainConfig, process: int = 0, processes: int = 1) -> None:
+        prompts, said = answers.lengths("prompt_ids"), answers.lengths("answer_ids")
+        self._lengths = [before + length for before, length in zip(prompts, said, strict=True)]
+        # an answer's last token but one is the last that is certain while there is something to draft
+        self._stretches = [range(before - 1, before + length - 2, config.positions_per_answer) for before, length in zip(prompts, said, strict=True)]
+        self._config, self._process, self._processes = config, process, processes
+        self._place = -1  # of the window that visits are of, among those of the epoch
+        self._begin(0, 0)
+
+    def visit(self, number: int) -> Visit:
+        if number < self._first:
+            self._begin(0, 0)
+        while number >= self._first + self._ends[-1]:
+            self._begin(self._epoch + 1, self._first + self._ends[-1])
+        place = bisect.bisect_right(self._ends, number - self._first)
+        if place != self._place:
+            self._place, window = place, self._windows[place]
+            stretches = [(answer, start) for answer in window for start in self._stretches[answer]]
+            random.Random(f"{self._config.seed}/{self._epoch}/{place}").shuffle(stretches)
+            count = self._visits(window)
+            self._steps = [stretches[i::count] for i in range(count)]  # of like size
+            alike = sorted(window, key=lambda answer: self._lengths[answer])
+            self._near = [alike[i : i + _READ_AT_ONCE] for i in range(0, len(alike), _READ_AT_ONCE)]
+        before = self._ends[place] - len(self._steps)
+        return Visit(self._steps[number - self._first - before], self._near)
+
+    def _begin(self, epoch: int, first: int) -> None:
+        """Deal out an epoch, whose first visit is number `first`."""
+        order = list(range(len(self._stretches)))
+        random.Random(f"{self._config.seed}/{epoch}").shuffle(order)
+        windows = [order[i : i + _WINDOW] for i in range(0, len(order), _WINDOW)]
+        self._windows = windows[self._process :: self._processes] or windows
+        self._ends = list(itertools.accumulate(map(self._visits, self._windows)))
+        self._epoch, self._first, self._place = epoch, first, -1
+
+    def _visits(self, window: list[int]) -> int:
+        return max(1, round(sum(len(self._stretches[answer]) for answer in window) / self._config.answers_per_step))
+
+
+def block(features: list[Features], visit: Visit, config: TrainConfig, gamma: int, runner: StreamRunner) -> Block:
+    """The stretches of a visit, each a row; features: of the answer of each."""
+    starts = [start for _, start in visit.stretches]
+    left = max(len(f.ids) - 2 - start for f, start in zip(features, starts, strict=True))
+    return make_block(features, starts, min(config.positions_per_answer, left), gamma, runner.first_top, runner.model.dtype)

@@ -52,6 +52,7 @@ class FeatureStore:
     def __init__(self, runner: StreamRunner, answers: Answers, memory_gb: float, kept: dict[int, Features] | None = None) -> None:
         self.runner, self.answers = runner, answers
         self._kept: dict[int, Features] = {} if kept is None else kept
+        self._ahead: list[list[int]] | None = None
         self._room = int(memory_gb * 2**30) - sum(features.bytes for features in self._kept.values())
 
     def __len__(self) -> int:
@@ -59,13 +60,29 @@ class FeatureStore:
 
     def get(self, numbers: list[int]) -> list[Features]:
         """Features of these answers, in this order; those that are missing are computed in one pass."""
-        missing = [n for n in numbers if n not in self._kept]
-        fresh = dict(zip(missing, self._compute([self.answers[n] for n in missing]), strict=True)) if missing else {}
-        for number, features in fresh.items():
-            if features.bytes <= self._room:
-                self._room -= features.bytes
-                self._kept[number] = features
-        return [fresh[n] if n in fresh else self._kept[n] for n in numbers]
+        found = {n: self._kept[n] for n in numbers if n in self._kept}
+        missing = [n for n in dict.fromkeys(numbers) if n not in found]
+        if missing:
+            fresh = dict(zip(missing, self._compute([self.answers[n] for n in missing]), strict=True))
+            found |= fresh
+            for number, features in fresh.items():
+                self._keep(number, features)
+        return [found[n] for n in numbers]
+
+    def read_ahead(self, batches: list[list[int]]) -> None:
+        """Have the features of these answers at hand, as far as memory allows; told the same again, it does nothing."""
+        if batches is not self._ahead:
+            for numbers in batches:
+                self.get(numbers)
+            self._ahead = batches
+
+    def _keep(self, number: int, features: Features) -> None:
+        """What has been kept longest makes room."""
+        while self._kept and self._room < features.bytes:
+            self._room += self._kept.pop(next(iter(self._kept))).bytes
+        if features.bytes <= self._room:
+            self._room -= features.bytes
+            self._kept[number] = features
 
     @torch.no_grad()
     def _compute(self, records: list[dict[str, Any]]) -> list[Features]:

@@ -100,7 +100,7 @@ def train(
     checkpoints = Checkpoints(out, settings | {"answers": digest}, accelerator, 4 * adapter.parameter_count())
     progress = checkpoints.resume()
 
-    order = Order(answers, config)
+    order = Order(answers, config, accelerator.process_index, accelerator.num_processes)
     kept = {} if kept is None else kept
     held_store = FeatureStore(runner, held_out, config.feature_memory_gb / 8, kept.setdefault(("held out", runner.first_top), {}))
     store = FeatureStore(runner, answers, config.feature_memory_gb * 7 / 8, kept.setdefault(("learnt from", runner.first_top), {}))
@@ -116,9 +116,9 @@ def train(
                 # 1. learn: every process and every part of an accumulated step visits answers of its own
                 parts = []
                 for part in range(config.gradient_accumulation):
-                    visit = (progress.step * config.gradient_accumulation + part) * accelerator.num_processes
-                    visit += accelerator.process_index
-                    visited = block(store.get(order.visit(visit)), config, streaming.num_streams, runner, visit)
+                    visit = order.visit(progress.step * config.gradient_accumulation + part)
+                    store.read_ahead(visit.near)
+                    visited = block(store.get([answer for answer, _ in visit.stretches]), visit, config, streaming.num_streams, runner)
                     with accelerator.accumulate(loss_module):
                         loss, each, agreement = loss_module(visited)
                         if not math.isfinite(loss.item()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.nn import functional as F
 
-from lossless import curriculum
 from lossless import train as module
 from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers, AnswerWriter
 from lossless.cache import RowCache
 from lossless.config import TrainConfig
-from lossless.curriculum import batches, draft_vocabulary, read_answers, split
+from lossless.curriculum import Order, block, draft_vocabulary, read_answers, split
 from lossless.distill import DistillConfig, distill
 from lossless.draft import Drafter
 from lossless.errors import UsageError
@@ -198,22 +198,6 @@ def test_the_loss_and_its_gradient_are_those_of_torch() -> None:
         assert torch.equal(found[1], ((logits(drafting).argmax(-1) == targets.argmax(-1)) & valid).sum((0, 1)))
 
 
-@pytest.mark.parametrize(("positions", "length", "visited"), [(64, 300, 64), (50, 300, 50), (32, 300, 32), (8, 300, 8), (64, 41, 40), (64, 3, 2)])
-def test_a_block_visits_a_stretch_of_each_answer_once(taught: Base, positions: int, length: int, visited: int) -> None:
-    """In runs of at most 32 positions; of an answer of n tokens n - 1 have a certain token and one to draft."""
-    runner = StreamRunner(taught.model, new_adapter(taught.model, tiny_config()))
-    stored = Answers.of([answer([1, 2, 3], [5] * length)])
-    with torch.no_grad(), runner.installed():
-        features = FeatureStore(runner, stored, memory_gb=1).get([0])
-        block = curriculum.block(features, TrainConfig(positions_per_answer=positions), 4, runner, visit=1)
-    places = block.positions[block.valid[:, :, 0]].tolist()
-    assert block.positions.shape[1] <= 32
-    assert len(places) == visited
-    assert places == list(range(places[0], places[0] + visited))
-    assert places[0] >= 2
-    assert places[-1] <= length
-
-
 def test_accumulated_steps_are_steps_of_larger_batches(taught: Base, answers: Path, tmp_path: Path) -> None:
     """Two visits of four answers move the adapter as one of their eight does."""
     config = TrainConfig(steps=1, answers_per_step=4, positions_per_answer=8, gradient_accumulation=2, held_out=4, warmup_steps=1)
@@ -385,13 +369,53 @@ def test_training_streams_are_the_decoding_streams(taught: Base) -> None:
     assert block.valid[0].all(-1).tolist() == [True, True, True, True, False, False]
 
 
-def test_every_answer_is_visited_once_an_epoch() -> None:
-    config = TrainConfig(answers_per_step=4)
-    lengths = [10 + i % 13 for i in range(203)]
-    first, again, other = batches(lengths, config, 0), batches(lengths, config, 0), batches(lengths, config, 1)
-    assert first == again
-    assert first != other
-    assert sorted(i for batch in first for i in batch) == list(range(203))
+def test_every_position_is_visited_once_an_epoch(taught: Base) -> None:
+    """Of an answer of n tokens n - 1 positions have a certain token and one to draft; the first is the prompt's last."""
+    lengths = [3 + i * 7 % 90 for i in range(150)]
+    stored = Answers.of([answer([1, 2, 3][: 1 + i % 3], [5] * length) for i, length in enumerate(lengths)])
+    config = TrainConfig(answers_per_step=4, positions_per_answer=16)
+    runner = StreamRunner(taught.model, new_adapter(taught.model, tiny_config()))
+    order, again, other = Order(stored, config), Order(stored, config), Order(stored, replace(config, seed=1))
+    visited, number = Counter[tuple[int, int]](), 0
+    with torch.no_grad(), runner.installed():
+        store = FeatureStore(runner, stored, memory_gb=1)
+        while visited.total() < sum(lengths) - len(lengths):
+            visit = order.visit(number)
+            found = block(store.get([number for number, _ in visit.stretches]), visit, config, 4, runner)
+            for (which, _), places, valid in zip(visit.stretches, found.positions, found.valid[:, :, 0], strict=True):
+                visited.update((which, int(place)) for place in places[valid])
+            number += 1
+    assert set(visited.values()) == {1}
+    first = {which: min(place for answer, place in visited if answer == which) for which in range(150)}
+    assert first == {i: i % 3 for i in range(150)}
+    assert [again.visit(i) for i in (5, 0, number + 3)] == [order.visit(i) for i in (5, 0, number + 3)]
+    assert order.visit(0) != other.visit(0)
+    assert {answer for answer, _ in order.visit(number).stretches} <= {n for batch in order.visit(number).near for n in batch}
+
+
+def test_processes_visit_different_answers() -> None:
+    stored = Answers.of([answer([1, 2], [5] * 40) for _ in range(384)])
+    config, seen = TrainConfig(answers_per_step=8, positions_per_answer=64), []
+    for process in range(2):
+        order = Order(stored, config, process, 2)
+        seen.append({answer for number in range(24) for answer, _ in order.visit(number).stretches})
+    assert not seen[0] & seen[1]
+    assert sum(map(len, seen)) == 384
+    alone = [Order(stored.select(range(3)), config, process, 5).visit(0) for process in range(5)]
+    assert all(visit.stretches for visit in alone)  # fewer windows than processes: all visit the same
+
+
+def test_features_that_do_not_fit_make_room(taught: Base, answers: Path) -> None:
+    runner = StreamRunner(taught.model, new_adapter(taught.model, tiny_config()))
+    stored = Answers.read(answers)
+    with torch.no_grad(), runner.installed():
+        plenty = FeatureStore(runner, stored, memory_gb=1)
+        wanted = plenty.get(list(range(6)))
+        scarce = FeatureStore(runner, stored, memory_gb=sum(f.bytes for f in wanted[:3]) / 2**30)
+        for numbers in ([0, 1, 2], [3, 3, 0], [4, 5]):
+            for number, features in zip(numbers, scarce.get(numbers), strict=True):
+                torch.testing.assert_close(features.final, wanted[number].final, rtol=0.1, atol=0.1)
+    assert {4, 5} <= set(scarce._kept) < set(range(6))
 
 
 def test_the_draft_vocabulary_holds_the_commonest_tokens() -> None:
