@@ -215,6 +215,11 @@ class StreamRunner:
         plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, positions), last_only=True)
         return plan, self._run(plan, ids, positions, cache)
 
+    def _observe_anything(self) -> tuple[Pass, torch.Tensor]:
+        """A short pass over some text, to see how the base goes about it."""
+        ids = torch.tensor([[1 + 3 * i % (self.text_config.vocab_size - 1) for i in range(8)]], device=input_device(self.model))
+        return self._observe(ids, RowCache(len(self.layers)))
+
     def _knows_causal(self) -> bool:
         """Whether the base's attention is causal by itself over rows that are all of its keys."""
         return self._implementation == "sdpa" and not self.own_attention
@@ -228,9 +233,8 @@ class StreamRunner:
 
     def logit_scale(self) -> float:
         """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
-        ids = torch.tensor([[1 + 3 * i % (self.text_config.vocab_size - 1) for i in range(8)]], device=input_device(self.model))
         with torch.no_grad(), self.installed():
-            plan, logits = self._observe(ids, RowCache(len(self.layers)))
+            plan, logits = self._observe_anything()
             bare = self.lm_head(plan.final[:, -1:]).float().to(logits.device)
         found = float((bare * logits.float()).sum() / (bare * bare).sum())
         return 1.0 if abs(found - 1) < 0.02 else found
@@ -254,8 +258,11 @@ class StreamRunner:
 
         Returns:
             `[batch, nodes, num_streams, dim]` after the final norm. The layers are called as the base called
-            them last, so that a pass of main rows must have come before.
+            them last.
         """
+        if not self._habits:  # no main rows have passed since this was installed
+            with torch.no_grad():
+                self._observe_anything()
         keys = cache.places().to(entry.device).expand(len(entry), -1)
         sight = stream_sight(context, positions, keys, self.adapter.config.num_streams)
         plan = Pass(self._implementation, len(entry), 0, stream=sight, cache=cache, merged=bool(self._merged))

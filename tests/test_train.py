@@ -465,6 +465,10 @@ def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_p
     assert rows["half of the answers"]["answer_tokens"] < 0.6 * rows["paper"]["answer_tokens"]
     layer = sum(p.numel() for p in taught.model.model.layers[0].parameters())
     assert list(report["others"].values()) == [4 * (32 * 32 + 32 + 32 * 96), layer + 2 * 32 * 32 + 32, 4 * 32]
+    train(taught, [answers], tmp_path / "alone", tiny_config(**options), training)
+    curves = [read_jsonl(tmp_path / folder / "curve.jsonl") for folder in ("alone", "paper-+-transition")]
+    for alone, among in zip(*curves, strict=True):  # features that variants share change nothing
+        assert among["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     again = ablate(taught, [answers], tmp_path, tiny_config(**options), training, names[:1])  # the rest is kept
     assert again["variants"] == report["variants"]
     written = (tmp_path / "ablation.md").read_text()
