@@ -82,6 +82,8 @@ class Run:
     decode_s: float
     target_passes: int
     drafted: int
+    speculated: int
+    pruned_wrongly: int
     reread: int
     acceptance_length: float
     baseline_tokens_per_s: float
@@ -146,6 +148,8 @@ def run_pair(
         decode_s=clock.decode_s,
         target_passes=fast.stats.target_passes,
         drafted=fast.stats.drafted,
+        speculated=fast.stats.speculated,
+        pruned_wrongly=fast.stats.pruned_wrongly,
         reread=fast.stats.reread,
         acceptance_length=fast.stats.acceptance_length,
         baseline_tokens_per_s=baseline,
@@ -190,6 +194,8 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
         "tokens": sum(r.tokens for r in runs),
         "identical": sum(r.identical for r in runs),
         "reread": sum(r.reread for r in runs),
+        "speculated": sum(r.speculated for r in runs),
+        "pruned_wrongly": sum(r.pruned_wrongly for r in runs),
         "acceptance_length": round(_pooled_acceptance(runs), 4),
         "baseline_tokens_per_s": round(statistics.median(r.baseline_tokens_per_s for r in runs), 3),
         "tokens_per_s": round(statistics.median(r.tokens_per_s for r in runs), 3),
@@ -214,6 +220,7 @@ def report(
         "tree_floor": round(fast.tree_floor, 4),
         "schedule": fast.schedule,
         "recall": fast.recall,
+        "pruning_floor": fast.pruning_floor if fast.adapter.pruning is not None else None,
         "guarantee": fast.guarantee.describe(),
         **summarize(runs),
         "categories": {name: summarize([r for r in runs if r.category == name]) for name in _categories(runs)},

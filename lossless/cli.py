@@ -170,6 +170,7 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tree-nodes", type=int, help="most rows of a verification pass; the adapter's own choice by default")
     command.add_argument("--tree-floor", type=float, help="least probability of a path that is worth a row; the same")
     command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
+    command.add_argument("--pruning-floor", type=float, help="least probability, by the pruning layer, of a node that speculates; the same")
     command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from the text itself too, or not")
 
 

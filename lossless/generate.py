@@ -35,7 +35,7 @@ from .text import NoiseTape, Text, result
 from .tree import DraftTree
 from .verification import walk
 
-OVERRIDES = frozenset(("tree_nodes", "tree_floor", "schedule", "recall"))  # fields of an adapter's config that a session may change
+OVERRIDES = frozenset(("tree_nodes", "tree_floor", "schedule", "recall", "pruning_floor"))  # fields of an adapter's config that a session may change
 
 
 class AcceleratedModel:
@@ -61,6 +61,7 @@ class AcceleratedModel:
         self.tree_floor = max(adapter.config.tree_floor, min(self.guarantee.row_cost, 0.5))
         self.schedule = adapter.config.schedule
         self.recall = adapter.config.recall
+        self.pruning_floor = adapter.config.pruning_floor
         self.stats = Stats()
         self._lock = threading.RLock()
         self._warned: set[str] = set()
@@ -221,7 +222,7 @@ class AcceleratedModel:
 
         def choose(entry: torch.Tensor) -> torch.Tensor:
             exits = self.runner.finish(self.runner.adapter.exit_early(entry))
-            return self.drafter.worth_streams(exits, trees, self.adapter.config.pruning_floor)
+            return self.drafter.worth_streams(exits, trees, self.pruning_floor)
 
         return choose
 
@@ -253,6 +254,7 @@ class AcceleratedModel:
             return [], out.entry
         if out.streams is not None and set(chosen) <= set(out.nodes):  # not if one was pruned
             return active, out.streams[going, [out.nodes.index(row) for row in chosen]]
+        self.stats.pruned_wrongly += len(active) * (out.streams is not None)
         entry = out.entry[going, chosen][:, None]  # [texts, 1, dim]
         positions = torch.tensor([[text.position - 1] for text in active], device=entry.device)
         context = cache.visible()
@@ -293,7 +295,7 @@ def accelerate(
             `near-tie`, passes of several rows may be rounded otherwise, but a choice that this could change is made
             again from rows read one by one; `off`, it is not. None: bitwise where the device gives it, near-tie where
             that would cost much and spare nothing (`fast.guarantee` says which). Texts of a batch of several are always `off`.
-        overrides: `tree_nodes`, `tree_floor`, `schedule` or `recall` (see `StreamingConfig`), in place of the adapter's own.
+        overrides: `tree_nodes`, `tree_floor`, `schedule`, `recall` or `pruning_floor` (see `StreamingConfig`), in place of the adapter's own.
 
     Raises:
         UsageError: the adapter cannot be read, its shapes are another model's, the model cannot be served, or the

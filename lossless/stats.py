@@ -18,6 +18,7 @@ class Stats:
         target_passes: passes of the base after the prefill; one over a batch counts for each text in it.
         drafted: nodes proposed, roots not counted.
         speculated: nodes that carried streams through a verification pass (parallel schedule).
+        pruned_wrongly: of those that the pruning layer left out, the ones that the walk ended on: their streams ran after it.
         accepted: how many passes emitted 1, 2, 3, ... tokens.
         prefill_s, decode_s: wall-clock seconds.
         exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
@@ -30,6 +31,7 @@ class Stats:
     target_passes: int = 0
     drafted: int = 0
     speculated: int = 0
+    pruned_wrongly: int = 0
     accepted: dict[int, int] = field(default_factory=dict)
     prefill_s: float = 0.0
     decode_s: float = 0.0

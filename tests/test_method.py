@@ -147,16 +147,19 @@ def test_weak_paths_get_no_streams() -> None:
 
 def test_a_walk_that_ends_on_a_pruned_node_speculates_after_it() -> None:
     """Fewer nodes carry streams, and yet nothing that would be drafted is lost."""
-    lengths, speculated = [], []
+    lengths, speculated, wrongly = [], [], []
+    adapter = attach("pruning", schedule="parallel", recall=False).adapter
     for floor in (0.0, 0.02, 0.99):
-        fast = attach("pruning", schedule="parallel", pruning_floor=floor, recall=False)
+        fast = accelerate(build_tiny(seed=5), adapter, pruning_floor=floor)
         expected, found = both(fast, prompt_ids())
         assert torch.equal(expected, found)
         lengths.append(fast.stats.acceptance_length)
         speculated.append(fast.stats.speculated)
+        wrongly.append(fast.stats.pruned_wrongly)
         if floor == 0.0:
             assert fast.stats.speculated == fast.stats.drafted + fast.stats.target_passes
         if floor == 0.99:
             assert fast.stats.speculated == fast.stats.target_passes
     assert speculated[0] > speculated[1] > speculated[2]
+    assert 0 == wrongly[0] <= wrongly[1] <= wrongly[2]
     assert len(set(lengths)) == 1
