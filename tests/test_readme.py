@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lossless.ablation import VARIANTS, table
 from lossless.cli import _parser, main
 from lossless.commands import shipped_adapter
 from lossless.models import Base
@@ -87,6 +88,12 @@ def test_every_number_comes_from_a_stored_report() -> None:
     assert rows
     written = [*map(result_row, stored("bench")), *map(certificate_row, stored("verify")), *map(benchmark_row, stored("benchmarks"))]
     assert sorted(rows) == sorted(written)
+
+
+def test_the_ablation_is_the_stored_one() -> None:
+    report = json.loads((Path(shipped_adapter("demo") or "") / "ablation.json").read_text(encoding="utf-8"))
+    assert {row["name"] for row in report["variants"]} <= {variant.name for variant in VARIANTS}
+    assert table(report) in README
 
 
 def test_the_shipped_adapter_is_small_and_there() -> None:
