@@ -84,8 +84,8 @@ class StreamingConfig:
 class TrainConfig:
     """How long and how fast to learn.
 
-    A step visits about `answers_per_step` stretches of `positions_per_answer` positions, `gradient_accumulation` times over,
-    in every process, of a `share` of the answers. `patience` evaluations without a better one end the training; 0 never does.
+    A step visits stretches of `positions_per_answer` positions, about `answers_per_step` of them, most of different answers;
+    `gradient_accumulation` times over, in every process. `share` is the part of the answers that is learnt from. `patience` evaluations without a better one end the training; 0 never does.
     """
 
     steps: int = 900

@@ -75,7 +75,7 @@ def draft_vocabulary(answers: Answers, size: int) -> torch.Tensor:
 @dataclass(frozen=True)
 class Visit:
     """What a step learns from: (answer, its first position there), and all answers that steps near it visit, in batches of
-    like length; a list that is the same object while it stays the same."""
+    like length."""
 
     stretches: list[tuple[int, int]]
     near: list[list[int]]
@@ -92,7 +92,10 @@ class Order:
         prompts, said = answers.lengths("prompt_ids"), answers.lengths("answer_ids")
         self._lengths = [before + length for before, length in zip(prompts, said, strict=True)]
         # an answer's last token but one is the last that is certain while there is something to draft
-        self._stretches = [range(before - 1, before + length - 2, config.positions_per_answer) for before, length in zip(prompts, said, strict=True)]
+        self._stretches = [
+            range(before - 1, before + length - 2, config.positions_per_answer)
+            for before, length in zip(prompts, said, strict=True)
+        ]
         self._config, self._process, self._processes = config, process, processes
         self._place = -1  # of the window that visits are of, among those of the epoch
         self._begin(0, 0)

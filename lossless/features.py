@@ -52,7 +52,7 @@ class FeatureStore:
     def __init__(self, runner: StreamRunner, answers: Answers, memory_gb: float, kept: dict[int, Features] | None = None) -> None:
         self.runner, self.answers = runner, answers
         self._kept: dict[int, Features] = {} if kept is None else kept
-        self._ahead: list[list[int]] | None = None
+        self._ahead: list[list[int]] = []
         self._room = int(memory_gb * 2**30) - sum(features.bytes for features in self._kept.values())
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class FeatureStore:
 
     def read_ahead(self, batches: list[list[int]]) -> None:
         """Have the features of these answers at hand, as far as memory allows; told the same again, it does nothing."""
-        if batches is not self._ahead:
+        if batches != self._ahead:
             for numbers in batches:
                 self.get(numbers)
             self._ahead = batches

@@ -254,7 +254,8 @@ class AcceleratedModel:
             return [], out.entry
         if out.streams is not None and set(chosen) <= set(out.nodes):  # not if one was pruned
             return active, out.streams[going, [out.nodes.index(row) for row in chosen]]
-        self.stats.pruned_wrongly += len(active) * (out.streams is not None)
+        if out.streams is not None:
+            self.stats.pruned_wrongly += sum(row not in out.nodes for row in chosen)
         entry = out.entry[going, chosen][:, None]  # [texts, 1, dim]
         positions = torch.tensor([[text.position - 1] for text in active], device=entry.device)
         context = cache.visible()

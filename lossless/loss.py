@@ -31,7 +31,7 @@ class StreamLoss(nn.Module):
 
     Args:
         logits_gb: memory for logits. A vocabulary is wide and the streams are many: what does not fit at once is
-            computed in pieces, and again for the gradient.
+            computed a piece of the batch at a time.
         hard_labels: learn the base's likeliest tokens only, not their probabilities.
     """
 
@@ -100,17 +100,18 @@ class _Divergence(torch.autograd.Function):
             part = slice(begin, begin + piece)
             targets = F.softmax(logits(final[part]), dim=-1)  # [piece, p + gamma - 1, draft vocabulary]
             best = targets.argmax(-1)
-            entropy = torch.zeros_like(best, dtype=targets.dtype) if hard else -torch.special.xlogy(targets, targets).sum(-1)
+            if hard:
+                targets = F.one_hot(best, targets.shape[-1]).to(targets.dtype)
+            entropy = -torch.special.xlogy(targets, targets).sum(-1)  # [piece, p + gamma - 1]
             for j in range(gamma):  # a target serves every stream that foretells it
                 of, ahead = valid[part, :, j], slice(j, j + count)
                 hidden = drafting[part, :, j][of].requires_grad_(learning)
                 with torch.set_grad_enabled(learning):
                     drafted = logits(hidden)  # [n, draft vocabulary]
-                told, wanted = drafted.detach(), best[:, ahead][of]
+                told, target = drafted.detach(), targets[:, ahead][of]
                 normalizer = told.logsumexp(-1, keepdim=True)
-                target = F.one_hot(wanted, told.shape[1]).to(told.dtype) if hard else targets[:, ahead][of]
                 sums[0, j] += normalizer.sum() - torch.linalg.vecdot(target, told).sum() - entropy[:, ahead][of].sum()
-                sums[1, j] += (told.argmax(-1) == wanted).sum()
+                sums[1, j] += (told.argmax(-1) == best[:, ahead][of]).sum()
                 if gradient is not None:
                     error = (told - normalizer).exp_().sub_(target)
                     gradient[part, :, j][of] = torch.autograd.grad(drafted, hidden, error)[0]

@@ -61,6 +61,7 @@ def train(
 
     Args:
         kept: features that trainings of several adapters on the same answers share: the base is frozen for all of them.
+            An adapter of another depth needs others, for which they make room.
 
     Returns:
         The adapter, the answers that were held out, and the summary that is also written to `out/training.json`.
@@ -102,6 +103,8 @@ def train(
 
     order = Order(answers, config, accelerator.process_index, accelerator.num_processes)
     kept = {} if kept is None else kept
+    for key in [key for key in kept if key[1] != runner.first_top]:
+        del kept[key]
     held_store = FeatureStore(runner, held_out, config.feature_memory_gb / 8, kept.setdefault(("held out", runner.first_top), {}))
     store = FeatureStore(runner, answers, config.feature_memory_gb * 7 / 8, kept.setdefault(("learnt from", runner.first_top), {}))
     tokens = sum(answers.lengths("answer_ids"))

@@ -62,7 +62,7 @@ def test_a_device_map_with_layers_on_disk(tmp_path: Path) -> None:
 
 
 # layers on two devices need two devices: nothing on one machine stands in for the second
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="layers on two devices need two GPUs, and this machine has fewer")
 def test_layers_on_several_devices() -> None:
     parts = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
     parts |= {f"model.layers.{i}": i // 2 for i in range(4)}
