@@ -144,13 +144,15 @@ def _training_flags(command: argparse.ArgumentParser, streaming: StreamingConfig
     _model_flags(command)
     command.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="folders that distill has written")
     command.add_argument("--out", required=True, metavar="FOLDER", help="where it goes; the same command goes on there")
+    command.set_defaults(streaming=streaming, training=training)
     for name, kind in (("streaming", streaming), ("training", training)):
         group = command.add_argument_group(name)
         for key, value in vars(kind).items():
             how: dict[str, Any] = {"type": type(value)}
             if isinstance(value, bool):
                 how = {"action": argparse.BooleanOptionalAction}
-            group.add_argument(f"--{key.replace('_', '-')}", default=value, help="(%(default)s)", **how)
+            # only what is given is set: an adapter that goes on learning has other defaults
+            group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, help=f"({value})", **how)
 
 
 def _model_flags(command: argparse.ArgumentParser) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TextStreamer
@@ -33,6 +34,8 @@ from .storage import versions, write_json
 from .train import train as learn
 from .verify import Asked, asked, certify
 from .verify import summary as summarize
+
+Config = TypeVar("Config", StreamingConfig, TrainConfig)
 
 _CERTIFIED, _CERTIFIED_TOKENS = 4, 64  # held-out prompts that training ends with a certificate of
 
@@ -185,8 +188,15 @@ def distill(arguments: argparse.Namespace) -> int:
 
 
 def _configs(arguments: argparse.Namespace) -> tuple[StreamingConfig, TrainConfig]:
-    streaming = StreamingConfig(**{key: getattr(arguments, key) for key in vars(StreamingConfig())})
-    return streaming, TrainConfig(**{key: getattr(arguments, key) for key in vars(TrainConfig())})
+    """The command's defaults, with what was given in their place; an adapter that goes on learning has a shape already."""
+    streaming, config = arguments.streaming, _given(arguments, arguments.training)
+    if config.begin_from:
+        streaming = StreamAdapter.from_pretrained(config.begin_from).config
+    return _given(arguments, streaming), config
+
+
+def _given(arguments: argparse.Namespace, config: Config) -> Config:
+    return replace(config, **{key: value for key, value in vars(arguments).items() if key in vars(config)})
 
 
 def ablate(arguments: argparse.Namespace) -> int:

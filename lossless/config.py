@@ -11,6 +11,10 @@ from typing import Any
 from .errors import UsageError, require_at_least
 
 SCHEDULES = ("parallel", "deferred")
+WEIGHT_FIELDS = (  # of a StreamingConfig: those that shape weights; the others are of decoding
+    "num_streams", "num_msa_layers", "lora_rank", "transition_rank", "start_rank", "told_rank", "rotate_values", "pruning_rank",
+    "draft_vocab_size",
+)  # fmt: skip
 _MIXED = ("", "no", "bf16", "fp16")
 
 
@@ -85,7 +89,8 @@ class TrainConfig:
     """How long and how fast to learn.
 
     A step visits stretches of `positions_per_answer` positions, about `answers_per_step` of them, most of different answers;
-    `gradient_accumulation` times over, in every process. `share` is the part of the answers that is learnt from. `patience` evaluations without a better one end the training; 0 never does.
+    `gradient_accumulation` times over, in every process. `share` is the part of the answers that is learnt from. `patience` evaluations without a
+    better one end the training; 0 never does. `begin_from`, a folder or a hub id, is an adapter that goes on learning.
     """
 
     steps: int = 900
@@ -105,6 +110,7 @@ class TrainConfig:
     feature_memory_gb: float = 8.0
     logits_memory_gb: float = 2.0
     tracker: str = ""
+    begin_from: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ Knows: folders of answers, and orders that are the same for the same seed. Does 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import random
@@ -44,7 +45,10 @@ def read_answers(base: Base, folders: list[Path]) -> tuple[Answers, list[dict[st
 
 
 def split(answers: Answers, config: TrainConfig) -> tuple[Answers, Answers]:
-    """Held-out answers and the rest; the same ones whatever the order of the shards."""
+    """Held-out answers and the rest; the same ones whatever the order of the shards.
+
+    What a conversation is called decides about it: when answers are added, none is held out that was learnt from before.
+    """
     if len(answers) < config.held_out + config.answers_per_step:
         raise UsageError(
             f"training needs at least held_out + answers_per_step = {config.held_out + config.answers_per_step} "
@@ -54,8 +58,7 @@ def split(answers: Answers, config: TrainConfig) -> tuple[Answers, Answers]:
     ids = answers.column("id")
     for number in sorted(range(len(ids)), key=lambda i: ids[i]):
         talks.setdefault(ids[number].partition(":")[2] or ids[number], []).append(number)
-    names = sorted(talks)
-    random.Random(config.seed).shuffle(names)
+    names = sorted(talks, key=lambda name: hashlib.sha256(f"{config.seed}/{name}".encode()).digest(), reverse=True)
     held: list[int] = []
     while len(held) < config.held_out:
         held += talks[names.pop()]

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .adapter import StreamAdapter
 from .answers import Answers
 from .checkpoints import Checkpoints
-from .config import StreamingConfig, TrainConfig
+from .config import WEIGHT_FIELDS, StreamingConfig, TrainConfig
 from .curriculum import Order, block, draft_vocabulary, read_answers, split
 from .draft import Drafter
 from .errors import UsageError
@@ -37,7 +37,7 @@ from .features import Features, FeatureStore
 from .foretell import foretell
 from .generate import new_adapter
 from .loss import StreamLoss
-from .models import Base, differentiable, processes
+from .models import Base, differentiable, fingerprint, processes
 from .storage import append_jsonl, versions, write_json
 from .streams import StreamRunner
 
@@ -73,9 +73,9 @@ def train(
     out = Path(out)
     answers, provenance = read_answers(base, [Path(folder) for folder in data])
     held_out, answers = split(answers, config)
-    if streaming.draft_vocab_size:
-        seen = len(np.unique(answers.emitted()))
-        streaming = replace(streaming, draft_vocab_size=min(streaming.draft_vocab_size, seen))
+    torch.manual_seed(config.seed)
+    adapter = _adapter(base, answers, streaming, config.begin_from)
+    streaming = adapter.config
     accelerator = _accelerator(config, out)
     here, there = accelerator.device, base.model.device
     if here.type != there.type or (here.type != "cpu" and here != there):  # the CPU of several processes has a number
@@ -87,10 +87,6 @@ def train(
     if config.tracker:
         accelerator.init_trackers("lossless", settings["streaming"] | settings["train"])
     digest = hashlib.sha256("\n".join(sorted(answers.column("id"))).encode()).hexdigest()
-    torch.manual_seed(config.seed)
-    draft_ids = draft_vocabulary(answers, streaming.draft_vocab_size) if streaming.draft_vocab_size else None
-    adapter = new_adapter(base.model, streaming, base.tokenizer, draft_ids).to(accelerator.device)
-    adapter.base["name"] = base.name
     runner = StreamRunner(base.model, adapter)
     with differentiable(base.model):
         drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), runner.logit_scale())
@@ -192,6 +188,28 @@ def train(
     for tracker in accelerator.trackers:
         tracker.finish()
     return adapter, held_out, summary
+
+
+def _adapter(base: Base, answers: Answers, streaming: StreamingConfig, begin_from: str) -> StreamAdapter:
+    """The adapter that is to learn: a fresh one, or one that has learnt before, with the vocabulary it has."""
+    if begin_from:
+        ours = {"name": base.name, "fingerprint": fingerprint(base.model, base.tokenizer)}
+        before = StreamAdapter.from_pretrained(begin_from, ours)
+        draft_ids = before.draft_ids
+        for name in WEIGHT_FIELDS:
+            if getattr(streaming, name) != (value := getattr(before.config, name)):
+                raise UsageError(f"{name} must be that of the adapter to begin from ({value}), got {getattr(streaming, name)}")
+    elif streaming.draft_vocab_size:
+        seen = len(np.unique(answers.emitted()))
+        streaming = replace(streaming, draft_vocab_size=min(streaming.draft_vocab_size, seen))
+        draft_ids = draft_vocabulary(answers, streaming.draft_vocab_size)
+    else:
+        draft_ids = None
+    adapter = new_adapter(base.model, streaming, base.tokenizer, draft_ids).to(base.model.device)
+    adapter.base["name"] = base.name
+    if begin_from:
+        adapter.load_state_dict(before.state_dict())
+    return adapter
 
 
 def _accelerator(config: TrainConfig, out: Path) -> Accelerator:

@@ -110,6 +110,9 @@ def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_pat
     assert "| up to 128 |" in card
     assert "0 mismatches" in card
     assert main(["bench", *model, "--adapter", out, "--prompts", str(prompts), "--limit", "3", "--max-new-tokens", "16"]) == 0
+    further = str(tmp_path / "further")  # of the shape that it has, without a word
+    assert main(["train", *model, "--data", data, "--out", further, "--begin-from", out, "--steps", "2", "--held-out", "4"]) == 0
+    assert StreamAdapter.from_pretrained(further).projections() == StreamAdapter.from_pretrained(out).projections()
 
 
 def test_a_tokenizer_without_a_template_gets_plain_text_and_that_is_said(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -336,6 +337,40 @@ def test_a_conversation_is_held_out_as_a_whole() -> None:
     assert not talks[0] & talks[1]
     _, half = split(stored, TrainConfig(held_out=8, answers_per_step=4, share=0.5))
     assert len(half) == len(rest) // 2
+
+
+def test_added_answers_hold_nothing_out_that_was_learnt_from_before() -> None:
+    records = [answer([1], [2, 3, 4]) | {"id": f"0/{turn}:talk {i}"} for i in range(60) for turn in range(2)]
+    config = TrainConfig(held_out=9, answers_per_step=4)
+    (held_first, _), (held, rest) = (split(Answers.of(part), config) for part in (records[:60], records))
+    first = {f"0/{turn}:talk {i}" for i in range(30) for turn in range(2)}
+    assert set(held.column("id")) & first <= set(held_first.column("id"))
+    assert set(held.column("id")) - first, "and what was added has its share"
+    assert not set(held.column("id")) & set(rest.column("id"))
+
+
+def test_an_adapter_goes_on_learning(taught: Base, answers: Path, tmp_path: Path) -> None:
+    streaming = tiny_config(lora_rank=8, transition_rank=32, draft_vocab_size=50)
+    short = replace(TRAINING, steps=50)
+    before, _, first = train(taught, [answers], tmp_path / "first", streaming, short)
+    on = replace(short, steps=2, warmup_steps=2, eval_every=1, begin_from=str(tmp_path / "first"))
+    shape = replace(before.config, tree_nodes=8)
+    after, _, second = train(taught, [answers], tmp_path / "second", shape, on)
+
+    assert after.draft_ids is not None
+    assert before.draft_ids is not None
+    assert torch.equal(after.draft_ids, before.draft_ids)
+    assert second["trained_parameters"] == first["trained_parameters"]
+    begun = read_jsonl(tmp_path / "second" / "curve.jsonl")[0]["loss"]
+    curve = [entry["loss"] for entry in read_jsonl(tmp_path / "first" / "curve.jsonl")]
+    assert begun < 0.7 * sum(curve[:5]) / 5, "it begins where the other ended"
+    assert json.loads((tmp_path / "second" / "training.json").read_text())["train"]["begin_from"] == str(tmp_path / "first")
+    for change, rule in ({"lora_rank": 5}, "lora_rank must be that of the adapter to begin from .8., got 5"), (
+        {"draft_vocab_size": 0},
+        "draft_vocab_size must be that",
+    ):
+        with pytest.raises(UsageError, match=rule):
+            train(taught, [answers], tmp_path / "third", replace(shape, **change), on)
 
 
 def test_gradients_reach_the_adapter_alone(taught: Base, answers: Path) -> None:
