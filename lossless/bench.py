@@ -9,10 +9,12 @@ the last, so the prefill is on neither side. Sides take turns in going first.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from .errors import UsageError, require_at_least
 from .generate import AcceleratedModel
 from .models import Base
 from .prompts import Prompt, encode
-from .storage import versions
+from .storage import resumed, versions
 
 
 @dataclass(frozen=True)
@@ -164,22 +166,77 @@ def _rate(clock: Clock) -> float:
     return (len(clock.ticks) - 1) / clock.decode_s if len(clock.ticks) > 1 else 0.0
 
 
-def bench(base: Base, fast: AcceleratedModel, prompts: list[Prompt], decoding: Decoding) -> list[Run]:
-    """Every prompt on both sides, interleaved, after one warm-up that is not counted."""
+def bench(
+    base: Base,
+    fast: AcceleratedModel,
+    name: str,
+    prompts: list[Prompt],
+    decoding: Decoding,
+    load_in: str | None = None,
+    journal: Path | None = None,
+) -> dict[str, Any]:
+    """Every prompt on both sides, interleaved, after one warm-up that is not counted.
+
+    Args:
+        name: the adapter's.
+        journal: a file that keeps each pair of runs as it is made; a later call with the same one goes on after them.
+
+    Returns:
+        Everything that a reader needs to repeat and to judge the runs, ready for JSON.
+
+    Raises:
+        UsageError: a prompt does not fit, or the journal is another report's.
+    """
     encoded = encode_checked(base, prompts, decoding)
-    warm_up = Decoding(max_new_tokens=min(8, decoding.max_new_tokens))
-    run_pair(base, fast, prompts[0], encoded[0], warm_up, fast_first=False)
-    runs: list[Run] = []
-    with tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
-        for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-            runs.append(run_pair(base, fast, prompt, ids, decoding, fast_first=number % 2 == 1))
+    header = settings(base, fast, name, load_in, decoding)
+    with resumed(journal, whose(header, encoded)) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
+        runs = [Run(**run) for run in kept]
+        bar.update(len(runs))
+        if len(runs) < len(prompts):
+            warm_up = Decoding(max_new_tokens=min(8, decoding.max_new_tokens))
+            run_pair(base, fast, prompts[0], encoded[0], warm_up, fast_first=False)
+        for number in range(len(runs), len(prompts)):
+            runs.append(run_pair(base, fast, prompts[number], encoded[number], decoding, fast_first=number % 2 == 1))
+            write(asdict(runs[-1]))
             bar.update()
             bar.set_postfix(
                 identical=f"{sum(r.identical for r in runs)}/{len(runs)}",
                 acceptance=f"{_pooled_acceptance(runs):.2f}",
                 speedup=f"{statistics.median(r.speedup for r in runs):.2f}",
             )
-    return runs
+    return header | {
+        **summarize(runs),
+        "categories": {category: summarize([r for r in runs if r.category == category]) for category in _categories(runs)},
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def settings(base: Base, fast: AcceleratedModel, name: str, load_in: str | None, decoding: Decoding) -> dict[str, Any]:
+    """What a measurement was made with."""
+    return {
+        "model": base.name,
+        "adapter": name,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "load_in": load_in,
+        "device": device_name(base.model.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "decoding": asdict(decoding),
+        "tree_nodes": fast.tree_nodes,
+        "tree_floor": round(fast.tree_floor, 4),
+        "schedule": fast.schedule,
+        "recall": fast.recall,
+        "pruning_floor": fast.pruning_floor if fast.adapter.pruning is not None else None,
+        "guarantee": fast.guarantee.describe(),
+    }
+
+
+def whose(header: dict[str, Any], encoded: list[torch.Tensor]) -> dict[str, Any]:
+    """The first line of a journal: a measurement with these settings, of these prompts, goes on with it."""
+    # what a probe measures differs in its last digits from one attach to the next
+    lasting = {key: value for key, value in header.items() if key not in ("guarantee", "tree_floor")}
+    asked = hashlib.sha256(str([ids.tolist() for ids in encoded]).encode()).hexdigest()
+    return lasting | {"exact": header["guarantee"]["exact"], "prompt_ids": asked}
 
 
 def _pooled_acceptance(runs: list[Run]) -> float:
@@ -200,31 +257,6 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
         "baseline_tokens_per_s": round(statistics.median(r.baseline_tokens_per_s for r in runs), 3),
         "tokens_per_s": round(statistics.median(r.tokens_per_s for r in runs), 3),
         "speedup": round(statistics.median(r.speedup for r in runs), 4),
-    }
-
-
-def report(
-    base: Base, fast: AcceleratedModel, adapter: str, dtype: str, load_in: str | None, decoding: Decoding, runs: list[Run]
-) -> dict[str, Any]:
-    """Everything that a reader needs to repeat and to judge the runs."""
-    return {
-        "model": base.name,
-        "adapter": adapter,
-        "dtype": str(base.model.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
-        "load_in": load_in,
-        "device": device_name(base.model.device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "decoding": asdict(decoding),
-        "tree_nodes": fast.tree_nodes,
-        "tree_floor": round(fast.tree_floor, 4),
-        "schedule": fast.schedule,
-        "recall": fast.recall,
-        "pruning_floor": fast.pruning_floor if fast.adapter.pruning is not None else None,
-        "guarantee": fast.guarantee.describe(),
-        **summarize(runs),
-        "categories": {name: summarize([r for r in runs if r.category == name]) for name in _categories(runs)},
-        "runs": [asdict(run) for run in runs],
     }
 
 

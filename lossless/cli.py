@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _decoding_flags(command)
     command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
     command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
-    command.add_argument("--json", metavar="OUT", help="write the report here")
+    command.add_argument("--json", metavar="OUT", help="write the report here; after an interruption the same command goes on")
     command.set_defaults(run=commands.bench)
 
     command = verbs.add_parser("verify", help="check every token of accelerated answers against the plain base")

@@ -87,8 +87,8 @@ def compare(arguments: argparse.Namespace) -> int:
     """One prompt on both sides."""
     prompt, decoding = from_text(arguments.prompt), _decoding(arguments)
     base, fast, name = _both_sides(arguments, [prompt], decoding)
-    run = benchmark.bench(base, fast, [prompt], decoding)[0]
-    found = benchmark.report(base, fast, name, arguments.dtype, arguments.load_in, decoding, [run])
+    found = benchmark.bench(base, fast, name, [prompt], decoding, arguments.load_in)
+    run = benchmark.Run(**found["runs"][0])
     print(run.answer.strip())
     print(f"\n{_verdict(run)}")
     print(f"plain        {run.baseline_tokens_per_s:8.1f} tokens/s   {found['dtype']}, {found['device']}, {found['threads']} threads")
@@ -107,8 +107,7 @@ def bench(arguments: argparse.Namespace) -> int:
     """A file of prompts on both sides."""
     prompts, decoding = _prompts(arguments), _decoding(arguments)
     base, fast, name = _both_sides(arguments, prompts, decoding)
-    runs = benchmark.bench(base, fast, prompts, decoding)
-    found = benchmark.report(base, fast, name, arguments.dtype, arguments.load_in, decoding, runs)
+    found = benchmark.bench(base, fast, name, prompts, decoding, arguments.load_in, _journal(arguments))
     print(benchmark.table(found))
     print(
         f"\n{found['dtype']}, {found['device']}, {found['threads']} threads, exact: {fast.guarantee.level}, "
@@ -121,12 +120,9 @@ def verify(arguments: argparse.Namespace) -> int:
     """The certificate; 3 if it finds a mismatch."""
     prompts, decoding = _prompts(arguments), _decoding(arguments)
     base, fast, name = _both_sides(arguments, prompts, decoding)
-    journal = Path(f"{arguments.json}.journal") if arguments.json else None
-    found = certify(base, fast, name, asked(base, prompts, decoding), decoding, arguments.load_in, journal)
+    found = certify(base, fast, name, asked(base, prompts, decoding), decoding, arguments.load_in, _journal(arguments))
     print(summarize(found))
-    if journal:
-        write_json(arguments.json, found)
-        journal.unlink()
+    _store(arguments, found)
     return 3 if found["mismatches"] else 0
 
 
@@ -164,9 +160,19 @@ def _both_sides(
     return base, fast, name
 
 
-def _finish(arguments: argparse.Namespace, found: dict[str, Any]) -> int:
-    if arguments.json:
+def _journal(arguments: argparse.Namespace) -> Path | None:
+    """Where a long measurement keeps what it has until its report is written."""
+    return Path(f"{arguments.json}.journal") if arguments.json else None
+
+
+def _store(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    if journal := _journal(arguments):
         write_json(arguments.json, found)
+        journal.unlink(missing_ok=True)
+
+
+def _finish(arguments: argparse.Namespace, found: dict[str, Any]) -> int:
+    _store(arguments, found)
     return 0 if found["identical"] == found["prompts"] else 3
 
 

@@ -55,6 +55,26 @@ def append_jsonl(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]
         yield write
 
 
+@contextlib.contextmanager
+def resumed(path: Path | None, whose: dict[str, Any]) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+    """A journal of a long job: the records that it holds, and what appends one. No path: nothing is kept.
+
+    Args:
+        whose: what the job was asked to do, the journal's first line.
+
+    Raises:
+        UsageError: the journal is of another job.
+    """
+    kept, whose = read_jsonl(path) if path else [], json.loads(json.dumps(whose))
+    if kept and kept[0] != whose:
+        other = ", ".join(key for key in whose if kept[0].get(key) != whose[key])
+        raise UsageError(f"{path} was begun with other settings ({other}): use them again, or remove it")
+    with append_jsonl(path or os.devnull) as write:
+        if not kept:
+            write(whose)
+        yield kept[1:], write
+
+
 def ensure_room(folder: str | Path, needed: int) -> None:
     """Raises UsageError if the disk of `folder` has not so many bytes left: better before a file than in its middle."""
     free = shutil.disk_usage(folder).free

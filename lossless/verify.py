@@ -11,13 +11,10 @@ that. Does not know: adapters, drafts, or how the answer came about.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from .bench import Decoding, device_name, encode_checked
-from .errors import UsageError
+from .bench import Decoding, encode_checked, settings, whose
 from .generate import AcceleratedModel
 from .models import Base
 from .prompts import Prompt
-from .storage import append_jsonl, read_jsonl, versions
+from .storage import resumed
 
 _SHAPES = (2, 3, 4, 5, 8, 16, 32)  # rows of the passes that are compared with passes of one
 _RIVALS = 8  # the noise is that of differences between a position's best tokens
@@ -191,23 +187,9 @@ def certify(
     Raises:
         UsageError: the journal is another certificate's.
     """
-    settings = {
-        "model": base.name,
-        "adapter": name,
-        "dtype": str(base.model.dtype).removeprefix("torch."),
-        "load_in": load_in,
-        "device": device_name(base.model.device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "decoding": asdict(decoding),
-        "guarantee": fast.guarantee.describe(),
-        "tree_nodes": fast.tree_nodes,
-        "tree_floor": round(fast.tree_floor, 4),
-        "schedule": fast.schedule,
-        "prompts": len(prompts),
-    }
     encoded = [prompt.ids for prompt in prompts]
-    checked = _check_all(base, fast, encoded, decoding, settings, journal)
+    header = settings(base, fast, name, load_in, decoding)
+    checked = _check_all(base, fast, encoded, decoding, header, journal)
     texts = [ids[0].tolist() + answer.tokens() for ids, answer in zip(encoded, checked, strict=True)]
     noise = measure_noise(base, texts[: max(4, len(texts) // 16)])
     scale = 1 / decoding.temperature if decoding.do_sample else 1.0  # a temperature magnifies logits, and their noise
@@ -215,7 +197,8 @@ def certify(
     entries = [_entry(base, prompt, answer.positions, limit) for prompt, answer in zip(prompts, checked, strict=True)]
     positions = [position for answer in checked for position in answer.positions]
     ratios = [answer.speedup for answer in checked if answer.speedup]
-    return settings | {
+    return header | {
+        "prompts": len(prompts),
         "tokens": len(positions),
         "speedup": round(statistics.median(ratios), 4) if ratios else 1.0,
         "same_bits": sum(position.same_bits for position in positions),
@@ -240,21 +223,12 @@ class Checked:
 
 
 def _check_all(
-    base: Base, fast: AcceleratedModel, encoded: list[torch.Tensor], decoding: Decoding, settings: dict[str, Any], journal: Path | None
+    base: Base, fast: AcceleratedModel, encoded: list[torch.Tensor], decoding: Decoding, header: dict[str, Any], journal: Path | None
 ) -> list[Checked]:
-    """Every answer, those of the journal first; its first line tells whose it is."""
-    kept = read_jsonl(journal) if journal else []
-    # what a probe measures differs in its last digits from one attach to the next
-    ours = json.loads(json.dumps({key: value for key, value in settings.items() if key not in ("guarantee", "tree_floor")}))
-    ours["exact"] = fast.guarantee.level
-    ours["prompt_ids"] = hashlib.sha256(str([ids.tolist() for ids in encoded]).encode()).hexdigest()
-    if kept and kept[0] != ours:
-        other = ", ".join(key for key in ours if kept[0].get(key) != ours[key])
-        raise UsageError(f"{journal} is of a certificate with other settings ({other}): use them again, or remove it")
-    found = [Checked([Position(*position) for position in line["positions"]], line["speedup"]) for line in kept[1:]]
-    with append_jsonl(journal or os.devnull) as write, tqdm(total=len(encoded), initial=len(found), unit="prompt", desc="verify") as bar:
-        if not kept:
-            write(ours)
+    """Every answer, those of the journal first."""
+    with resumed(journal, whose(header, encoded)) as (kept, write), tqdm(total=len(encoded), unit="prompt", desc="verify") as bar:
+        found = [Checked([Position(*position) for position in line["positions"]], line["speedup"]) for line in kept]
+        bar.update(len(found))
         for ids in encoded[len(found) :]:
             found.append(_check(base, fast, ids, decoding))
             write({"positions": [astuple(position) for position in found[-1].positions], "speedup": found[-1].speedup})

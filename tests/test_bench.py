@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lossless import bench as module
-from lossless.bench import Clock, Decoding, bench, encode_checked, report, run_pair, summarize, table, timed_generate
+from lossless.bench import Clock, Decoding, Run, bench, encode_checked, run_pair, summarize, table, timed_generate
 from lossless.errors import UsageError
 from lossless.generate import accelerate, new_adapter
 from lossless.models import load_base
@@ -36,8 +36,8 @@ def test_a_report_adds_up(pair) -> None:  # type: ignore[no-untyped-def]
     base, fast = pair
     prompts = [from_text(f"w{i} w{i + 1}", f"p{i}") for i in range(4)]
     decoding = Decoding(max_new_tokens=9, do_sample=True, temperature=0.8, seed=3)
-    runs = bench(base, fast, prompts, decoding)
-    found = report(base, fast, "here", "auto", None, decoding, runs)
+    found = bench(base, fast, "here", prompts, decoding)
+    runs = [Run(**run) for run in found["runs"]]
     assert {"model", "adapter", "dtype", "device", "threads", "versions", "prompts", "tokens", "identical",
             "acceptance_length", "baseline_tokens_per_s", "tokens_per_s", "speedup", "categories", "runs"} <= found.keys()  # fmt: skip
     assert found["dtype"] == "float32"
@@ -48,6 +48,33 @@ def test_a_report_adds_up(pair) -> None:  # type: ignore[no-untyped-def]
         assert run.speedup == pytest.approx(run.baseline_decode_s / run.decode_s)
         assert run.tokens_per_s == pytest.approx(8 / run.decode_s)
     assert "4/4" in table(found)
+
+
+def test_an_interrupted_bench_goes_on_after_the_runs_that_it_has(
+    pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # type: ignore[no-untyped-def]
+) -> None:
+    base, fast = pair
+    prompts, decoding = [from_text(f"w{i} w{i + 1}", f"p{i}") for i in range(4)], Decoding(max_new_tokens=9)
+    journal, real, done = tmp_path / "journal", module.run_pair, []
+
+    def third_time_unlucky(base, fast, prompt, *rest, **how):  # type: ignore[no-untyped-def]
+        if len(done) == 3:  # the warm-up is the first
+            raise KeyboardInterrupt
+        done.append(prompt.id)
+        return real(base, fast, prompt, *rest, **how)
+
+    monkeypatch.setattr(module, "run_pair", third_time_unlucky)
+    with pytest.raises(KeyboardInterrupt):
+        bench(base, fast, "here", prompts, decoding, journal=journal)
+    monkeypatch.setattr(module, "run_pair", real)
+    with pytest.raises(UsageError, match=r"begun with other settings .prompt_ids."):
+        bench(base, fast, "here", prompts[1:], decoding, journal=journal)
+    first = journal.read_text().splitlines()
+    found = bench(base, fast, "here", prompts, decoding, journal=journal)
+    assert [run["id"] for run in found["runs"]] == ["p0", "p1", "p2", "p3"]
+    assert journal.read_text().splitlines()[:3] == first
+    assert len(first) == 3, "whose it is, and two runs"
+    assert found["tokens"] == 36
 
 
 def test_a_difference_is_seen_and_placed(pair, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
