@@ -1,7 +1,8 @@
 """Drafting: from the streams of the accepted node to a tree under the certain token.
 
-Knows: the transition head, the draft vocabulary, and how a tree is grown level by level, from the streams
-and from what the text itself recalls. Does not know: verification, caches, or how the streams came about.
+Knows: the transition head, the draft vocabulary, and how a tree is grown level by level, from the streams,
+from what the text itself recalls, and with dice that are foreseen. Does not know: verification, caches, or how the
+streams came about.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adapter import StreamAdapter
+from .dice import Dice
 from .lookup import TextMemory
 from .pruning import worth_streams
 from .tree import Candidate, DraftTree, blend, most_likely, plant
@@ -73,6 +75,7 @@ class Drafter:
         max_nodes: int,
         memories: Sequence[TextMemory | None],
         floor: float = 0.0,
+        dice: Dice | None = None,
     ) -> list[DraftTree]:
         """For each sequence, the tree whose paths are jointly most likely, of at most `max_nodes` nodes.
 
@@ -81,6 +84,7 @@ class Drafter:
             memories: of each text up to its root; what one recalls is mixed into every node's distribution,
                 and alone goes on where the streams end.
             floor: least probability of a path that is worth a node.
+            dice: of these texts, for as many positions as there are streams; None if decoding is greedy.
         """
         if max_nodes == 1:
             return [DraftTree((root,), (-1,)) for root in roots]
@@ -92,7 +96,10 @@ class Drafter:
         for j in range(1, self.adapter.config.num_streams + 1):
             stream = streams[owner, j - 1]
             r = transition.advance(r, self.embed(tokens), stream, j)
-            likely = iter(self._likely(transition.adjust(stream, r)))
+            logits = self.logits(transition.adjust(stream, r))  # [frontier, draft vocabulary]
+            if dice is not None:
+                logits = dice.throw(logits, owner, j - 1, self.adapter.draft_ids)
+            likely = iter(self._likely(logits))
             first, chosen = 0, []
             for sapling in saplings:
                 count = len(sapling.frontier)
@@ -104,9 +111,8 @@ class Drafter:
             tokens = torch.tensor([path[-1] for sapling in saplings for path in sapling.paths], device=device)
         return [sapling.finish(root) for sapling, root in zip(saplings, roots, strict=True)]
 
-    def _likely(self, hidden: torch.Tensor) -> list[dict[int, float]]:
-        """The best tokens after each row of `[rows, dim]`, with their log probabilities."""
-        logits = self.logits(hidden)  # [rows, draft vocabulary]
+    def _likely(self, logits: torch.Tensor) -> list[dict[int, float]]:
+        """The best tokens of each row of `[rows, draft vocabulary]`, with their log probabilities."""
         # the normalizer first: a full log-softmax would write the whole vocabulary once more
         top = logits.topk(min(self.adapter.config.tree_top_k, logits.shape[1]), dim=-1)
         scores = (top.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0).tolist()
@@ -134,7 +140,7 @@ class _Sapling:
             so_far = 0.0 if parent == -1 else self.candidates[parent].score
             likely = blend(likely, self.memory.recall(path) if self.memory else None)
             children = [Candidate(token, parent, so_far + score) for token, score in likely.items()]
-            children = [child for child in children if child.score >= self.least]
+            children = [child for child in children if self.least <= child.score > -math.inf]
             self.candidates += children
             parent_row += [row] * len(children)
         beam = max(1, self.max_nodes // 4)

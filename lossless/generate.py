@@ -23,6 +23,7 @@ from .adapter import StreamAdapter
 from .anatomy import device_of, find_projections, input_device
 from .cache import RowCache
 from .config import StreamingConfig
+from .dice import Dice, NoiseTape
 from .draft import Drafter
 from .errors import UsageError
 from .lookup import TextMemory
@@ -31,7 +32,7 @@ from .probe import check_served, find_guarantee
 from .served import not_served, not_served_in_a_batch
 from .stats import Stats
 from .streams import PassOutput, StreamRunner
-from .text import NoiseTape, Text, result
+from .text import Text, result
 from .tree import DraftTree
 from .verification import walk
 
@@ -147,7 +148,8 @@ class AcceleratedModel:
         while active:
             # 2. draft: under each certain token, a tree of likely continuations
             roots, memories = [text.last for text in active], [text.memory for text in active]
-            trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, self.tree_floor)
+            dice = self._foresee(active, out.logits)
+            trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, self.tree_floor, dice)
             # 3. verify: the base's own logits after every node, and the next streams, in one pass
             out = self._read_trees(trees, active, cache)
             # 4. accept: follow the base's choices as far as they were drafted
@@ -199,6 +201,15 @@ class AcceleratedModel:
             mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
         nodes = torch.tensor([rows - 1]) if self.schedule == "parallel" else None
         return self.runner.verify(prompt.to(device), positions.to(device), mask, cache, nodes, last_only=True)
+
+    def _foresee(self, texts: list[Text], logits: torch.Tensor) -> Dice | None:
+        """How the dice will fall for the tokens of a tree under each text, if they are thrown at all."""
+        noise, config = texts[0].noise, texts[0].config
+        if noise is None or self.tree_nodes == 1:
+            return None
+        like = torch.empty(1, logits.shape[-1], device=texts[0].ids.device)
+        foreseen = noise.foresee([text.number for text in texts], self.adapter.config.num_streams, like)
+        return Dice(foreseen, config.temperature or 1.0, config.top_k or 0)
 
     def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache) -> PassOutput:
         """One target pass over a tree for each text; with the parallel schedule every node speculates."""

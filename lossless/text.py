@@ -1,6 +1,6 @@
 """The text so far, and the base's own choice after it: HF's sampling step, one position at a time.
 
-Knows: logits processors, stopping criteria, random draws, streamers, and what `generate` returns. Does not
+Knows: logits processors, stopping criteria, streamers, and what `generate` returns. Does not
 know: drafts, passes, or caches. Positions of one text are chosen in order, each once, as HF's loop would;
 texts of a batch may run ahead of each other.
 """
@@ -15,43 +15,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
 
+from .dice import NoiseTape
 from .lookup import TextMemory
-
-
-class NoiseTape:
-    """The random draws of a sampled batch, one for each position, in the order of the text.
-
-    `torch.multinomial(p, 1)` is argmax(p / q) with q exponential noise of p's shape, `[batch, vocab]`, from the
-    same generator. HF draws it once for each position of the whole batch; so does the tape, when the first
-    text of the batch gets there, and it keeps the draw for the others.
-    """
-
-    def __init__(self, texts: int) -> None:
-        self._read = [0] * texts  # positions that each text has passed
-        self._first = 0  # position of the first draw that is kept
-        self._draws: list[torch.Tensor] = []
-
-    def at(self, text: int, like: torch.Tensor) -> torch.Tensor:
-        """`[vocab]`, the noise for the next position of this text; `like` is `[1, vocab]` of probabilities."""
-        position = self._read[text]
-        while position >= self._first + len(self._draws):
-            self._draws.append(like.new_empty(len(self._read), like.shape[1]).exponential_(1))
-        return self._draws[position - self._first][text]
-
-    def go_on(self, text: int) -> None:
-        """This text's next position is chosen."""
-        self._read[text] += 1
-        self._forget()
-
-    def leave(self, text: int) -> None:
-        """This text is finished."""
-        self._read[text] = self._first + len(self._draws) + 2**31
-        self._forget()
-
-    def _forget(self) -> None:
-        while self._draws and min(self._read) > self._first:
-            del self._draws[0]
-            self._first += 1
 
 
 class Text:

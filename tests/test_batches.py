@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from lossless.dice import NoiseTape
 from lossless.generate import AcceleratedModel, accelerate, new_adapter
-from lossless.text import NoiseTape
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 from .test_lossless import both

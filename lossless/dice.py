@@ -1,0 +1,93 @@
+"""The dice: the random draws of a sampled batch, thrown in the base's own order, and foreseen for drafts.
+
+Knows: how `torch.multinomial` draws, and how to look ahead without drawing. Does not know: texts, trees, or the base's
+logits.
+
+`torch.multinomial(p, 1)` is argmax(p / q) with q exponential noise of p's shape from the generator. Of a position that is
+yet to come, p is not known, but q is: a generator can be asked and put back. So a draft need not guess how the dice
+will fall. Where the base would choose argmax(p / q), it looks for the largest p~ / q, with the p~ that it drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_TRUST = 0.75  # in drafted logits, against their own noise: they are not the base's
+
+
+class NoiseTape:
+    """The draws of a sampled batch, one for each position, in the order of the text.
+
+    HF draws noise of shape `[batch, vocab]` once for each position of the whole batch; so does the tape, when the first
+    text of the batch gets there, and it keeps the draw for the others.
+    """
+
+    def __init__(self, texts: int) -> None:
+        self._read = [0] * texts  # positions that each text has passed
+        self._first = 0  # position of the first draw that is kept
+        self._draws: list[torch.Tensor] = []
+
+    def at(self, text: int, like: torch.Tensor) -> torch.Tensor:
+        """`[vocab]`, the noise for the next position of this text; `like` is `[1, vocab]` of probabilities."""
+        position = self._read[text]
+        while position >= self._first + len(self._draws):
+            self._draws.append(self._draw(like))
+        return self._draws[position - self._first][text]
+
+    def foresee(self, texts: Sequence[int], count: int, like: torch.Tensor) -> torch.Tensor:
+        """`[texts, count, vocab]`, the noise for the next positions of these texts, without drawing it."""
+        begins = [self._read[text] - self._first for text in texts]
+        known = list(self._draws)
+        forked = [like.device] if like.is_cuda else []  # the CPU's own generator is forked in any case
+        with torch.random.fork_rng(forked):
+            while len(known) < max(begins) + count:
+                known.append(self._draw(like))
+        return torch.stack([torch.stack([known[begin + i][text] for i in range(count)]) for text, begin in zip(texts, begins, strict=True)])
+
+    def go_on(self, text: int) -> None:
+        """This text's next position is chosen."""
+        self._read[text] += 1
+        self._forget()
+
+    def leave(self, text: int) -> None:
+        """This text is finished."""
+        self._read[text] = self._first + len(self._draws) + 2**31
+        self._forget()
+
+    def _draw(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(len(self._read), like.shape[1]).exponential_(1)
+
+    def _forget(self) -> None:
+        while self._draws and min(self._read) > self._first:
+            del self._draws[0]
+            self._first += 1
+
+
+@dataclass(frozen=True)
+class Dice:
+    """What sampling will make of logits, as far as it is known beforehand.
+
+    Attributes:
+        noise: `[texts, ahead, vocab]`, q of the next positions of each text.
+        temperature, top_k: of the sampling; other processors are not foreseen, and cost no more than a draft.
+    """
+
+    noise: torch.Tensor
+    temperature: float
+    top_k: int
+
+    def throw(self, logits: torch.Tensor, texts: torch.Tensor, ahead: int, ids: torch.Tensor | None) -> torch.Tensor:
+        """Logits of what will be chosen, from those of what is likely.
+
+        Args:
+            logits: `[rows, draft vocabulary]`; ids: the tokens they are of, None for all.
+            texts: `[rows]`, whose they are; ahead: for which of the next positions, from 0.
+        """
+        noise = self.noise[:, ahead] if ids is None else self.noise[:, ahead, ids.to(self.noise.device)]
+        warped = logits / self.temperature
+        if 0 < self.top_k < logits.shape[1]:
+            warped = warped.masked_fill(warped < warped.topk(self.top_k).values[:, -1:], -torch.inf)
+        return warped - _TRUST * noise.clamp_min(1e-30).log().to(logits.device)[texts]

@@ -1,0 +1,66 @@
+"""Foreseen dice are the dice that fall, and drafts make use of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lossless import dice as module
+from lossless.dice import Dice, NoiseTape
+from lossless.generate import AcceleratedModel
+
+from .conftest import VOCAB, prompt_ids
+
+
+def test_what_is_foreseen_is_what_is_drawn() -> None:
+    like, tape = torch.empty(1, VOCAB), NoiseTape(2)
+    torch.manual_seed(5)
+    tape.at(1, like)
+    tape.go_on(1)  # text 1 is a position ahead of text 0
+    state = torch.random.get_rng_state()
+    foreseen = tape.foresee([0, 1], 3, like)  # [texts, 3, vocab]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(tape.foresee([1], 3, like)[0], foreseen[1])
+    for ahead in range(3):
+        for text in (0, 1):
+            assert torch.equal(tape.at(text, like), foreseen[text, ahead])
+            tape.go_on(text)
+
+
+def test_drafts_that_are_right_foresee_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TRUST", 1.0)
+    logits, owner = torch.randn(6, VOCAB) * 2, torch.tensor([0, 0, 1, 1, 2, 2])
+    noise = torch.empty(3, 2, VOCAB).exponential_(1)
+    for temperature, top_k in ((0.7, 0), (1.3, 0), (1.0, 5), (1.0, VOCAB + 1)):
+        thrown = Dice(noise, temperature, top_k).throw(logits, owner, 1, None)
+        kept = logits
+        if top_k == 5:
+            kept = logits.masked_fill(logits < logits.topk(5).values[:, -1:], -torch.inf)
+        choices = (torch.softmax(kept / temperature, -1) / noise[owner, 1]).argmax(-1)
+        assert torch.equal(thrown.argmax(-1), choices)
+    ids = torch.tensor([3, 8, 40, 41])
+    some = Dice(noise, 1.0, 0).throw(logits[:, ids], owner, 1, ids)
+    torch.testing.assert_close(some, Dice(noise, 1.0, 0).throw(logits, owner, 1, None)[:, ids])
+
+
+def test_drafts_that_are_nearly_right_hold_the_choice_more_often() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(500, VOCAB) * 2
+    drafted, noise = logits + 0.7 * torch.randn_like(logits), torch.empty(500, 1, VOCAB).exponential_(1)
+    choices = (torch.softmax(logits, -1) / noise[:, 0]).argmax(-1, keepdim=True)
+
+    def held(ranked: torch.Tensor) -> int:
+        return int((ranked.topk(3).indices == choices).sum())
+
+    blind = held(drafted)
+    assert held(Dice(noise, 1.0, 0).throw(drafted, torch.arange(500), 0, None)) > 1.5 * blind > 100
+
+
+def test_greedy_decoding_has_no_dice(fast: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(fast.drafter, "trees", lambda *given: seen.append(given[-1]) or type(fast.drafter).trees(fast.drafter, *given))
+    ids = prompt_ids(5)
+    for sampled in (False, True):
+        fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=sampled)
+        assert {dice is not None for dice in seen} == {sampled}
+        seen.clear()
