@@ -10,6 +10,7 @@ N - N_s as S[t, j] = f(M[t]) + P[j], and stands for the token at t + 1 + j. f is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -208,6 +209,13 @@ class StreamAdapter(nn.Module):
         for name, parameter in self.named_parameters():
             counts[names[name.split(".")[0]]] += parameter.numel()
         return {name: count for name, count in counts.items() if count}
+
+    def digest(self) -> str:
+        """Tells these weights from others, as they are saved."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            found.update(name.encode() + (tensor.half() if tensor.is_floating_point() else tensor.int()).cpu().numpy().tobytes())
+        return found.hexdigest()[:12]
 
     def randomize(self, seed: int, scale: float = 0.5) -> StreamAdapter:
         """Random numbers in every weight: the worst adapter there is, for checking that output stays exact."""

@@ -216,6 +216,7 @@ def settings(base: Base, fast: AcceleratedModel, name: str, load_in: str | None,
     return {
         "model": base.name,
         "adapter": name,
+        "weights": fast.adapter.digest(),
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "load_in": load_in,
         "device": device_name(base.model.device),

@@ -9,6 +9,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ class Order:
     """Which stretches of which answers each visit is of, epoch after epoch; the same for the same seed.
 
     Answers come in windows. Each stretch of each answer of a window is visited once, in random order: a step sees many
-    answers, and yet the base reads an answer only once. Every process has windows of its own.
+    answers, and yet the base reads an answer only once. Every process has windows of its own, and all of them go on to
+    their next ones at the same visit: what one of them reads nobody else waits for.
     """
 
     def __init__(self, answers: Answers, config: TrainConfig, process: int = 0, processes: int = 1) -> None:
@@ -113,8 +115,9 @@ class Order:
             self._place, window = place, self._windows[place]
             stretches = [(answer, start) for answer in window for start in self._stretches[answer]]
             random.Random(f"{self._config.seed}/{self._epoch}/{place}").shuffle(stretches)
-            count = self._visits(window)
-            self._steps = [stretches[i::count] for i in range(count)]  # of like size
+            count = self._ends[place] - (self._ends[place - 1] if place else 0)
+            # of like size; where the other processes have more to visit, some stretch is visited again
+            self._steps = [stretches[i::count] or [stretches[i % len(stretches)]] for i in range(count)]
             alike = sorted(window, key=lambda answer: self._lengths[answer])
             self._near = [alike[i : i + _READ_AT_ONCE] for i in range(0, len(alike), _READ_AT_ONCE)]
         before = self._ends[place] - len(self._steps)
@@ -124,13 +127,17 @@ class Order:
         """Deal out an epoch, whose first visit is number `first`."""
         order = list(range(len(self._stretches)))
         random.Random(f"{self._config.seed}/{epoch}").shuffle(order)
-        windows = [order[i : i + _WINDOW] for i in range(0, len(order), _WINDOW)]
-        self._windows = windows[self._process :: self._processes] or windows
-        self._ends = list(itertools.accumulate(map(self._visits, self._windows)))
+        count = math.ceil(len(order) / _WINDOW / self._processes) * self._processes
+        windows = [order[i::count] or order for i in range(count)]  # of like size; with fewer answers than processes some share
+        rounds = [windows[i : i + self._processes] for i in range(0, count, self._processes)]
+        self._windows = [windows[self._process] for windows in rounds]
+        self._ends = list(itertools.accumulate(map(self._visits, rounds)))
         self._epoch, self._first, self._place = epoch, first, -1
 
-    def _visits(self, window: list[int]) -> int:
-        return max(1, round(sum(len(self._stretches[answer]) for answer in window) / self._config.answers_per_step))
+    def _visits(self, windows: list[list[int]]) -> int:
+        """How many visits take a window each, in the mean of the processes."""
+        stretches = sum(len(self._stretches[answer]) for window in windows for answer in window)
+        return max(1, round(stretches / self._processes / self._config.answers_per_step))
 
 
 def block(features: list[Features], visit: Visit, config: TrainConfig, gamma: int, runner: StreamRunner) -> Block:

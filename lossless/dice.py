@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+FORESEEABLE = ("cpu", "cuda")  # devices whose generators are known to be put back as they were
 _TRUST = 0.75  # in drafted logits, against their own noise: they are not the base's
 
 

@@ -23,7 +23,7 @@ from .adapter import StreamAdapter
 from .anatomy import device_of, find_projections, input_device
 from .cache import RowCache
 from .config import StreamingConfig
-from .dice import Dice, NoiseTape
+from .dice import FORESEEABLE, Dice, NoiseTape
 from .draft import Drafter
 from .errors import UsageError
 from .lookup import TextMemory
@@ -204,10 +204,10 @@ class AcceleratedModel:
 
     def _foresee(self, texts: list[Text], logits: torch.Tensor) -> Dice | None:
         """How the dice will fall for the tokens of a tree under each text, if they are thrown at all."""
-        noise, config = texts[0].noise, texts[0].config
-        if noise is None or self.tree_nodes == 1:
+        noise, config, device = texts[0].noise, texts[0].config, texts[0].ids.device
+        if noise is None or self.tree_nodes == 1 or device.type not in FORESEEABLE:
             return None
-        like = torch.empty(1, logits.shape[-1], device=texts[0].ids.device)
+        like = torch.empty(1, logits.shape[-1], device=device)
         foreseen = noise.foresee([text.number for text in texts], self.adapter.config.num_streams, like)
         return Dice(foreseen, config.temperature or 1.0, config.top_k or 0)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lossless.ablation import VARIANTS, table
+from lossless.adapter import StreamAdapter
 from lossless.cli import _parser, main
 from lossless.commands import shipped_adapter
 from lossless.models import Base
@@ -43,6 +45,13 @@ def test_the_main_command_answers_and_is_identical(demo: Base, capsys: pytest.Ca
     assert "identical: all 24 tokens" in capsys.readouterr().out
 
 
+def older(found: dict[str, Any]) -> str:
+    """A mark for what was measured with an adapter that was shipped before."""
+    folder = shipped_adapter("demo")
+    assert folder is not None
+    return "" if found["adapter"] != "shipped" or found.get("weights") == StreamAdapter.from_pretrained(folder).digest() else " †"
+
+
 def result_row(found: dict[str, Any]) -> str:
     """The README's table row of a stored report; what was not measured alone on the machine has no speed."""
     decoding = found["decoding"]
@@ -52,7 +61,7 @@ def result_row(found: dict[str, Any]) -> str:
     tree = f"{found['tree_nodes']}, {found.get('tree_floor', 0.0)}"  # the first reports are older than the floor,
     exact = found.get("guarantee", {"exact": "off"})["exact"]  # and than the guarantee
     return (
-        f"| {found['dtype']} | {exact} | {how} | {drafts} | {tree} | {found['identical']} of {found['prompts']} "
+        f"| {found['dtype']}{older(found)} | {exact} | {how} | {drafts} | {tree} | {found['identical']} of {found['prompts']} "
         f"| {found['acceptance_length']:.2f} | {' | '.join(speeds if found['threads'] > 1 else ['-'] * 3)} |"
     )
 
@@ -61,7 +70,7 @@ def certificate_row(found: dict[str, Any]) -> str:
     """The README's table row of a stored certificate."""
     flips = 1000 * (found["near_ties"] + found["mismatches"]) / found["tokens"]
     return (
-        f"| {'NF4' if found['load_in'] == '4bit' else found['dtype']} | {found['guarantee']['exact']} | {flips:.1f} "
+        f"| {'NF4' if found['load_in'] == '4bit' else found['dtype']}{older(found)} | {found['guarantee']['exact']} | {flips:.1f} "
         f"| {found['mismatches']} | {found['identical_prompts']} of {found['prompts']} "
         f"| {found['same_bits']} of {found['tokens']} | {found['speedup']:.2f} |"
     )
@@ -71,11 +80,44 @@ def benchmark_row(found: dict[str, Any]) -> str:
     """The README's table row of a certificate over public benchmarks."""
     decoding = found["decoding"]
     return (
-        f"| {'NF4' if found['load_in'] == '4bit' else found['dtype']} | {found['guarantee']['exact']} "
+        f"| {'NF4' if found['load_in'] == '4bit' else found['dtype']}{older(found)} | {found['guarantee']['exact']} "
         f"| {'sampled at ' + str(decoding['temperature']) if decoding['do_sample'] else 'greedy'} "
         f"| {found['identical_prompts']} of {found['prompts']} | {found['mismatches']} | {found['near_ties']} "
         f"| {found['same_bits']:,} of {found['tokens']:,} |"
     )
+
+
+# of Spec-Bench; MT-bench's own eight categories are its conversations
+TASKS = {"translation": "translation", "summarization": "summarization", "qa": "question answering",
+         "math_reasoning": "mathematical reasoning", "rag": "retrieval-augmented generation"}  # fmt: skip
+SETS = {"mt_bench": "MT-bench, first turns", "spec_bench": "Spec-Bench", "HumanEval": "HumanEval", "gsm8k_test": "GSM8K",
+        "mt_bench_ja": "MT-bench in Japanese", "mt_bench_zh": "MT-bench in Chinese"}  # fmt: skip
+
+
+def acceptance_rows() -> list[str]:
+    """The README's table rows of how many tokens a pass public benchmarks give, `accept-<set>-<how>.json`."""
+    rows = []
+    for path in sorted(Path(shipped_adapter("demo") or "").glob("accept-*.json")):
+        found, parts = json.loads(path.read_text(encoding="utf-8")), defaultdict(list)
+        name = path.stem.split("-")[1]
+        for run in found["runs"]:
+            task = f"{SETS[name]}, {TASKS.get(run['category'], 'multi-turn conversation')}" if name == "spec_bench" else SETS[name]
+            parts[task].append(run)
+        decoding = found["decoding"]
+        how = f"sampled at {decoding['temperature']}" if decoding["do_sample"] else "greedy"
+        streams = "shipped" if found["adapter"] == "shipped" else "the paper's"
+        for task, runs in parts.items():
+            length = sum(run["tokens"] - 1 for run in runs) / sum(run["target_passes"] for run in runs)
+            tokens = sum(run["tokens"] for run in runs)
+            rows.append(f"| {task} | {how} | {streams}{older(found)} | {len(runs)} | {tokens:,} | {length:.2f} |")
+    return rows
+
+
+def test_every_acceptance_length_comes_from_a_stored_report() -> None:
+    _, _, rest = README.partition("<!-- acceptance -->")
+    rows = [line for line in rest.partition("<!-- end of acceptance -->")[0].splitlines() if line.startswith("|")][2:]
+    assert rows
+    assert sorted(rows) == sorted(acceptance_rows())
 
 
 def stored(kind: str) -> list[dict[str, Any]]:

@@ -436,6 +436,13 @@ def test_processes_visit_different_answers() -> None:
         seen.append({answer for number in range(24) for answer, _ in order.visit(number).stretches})
     assert not seen[0] & seen[1]
     assert sum(map(len, seen)) == 384
+    uneven = Answers.of([answer([1, 2], [5] * (3 + 37 * i % 90)) for i in range(500)])
+    orders = [Order(uneven, replace(config, answers_per_step=1), process, 3) for process in range(3)]
+    assert all(order.visit(number).stretches for order in orders for number in range(2500))  # none is without
+    near = [[order.visit(number).near for number in range(2500)] for order in orders]
+    moves = [[number for number in range(1, 2500) if of[number] != of[number - 1]] for of in near]
+    assert moves[0] == moves[1] == moves[2]  # they go on to other answers together
+    assert len(moves[0]) > 2
     alone = [Order(stored.select(range(3)), config, process, 5).visit(0) for process in range(5)]
     assert all(visit.stretches for visit in alone)  # fewer windows than processes: all visit the same
 
