@@ -189,7 +189,7 @@ def bench(
     """
     encoded = encode_checked(base, prompts, decoding)
     header = settings(base, fast, name, load_in, decoding)
-    with resumed(journal, whose(header, encoded)) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
+    with resumed(journal, whose("bench", header, fast, encoded)) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
         runs = [Run(**run) for run in kept]
         bar.update(len(runs))
         if len(runs) < len(prompts):
@@ -232,12 +232,13 @@ def settings(base: Base, fast: AcceleratedModel, name: str, load_in: str | None,
     }
 
 
-def whose(header: dict[str, Any], encoded: list[torch.Tensor]) -> dict[str, Any]:
-    """The first line of a journal: a measurement with these settings, of these prompts, goes on with it."""
+def whose(command: str, header: dict[str, Any], fast: AcceleratedModel, encoded: list[torch.Tensor]) -> dict[str, Any]:
+    """The first line of a journal: the same measurement, with these settings, of these prompts, goes on with it."""
     # what a probe measures differs in its last digits from one attach to the next
-    lasting = {key: value for key, value in header.items() if key not in ("guarantee", "tree_floor")}
+    measured = ("guarantee", "tree_floor") if fast.tree_floor == fast.probed_floor() else ("guarantee",)
+    lasting = {key: value for key, value in header.items() if key not in measured}
     asked = hashlib.sha256(str([ids.tolist() for ids in encoded]).encode()).hexdigest()
-    return lasting | {"exact": header["guarantee"]["exact"], "prompt_ids": asked}
+    return {"command": command} | lasting | {"exact": header["guarantee"]["exact"], "prompt_ids": asked}
 
 
 def _pooled_acceptance(runs: list[Run]) -> float:

@@ -94,7 +94,8 @@ def compare(arguments: argparse.Namespace) -> int:
     print(f"plain        {run.baseline_tokens_per_s:8.1f} tokens/s   {found['dtype']}, {found['device']}, {found['threads']} threads")
     print(f"accelerated  {run.tokens_per_s:8.1f} tokens/s   {run.speedup:.2f} times as fast")
     print(f"acceptance length {run.acceptance_length:.2f}: {run.tokens} tokens in {run.target_passes} passes after the first")
-    return _finish(arguments, found)
+    _store(arguments, found)
+    return _same(found)
 
 
 def _verdict(run: benchmark.Run) -> str:
@@ -107,22 +108,25 @@ def bench(arguments: argparse.Namespace) -> int:
     """A file of prompts on both sides."""
     prompts, decoding = _prompts(arguments), _decoding(arguments)
     base, fast, name = _both_sides(arguments, prompts, decoding)
-    found = benchmark.bench(base, fast, name, prompts, decoding, arguments.load_in, _journal(arguments))
+    journal = _journal(arguments)
+    found = benchmark.bench(base, fast, name, prompts, decoding, arguments.load_in, journal)
     print(benchmark.table(found))
     print(
         f"\n{found['dtype']}, {found['device']}, {found['threads']} threads, exact: {fast.guarantee.level}, "
         f"trees of {fast.tree_nodes}, {fast.schedule}"
     )
-    return _finish(arguments, found)
+    _store(arguments, found, journal)
+    return _same(found)
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """The certificate; 3 if it finds a mismatch."""
     prompts, decoding = _prompts(arguments), _decoding(arguments)
     base, fast, name = _both_sides(arguments, prompts, decoding)
-    found = certify(base, fast, name, asked(base, prompts, decoding), decoding, arguments.load_in, _journal(arguments))
+    journal = _journal(arguments)
+    found = certify(base, fast, name, asked(base, prompts, decoding), decoding, arguments.load_in, journal)
     print(summarize(found))
-    _store(arguments, found)
+    _store(arguments, found, journal)
     return 3 if found["mismatches"] else 0
 
 
@@ -165,14 +169,16 @@ def _journal(arguments: argparse.Namespace) -> Path | None:
     return Path(f"{arguments.json}.journal") if arguments.json else None
 
 
-def _store(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
-    if journal := _journal(arguments):
+def _store(arguments: argparse.Namespace, found: dict[str, Any], journal: Path | None = None) -> None:
+    """Write the report, if one is asked for; its journal has done its work then."""
+    if arguments.json:
         write_json(arguments.json, found)
-        journal.unlink(missing_ok=True)
+    if journal:
+        journal.unlink()
 
 
-def _finish(arguments: argparse.Namespace, found: dict[str, Any]) -> int:
-    _store(arguments, found)
+def _same(found: dict[str, Any]) -> int:
+    """The exit code."""
     return 0 if found["identical"] == found["prompts"] else 3
 
 
@@ -207,6 +213,8 @@ def _given(arguments: argparse.Namespace, config: Config) -> Config:
 
 def ablate(arguments: argparse.Namespace) -> int:
     """Compare variants of the method."""
+    if getattr(arguments, "begin_from", ""):
+        raise UsageError("an ablation compares adapters of different shapes: they cannot begin from one, leave --begin-from out")
     streaming, config = _configs(arguments)
     report = compare_variants(_load(arguments), arguments.data, arguments.out, streaming, config, arguments.only)
     print(f"\n{table(report)}")

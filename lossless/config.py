@@ -90,7 +90,8 @@ class TrainConfig:
 
     A step visits stretches of `positions_per_answer` positions, about `answers_per_step` of them, most of different answers;
     `gradient_accumulation` times over, in every process. `share` is the part of the answers that is learnt from. `patience` evaluations without a
-    better one end the training; 0 never does. `begin_from`, a folder or a hub id, is an adapter that goes on learning.
+    better one end the training; 0 never does. `begin_from`, a folder or a hub id, is an adapter that goes on learning: with its `seed` and
+    at most its `held_out`, nothing is held out that it has learnt from.
     """
 
     steps: int = 900

@@ -88,7 +88,8 @@ class Visit:
 class Order:
     """Which stretches of which answers each visit is of, epoch after epoch; the same for the same seed.
 
-    Answers come in windows. Each stretch of each answer of a window is visited once, in random order: a step sees many
+    Answers come in windows. Each stretch of each answer of a window is visited once an epoch (or a little more often, where
+    another process has more of them), in random order: a step sees many
     answers, and yet the base reads an answer only once. Every process has windows of its own, and all of them go on to
     their next ones at the same visit: what one of them reads nobody else waits for.
     """

@@ -5,7 +5,8 @@ logits.
 
 `torch.multinomial(p, 1)` is argmax(p / q) with q exponential noise of p's shape from the generator. Of a position that is
 yet to come, p is not known, but q is: a generator can be asked and put back. So a draft need not guess how the dice
-will fall. Where the base would choose argmax(p / q), it looks for the largest p~ / q, with the p~ that it drafts.
+will fall. Where the base will choose argmax(p / q), it ranks tokens by p~ / q^a, with the p~ that it drafts and the trust
+in the dice a < 1, because p~ is not p: a token that is likely but unlucky may well be chosen all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 FORESEEABLE = ("cpu", "cuda")  # devices whose generators are known to be put back as they were
-_TRUST = 0.75  # in drafted logits, against their own noise: they are not the base's
+_TRUST = 0.75  # a
 
 
 class NoiseTape:
@@ -81,14 +82,15 @@ class Dice:
     top_k: int
 
     def throw(self, logits: torch.Tensor, texts: torch.Tensor, ahead: int, ids: torch.Tensor | None) -> torch.Tensor:
-        """Logits of what will be chosen, from those of what is likely.
+        """Logits of what will be chosen, from those of what is likely; at temperature 0 they are the same.
 
         Args:
             logits: `[rows, draft vocabulary]`; ids: the tokens they are of, None for all.
             texts: `[rows]`, whose they are; ahead: for which of the next positions, from 0.
         """
         noise = self.noise[:, ahead] if ids is None else self.noise[:, ahead, ids.to(self.noise.device)]
-        warped = logits / self.temperature
         if 0 < self.top_k < logits.shape[1]:
-            warped = warped.masked_fill(warped < warped.topk(self.top_k).values[:, -1:], -torch.inf)
-        return warped - _TRUST * noise.clamp_min(1e-30).log().to(logits.device)[texts]
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
+        luck = -noise.clamp_min(1e-30).log().to(logits.device)[texts]
+        # divided by a low temperature, drafted logits would be surer of themselves than they have reason to be
+        return (logits + _TRUST * self.temperature * luck) / max(1.0, self.temperature)

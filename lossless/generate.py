@@ -58,8 +58,7 @@ class AcceleratedModel:
         ends = model.get_input_embeddings(), model.get_output_embeddings()
         self.drafter = Drafter(self.runner.adapter, *ends, self.runner.logit_scale())
         self.tree_nodes = adapter.config.tree_nodes
-        # a row that costs more than it is likely to give is not worth it
-        self.tree_floor = max(adapter.config.tree_floor, min(self.guarantee.row_cost, 0.5))
+        self.tree_floor = self.probed_floor()
         self.schedule = adapter.config.schedule
         self.recall = adapter.config.recall
         self.pruning_floor = adapter.config.pruning_floor
@@ -74,6 +73,10 @@ class AcceleratedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
+
+    def probed_floor(self) -> float:
+        """The least probability of a path that is worth a row here: a row that costs more than it is likely to give is not."""
+        return max(self.adapter.config.tree_floor, min(self.guarantee.row_cost, 0.5))
 
     def detach(self) -> PreTrainedModel:
         """The base, as it was."""
@@ -205,11 +208,12 @@ class AcceleratedModel:
     def _foresee(self, texts: list[Text], logits: torch.Tensor) -> Dice | None:
         """How the dice will fall for the tokens of a tree under each text, if they are thrown at all."""
         noise, config, device = texts[0].noise, texts[0].config, texts[0].ids.device
-        if noise is None or self.tree_nodes == 1 or device.type not in FORESEEABLE:
+        if noise is None or self.tree_nodes == 1 or config.top_k == 1 or device.type not in FORESEEABLE:
             return None
-        like = torch.empty(1, logits.shape[-1], device=device)
+        like = torch.empty(1, logits.shape[-1], dtype=torch.float32, device=device)
         foreseen = noise.foresee([text.number for text in texts], self.adapter.config.num_streams, like)
-        return Dice(foreseen, config.temperature or 1.0, config.top_k or 0)
+        # drafts do not know for sure which tokens are the base's best few
+        return Dice(foreseen, config.temperature or 1.0, max(config.top_k, self.adapter.config.tree_top_k) if config.top_k else 0)
 
     def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache) -> PassOutput:
         """One target pass over a tree for each text; with the parallel schedule every node speculates."""

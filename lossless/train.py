@@ -34,6 +34,7 @@ from .curriculum import Order, block, draft_vocabulary, read_answers, split
 from .draft import Drafter
 from .errors import UsageError
 from .features import Features, FeatureStore
+from .fit import check_fit
 from .foretell import foretell
 from .generate import new_adapter
 from .loss import StreamLoss
@@ -111,6 +112,12 @@ def train(
     bar = tqdm(total=config.steps, initial=progress.step, desc="training", disable=not accelerator.is_main_process)
     with append_jsonl(out / "curve.jsonl") as log, bar, differentiable(base.model), runner.installed():
         try:
+            if config.begin_from and not progress.step:  # what it is now is the best so far
+                told = foretell(runner, drafter, held_store, streaming.tree_nodes)
+                progress.note(round(float(broadcast(torch.tensor(told.acceptance_length, device=accelerator.device))), 3), 0)
+                if accelerator.is_main_process:
+                    bar.write(f"begins with a held-out acceptance length of {progress.best:.3f}")
+                    _save_whole(adapter, out / "best.safetensors")
             while progress.step < config.steps and not progress.stopped:
                 # 1. learn: every process and every part of an accumulated step visits answers of its own
                 parts = []
@@ -195,6 +202,7 @@ def _adapter(base: Base, answers: Answers, streaming: StreamingConfig, begin_fro
     if begin_from:
         ours = {"name": base.name, "fingerprint": fingerprint(base.model, base.tokenizer)}
         before = StreamAdapter.from_pretrained(begin_from, ours)
+        check_fit(base.model, before)
         draft_ids = before.draft_ids
         for name in WEIGHT_FIELDS:
             if getattr(streaming, name) != (value := getattr(before.config, name)):

@@ -226,7 +226,7 @@ def _check_all(
     base: Base, fast: AcceleratedModel, encoded: list[torch.Tensor], decoding: Decoding, header: dict[str, Any], journal: Path | None
 ) -> list[Checked]:
     """Every answer, those of the journal first."""
-    with resumed(journal, whose(header, encoded)) as (kept, write), tqdm(total=len(encoded), unit="prompt", desc="verify") as bar:
+    with resumed(journal, whose("verify", header, fast, encoded)) as (kept, write), tqdm(total=len(encoded), unit="prompt", desc="verify") as bar:
         found = [Checked([Position(*position) for position in line["positions"]], line["speedup"]) for line in kept]
         bar.update(len(found))
         for ids in encoded[len(found) :]:

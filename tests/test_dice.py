@@ -7,9 +7,9 @@ import torch
 
 from lossless import dice as module
 from lossless.dice import Dice, NoiseTape
-from lossless.generate import AcceleratedModel
+from lossless.generate import AcceleratedModel, accelerate, new_adapter
 
-from .conftest import VOCAB, prompt_ids
+from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 
 
 def test_what_is_foreseen_is_what_is_drawn() -> None:
@@ -54,6 +54,23 @@ def test_drafts_that_are_nearly_right_hold_the_choice_more_often() -> None:
 
     blind = held(drafted)
     assert held(Dice(noise, 1.0, 0).throw(drafted, torch.arange(500), 0, None)) > 1.5 * blind > 100
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_each_node_has_the_dice_of_its_own_text_and_depth(texts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every token is as likely as any other, the dice alone decide, and drafts that trust them are never wrong."""
+    monkeypatch.setattr(module, "_TRUST", 50.0)
+    model = build_tiny(seed=0)
+    fast = accelerate(model, new_adapter(model, tiny_config()), exact="off", recall=False)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    ids = torch.cat([prompt_ids(6, seed) for seed in range(texts)])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 31, "do_sample": True, "top_k": 0, "eos_token_id": None}
+    torch.manual_seed(1)
+    expected = model.generate(ids, **options)
+    torch.manual_seed(1)
+    assert torch.equal(fast.generate(ids, **options), expected)
+    assert fast.stats.acceptance_length == 1 + fast.adapter.config.num_streams
 
 
 def test_greedy_decoding_has_no_dice(fast: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -444,7 +444,7 @@ def test_processes_visit_different_answers() -> None:
     assert moves[0] == moves[1] == moves[2]  # they go on to other answers together
     assert len(moves[0]) > 2
     alone = [Order(stored.select(range(3)), config, process, 5).visit(0) for process in range(5)]
-    assert all(visit.stretches for visit in alone)  # fewer windows than processes: all visit the same
+    assert all(visit.stretches for visit in alone)  # fewer answers than processes: some share them
 
 
 def test_features_that_do_not_fit_make_room(taught: Base, answers: Path) -> None:
