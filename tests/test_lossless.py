@@ -42,7 +42,7 @@ class Oracle(Drafter):
     def __init__(self, answer: list[int], depth: int = 4) -> None:
         self.answer, self.depth, self.done = answer, depth, 0
 
-    def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any, floor: float = 0) -> list[DraftTree]:
+    def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any, *rest: Any) -> list[DraftTree]:
         assert roots == [self.answer[self.done]]
         chain = self.answer[self.done : self.done + self.depth + 1]
         self.done += len(chain)
@@ -52,8 +52,8 @@ class Oracle(Drafter):
 class Bushy(Oracle):
     """The right chain, each node among wrong siblings: accepted rows must be moved up in the cache."""
 
-    def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any, floor: float = 0) -> list[DraftTree]:
-        chain = super().trees(streams, roots, max_nodes, memories, floor)[0].tokens
+    def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any, *rest: Any) -> list[DraftTree]:
+        chain = super().trees(streams, roots, max_nodes, memories, *rest)[0].tokens
         tokens, parents, right = [chain[0]], [-1], 0
         for token in chain[1:]:
             wrong = [(token + k) % VOCAB for k in (1, 2, 3)]
@@ -105,7 +105,7 @@ def test_a_liar_is_never_believed(fast: AcceleratedModel) -> None:
     class Liar(Drafter):
         def __init__(self) -> None: ...
 
-        def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any, floor: float = 0) -> list[DraftTree]:
+        def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: Any, *rest: Any) -> list[DraftTree]:
             # never what a random model says after this root twice: the greedy choice is avoided below
             return [DraftTree((roots[0], VOCAB - 1), (-1, 0))]
 

@@ -87,7 +87,7 @@ def test_a_reread_text_goes_on_with_several_tokens_a_pass() -> None:
     class Chain(Drafter):
         def __init__(self) -> None: ...
 
-        def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: object, floor: float = 0) -> list[DraftTree]:
+        def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: object, *rest: object) -> list[DraftTree]:
             done = fast.stats_text()
             chain = answer[done - 1 : done + 3]
             assert chain[0] == roots[0]
