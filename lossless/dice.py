@@ -11,6 +11,7 @@ in the dice a < 1, because p~ is not p: a token that is likely but unlucky may w
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,17 +21,28 @@ FORESEEABLE = ("cpu", "cuda")  # devices whose generators are known to be put ba
 _TRUST = 0.9  # a
 
 
+@dataclass(frozen=True)
+class _Foreseen:
+    """A draw that is yet to come, `[batch, vocab]`, and the generator's states before and after it."""
+
+    before: torch.Tensor
+    noise: torch.Tensor
+    after: torch.Tensor
+
+
 class NoiseTape:
     """The draws of a sampled batch, one for each position, in the order of the text.
 
     HF draws noise of shape `[batch, vocab]` once for each position of the whole batch; so does the tape, when the first
-    text of the batch gets there, and it keeps the draw for the others.
+    text of the batch gets there, and it keeps the draw for the others. What was foreseen is drawn by putting the generator
+    where it would be after the draw, so no noise is made twice.
     """
 
     def __init__(self, texts: int) -> None:
         self._read = [0] * texts  # positions that each text has passed
         self._first = 0  # position of the first draw that is kept
         self._draws: list[torch.Tensor] = []
+        self._foreseen: deque[_Foreseen] = deque()  # the draws after those
 
     def at(self, text: int, like: torch.Tensor) -> torch.Tensor:
         """`[vocab]`, the noise for the next position of this text; `like` is `[1, vocab]` of probabilities."""
@@ -42,11 +54,16 @@ class NoiseTape:
     def foresee(self, texts: Sequence[int], count: int, like: torch.Tensor) -> torch.Tensor:
         """`[texts, count, vocab]`, the noise for the next positions of these texts, without drawing it."""
         begins = [self._read[text] - self._first for text in texts]
-        known = list(self._draws)
-        forked = [like.device] if like.is_cuda else []  # the CPU's own generator is forked in any case
-        with torch.random.fork_rng(forked):
-            while len(known) < max(begins) + count:
-                known.append(self._draw(like))
+        generator = _generator(like.device)
+        here = generator.get_state()
+        self._check(here)
+        if self._foreseen:
+            generator.set_state(self._foreseen[-1].after)
+        for _ in range(max(begins) + count - len(self._draws) - len(self._foreseen)):
+            before = generator.get_state()
+            self._foreseen.append(_Foreseen(before, self._noise(like), generator.get_state()))
+        generator.set_state(here)
+        known = [*self._draws, *(drawn.noise for drawn in self._foreseen)]
         return torch.stack([torch.stack([known[begin + i][text] for i in range(count)]) for text, begin in zip(texts, begins, strict=True)])
 
     def go_on(self, text: int) -> None:
@@ -60,7 +77,21 @@ class NoiseTape:
         self._forget()
 
     def _draw(self, like: torch.Tensor) -> torch.Tensor:
+        if self._foreseen:
+            generator = _generator(like.device)
+            self._check(generator.get_state())
+            if self._foreseen:
+                generator.set_state(self._foreseen[0].after)
+                return self._foreseen.popleft().noise
+        return self._noise(like)
+
+    def _noise(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(len(self._read), like.shape[1]).exponential_(1)
+
+    def _check(self, state: torch.Tensor) -> None:
+        """Nothing is foreseen any more if someone else has drawn from the generator since."""
+        if self._foreseen and not torch.equal(self._foreseen[0].before, state):
+            self._foreseen.clear()
 
     def _forget(self) -> None:
         while self._draws and min(self._read) > self._first:
@@ -94,3 +125,10 @@ class Dice:
         luck = -noise.clamp_min(1e-30).log().to(logits.device)[texts]
         # divided by a low temperature, drafted logits would be surer of themselves than they have reason to be
         return (logits + _TRUST * self.temperature * luck) / max(1.0, self.temperature)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that draws on this device if none is named."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator

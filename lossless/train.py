@@ -35,7 +35,7 @@ from .draft import Drafter
 from .errors import UsageError
 from .features import Features, FeatureStore
 from .fit import check_fit
-from .foretell import foretell
+from .foretell import Foretold, foretell
 from .generate import new_adapter
 from .loss import StreamLoss
 from .models import Base, differentiable, fingerprint, processes
@@ -113,8 +113,7 @@ def train(
     with append_jsonl(out / "curve.jsonl") as log, bar, differentiable(base.model), runner.installed():
         try:
             if config.begin_from and not progress.step:  # what it is now is the best so far
-                told = foretell(runner, drafter, held_store, streaming.tree_nodes)
-                progress.note(round(float(broadcast(torch.tensor(told.acceptance_length, device=accelerator.device))), 3), 0)
+                progress.note(_evaluate(runner, drafter, held_store, accelerator)[1], 0)
                 if accelerator.is_main_process:
                     bar.write(f"begins with a held-out acceptance length of {progress.best:.3f}")
                     _save_whole(adapter, out / "best.safetensors")
@@ -151,9 +150,7 @@ def train(
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", agree="/".join(f"{a:.2f}" for a in entry["agreement"]))
                 # 2. evaluate: what would the decode loop make of it
                 if progress.step % config.eval_every == 0 or progress.step == config.steps:
-                    told = foretell(runner, drafter, held_store, streaming.tree_nodes)
-                    # one word for all processes, whose numbers might differ in a bit
-                    length = round(float(broadcast(torch.tensor(told.acceptance_length, device=accelerator.device))), 3)
+                    told, length = _evaluate(runner, drafter, held_store, accelerator)
                     entry |= {"acceptance_length": told.acceptance_length, "reached": told.reached}
                     if accelerator.is_main_process:
                         bar.write(f"step {progress.step}: loss {entry['loss']:.3f}, held-out acceptance length {length:.3f}")
@@ -241,6 +238,13 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     if config.tracker and not accelerator.log_with:
         raise UsageError(f"tracker {config.tracker!r} is not installed here: pip install it, or leave --tracker out")
     return accelerator
+
+
+def _evaluate(runner: StreamRunner, drafter: Drafter, held_out: FeatureStore, accelerator: Accelerator) -> tuple[Foretold, float]:
+    """What the decode loop would make of the adapter, and the acceptance length by which adapters are compared."""
+    told = foretell(runner, drafter, held_out, runner.adapter.config.tree_nodes)
+    # one word for all processes, whose numbers might differ in a bit
+    return told, round(float(broadcast(torch.tensor(told.acceptance_length, device=accelerator.device))), 3)
 
 
 def _save_whole(adapter: StreamAdapter, path: Path) -> None:

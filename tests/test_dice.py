@@ -27,6 +27,41 @@ def test_what_is_foreseen_is_what_is_drawn() -> None:
             tape.go_on(text)
 
 
+@pytest.mark.parametrize("between", [False, True], ids=["undisturbed", "another draws too"])
+def test_foreseeing_changes_no_draw(between: bool) -> None:
+    like = torch.empty(1, VOCAB)
+
+    def drawn(foreseeing: int) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        tape, found = NoiseTape(1), []
+        for position in range(8):
+            if foreseeing:
+                found_ahead = tape.foresee([0], foreseeing, like)[0, 0]
+            if between and position % 3 == 1:  # a processor, say; what was foreseen before will not come
+                torch.rand(2)
+            found.append(tape.at(0, like))
+            if foreseeing and not (between and position % 3 == 1):
+                assert torch.equal(found[-1], found_ahead)
+            tape.go_on(0)
+        return [*found, torch.random.get_rng_state()]
+
+    plain = drawn(0)
+    for foreseeing in (1, 4):
+        assert all(map(torch.equal, plain, drawn(foreseeing)))
+
+
+def test_no_noise_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, noise = [], NoiseTape._noise
+    monkeypatch.setattr(NoiseTape, "_noise", lambda tape, like: made.append(1) or noise(tape, like))
+    tape = NoiseTape(1)
+    for _ in range(6):
+        tape.foresee([0], 4, torch.empty(1, VOCAB))
+        for _ in range(2):
+            tape.at(0, torch.empty(1, VOCAB))
+            tape.go_on(0)
+    assert len(made) == 6 * 2 + 2
+
+
 def test_drafts_that_are_right_foresee_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TRUST", 1.0)
     logits, owner = torch.randn(6, VOCAB) * 2, torch.tensor([0, 0, 1, 1, 2, 2])

@@ -102,7 +102,7 @@ def test_any_drafts_over_any_prompt_give_the_base_s_own_tokens(
     class Lucky(Drafter):
         def __init__(self) -> None: ...
 
-        def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: object, floor: float = 0) -> list[DraftTree]:
+        def trees(self, streams: torch.Tensor, roots: list[int], max_nodes: int, memories: object, *rest: object) -> list[DraftTree]:
             done = sum(n * count for n, count in fast.stats.accepted.items())  # after the prefill's token
             return [random_tree(roots[0], vocab, luck, answer[done + 1 :], chance)]
 

@@ -365,6 +365,12 @@ def test_an_adapter_goes_on_learning(taught: Base, answers: Path, tmp_path: Path
     curve = [entry["loss"] for entry in read_jsonl(tmp_path / "first" / "curve.jsonl")]
     assert begun < 0.7 * sum(curve[:5]) / 5, "it begins where the other ended"
     assert json.loads((tmp_path / "second" / "training.json").read_text())["train"]["begin_from"] == str(tmp_path / "first")
+
+    worse = replace(on, steps=3, warmup_steps=0, learning_rate=10.0)
+    unharmed, _, third = train(taught, [answers], tmp_path / "third", shape, worse)
+    assert third["best_step"] == 0
+    assert third["acceptance_length"] >= read_jsonl(tmp_path / "third" / "curve.jsonl")[-1]["acceptance_length"]
+    assert unharmed.digest() == before.digest(), "what only got worse is not kept"
     for change, rule in ({"lora_rank": 5}, "lora_rank must be that of the adapter to begin from .8., got 5"), (
         {"draft_vocab_size": 0},
         "draft_vocab_size must be that",
