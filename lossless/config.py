@@ -89,7 +89,8 @@ class TrainConfig:
     """How long and how fast to learn.
 
     A step visits stretches of `positions_per_answer` positions, about `answers_per_step` of them, most of different answers;
-    `gradient_accumulation` times over, in every process. `share` is the part of the answers that is learnt from. `patience` evaluations without a
+    `gradient_accumulation` times over, in every process. Of an answer's stretches an epoch visits every `visit_every`-th, another
+    one in the next: with more answers than time, a few positions of all of them teach more than all positions of a few. `share` is the part of the answers that is learnt from. `patience` evaluations without a
     better one end the training; 0 never does. `begin_from`, a folder or a hub id, is an adapter that goes on learning: with its `seed` and
     at most its `held_out`, nothing is held out that it has learnt from.
     """
@@ -97,6 +98,7 @@ class TrainConfig:
     steps: int = 900
     answers_per_step: int = 16
     positions_per_answer: int = 32
+    visit_every: int = 1
     gradient_accumulation: int = 1
     learning_rate: float = 2e-3
     warmup_steps: int = 20
@@ -115,7 +117,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "steps", "answers_per_step", "positions_per_answer", "gradient_accumulation", "held_out")
+        require_at_least(1, self, "steps", "answers_per_step", "positions_per_answer", "visit_every", "gradient_accumulation", "held_out")
         require_at_least(1, self, "eval_every", "checkpoint_every")
         require_at_least(0, self, "patience", "warmup_steps")
         for name in ("learning_rate", "logits_memory_gb"):

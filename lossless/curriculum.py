@@ -88,9 +88,9 @@ class Visit:
 class Order:
     """Which stretches of which answers each visit is of, epoch after epoch; the same for the same seed.
 
-    Answers come in windows. Each stretch of each answer of a window is visited once an epoch (or a little more often, where
-    another process has more of them), in random order: a step sees many
-    answers, and yet the base reads an answer only once. Every process has windows of its own, and all of them go on to
+    Answers come in windows. Each stretch that the epoch visits of an answer of a window is visited once (or a little more
+    often, where another process has more of them), in random order: a step sees many answers, and yet the base reads an
+    answer only once. Every process has windows of its own, and all of them go on to
     their next ones at the same visit: what one of them reads nobody else waits for.
     """
 
@@ -114,7 +114,7 @@ class Order:
         place = bisect.bisect_right(self._ends, number - self._first)
         if place != self._place:
             self._place, window = place, self._windows[place]
-            stretches = [(answer, start) for answer in window for start in self._stretches[answer]]
+            stretches = [(answer, start) for answer in window for start in self._visited(answer)]
             random.Random(f"{self._config.seed}/{self._epoch}/{place}").shuffle(stretches)
             count = self._ends[place] - (self._ends[place - 1] if place else 0)
             # of like size; where the other processes have more to visit, some stretch is visited again
@@ -131,13 +131,18 @@ class Order:
         count = math.ceil(len(order) / _WINDOW / self._processes) * self._processes
         windows = [order[i::count] or order for i in range(count)]  # of like size; with fewer answers than processes some share
         rounds = [windows[i : i + self._processes] for i in range(0, count, self._processes)]
+        self._epoch, self._first, self._place = epoch, first, -1
         self._windows = [windows[self._process] for windows in rounds]
         self._ends = list(itertools.accumulate(map(self._visits, rounds)))
-        self._epoch, self._first, self._place = epoch, first, -1
+
+    def _visited(self, answer: int) -> range:
+        """Where the stretches of an answer begin that this epoch visits: one at least."""
+        stretches, every = self._stretches[answer], self._config.visit_every
+        return stretches[(answer + self._epoch) % min(every, len(stretches)) :: every]
 
     def _visits(self, windows: list[list[int]]) -> int:
         """How many visits take a window each, in the mean of the processes."""
-        stretches = sum(len(self._stretches[answer]) for window in windows for answer in window)
+        stretches = sum(len(self._visited(answer)) for window in windows for answer in window)
         return max(1, round(stretches / self._processes / self._config.answers_per_step))
 
 

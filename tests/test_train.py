@@ -434,6 +434,18 @@ def test_every_position_is_visited_once_an_epoch(taught: Base) -> None:
     assert {answer for answer, _ in order.visit(number).stretches} <= {n for batch in order.visit(number).near for n in batch}
 
 
+def test_epochs_that_visit_a_part_see_every_answer_and_with_time_all_of_it() -> None:
+    lengths = [3 + i * 7 % 90 for i in range(90)]
+    stored = Answers.of([answer([1, 2], [5] * length) for length in lengths])
+    order = Order(stored, TrainConfig(answers_per_step=1, positions_per_answer=16, visit_every=3))
+    begins = {which: range(1, length, 16) for which, length in enumerate(lengths)}
+    visits = sum(max(3, len(starts)) for starts in begins.values())  # in three epochs; each visit is of one stretch
+    seen = [stretch for number in range(visits) for stretch in order.visit(number).stretches]
+    assert len(seen) == visits
+    assert set(seen) == {(which, start) for which, starts in begins.items() for start in starts}
+    assert {which for which, _ in seen[: visits * 4 // 9]} == set(begins)  # an epoch is a third, more or less
+
+
 def test_processes_visit_different_answers() -> None:
     stored = Answers.of([answer([1, 2], [5] * 40) for _ in range(384)])
     config, seen = TrainConfig(answers_per_step=8, positions_per_answer=64), []
