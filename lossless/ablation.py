@@ -14,7 +14,8 @@ from typing import Any
 
 from .anatomy import decoder_layers, features, is_projection
 from .config import StreamingConfig, TrainConfig
-from .errors import NotOfThisBase
+from .curriculum import read_answers
+from .errors import NotOfThisBase, UsageError
 from .models import Base, processes
 from .storage import versions, write_json
 from .train import Kept, train
@@ -61,11 +62,24 @@ def ablate(
 ) -> dict[str, Any]:
     """Train every variant in a folder of its own under `out`; what is done already is not done again.
 
+    Raises:
+        UsageError: `out` holds rows of another model, other answers or other settings.
+
     Returns:
         The report that is also written to `out/ablation.json`, and as a table to `out/ablation.md`.
     """
     out = Path(out)
-    rows = {row["name"]: row for row in _report(out).get("variants", [])}
+    head = {
+        "model": base.name,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "streaming": streaming.to_dict(),
+        "train": asdict(config),
+        "answers": read_answers(base, [Path(folder) for folder in data])[0].digest(),
+    }
+    before = _report(out)
+    if differing := [key for key in head if before and before.get(key) != head[key]]:
+        raise UsageError(f"{out} holds an ablation of another kind ({', '.join(differing)}): rows of one table must be of one kind, use another folder")
+    rows = {row["name"]: row for row in before.get("variants", [])}
     report: dict[str, Any] = {}
     kept: Kept = {}  # no variant changes the base, nor the order of the answers
     for variant in VARIANTS:
@@ -74,13 +88,9 @@ def ablate(
         if processes().is_main_process:
             print(f"\n{variant.name}", flush=True)
         rows[variant.name] = _row(base, data, out, variant, streaming, config, kept)
-        report = {
-            "model": base.name,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
+        report = head | {
             "device": str(base.model.device),
             "versions": versions(),
-            "streaming": streaming.to_dict(),
-            "train": asdict(config),
             "variants": [rows[v.name] for v in VARIANTS if v.name in rows],
             "others": _others(base, streaming),
         }

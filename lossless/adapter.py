@@ -26,10 +26,11 @@ from torch.nn import functional as F
 from .config import StreamingConfig
 from .errors import UsageError
 from .models import fingerprint_differences
-from .storage import versions, write_json
+from .storage import ensure_room, versions, write_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter.safetensors"
+_ROOM = 2**20  # bytes beside the weights: the config, and some to spare
 
 
 class LowRank(nn.Module):
@@ -234,6 +235,7 @@ class StreamAdapter(nn.Module):
             name: (tensor.half() if tensor.is_floating_point() else tensor.int()).contiguous().cpu()
             for name, tensor in self.state_dict().items()
         }
+        ensure_room(folder, sum(tensor.nbytes for tensor in tensors.values()) + _ROOM)
         staging = folder / (WEIGHTS_FILE + ".part")
         save_file(tensors, staging, metadata={"format": "pt"})
         staging.replace(folder / WEIGHTS_FILE)
@@ -290,18 +292,24 @@ class StreamAdapter(nn.Module):
 
 
 def _find(source: str) -> Path:
-    path = Path(source).expanduser()
+    path, (name, _, revision) = Path(source).expanduser(), source.partition("@")
     if path.exists():
         return path
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UsageError(f"no adapter folder at {path}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except _hub_errors() as error:
         raise UsageError(f"no adapter folder at {path}, and the hub gave none by that name: {error}") from None
+
+
+def _hub_errors() -> tuple[type[BaseException], ...]:
+    """What can go wrong on the way to the hub: its own errors, and what they are kinds of, the transport's and the system's."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return (*HfHubHTTPError.__bases__, HFValidationError)
 
 
 def push_to_hub(folder: str | Path, repo: str, private: bool = False, revision: str | None = None) -> str:
@@ -313,7 +321,6 @@ def push_to_hub(folder: str | Path, repo: str, private: bool = False, revision: 
     folder = Path(folder)
     StreamAdapter.from_pretrained(folder)  # whole, or not at all
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     hub = HfApi()
     try:
@@ -321,9 +328,9 @@ def push_to_hub(folder: str | Path, repo: str, private: bool = False, revision: 
         if revision:
             hub.create_branch(repo, branch=revision, exist_ok=True)
         hub.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, ignore_patterns=["checkpoint-*", "best.safetensors", "*.part"],
+            repo_id=repo, folder_path=folder, revision=revision, ignore_patterns=["checkpoint-*", "*.part"],
             commit_message="An adapter for lossless",
         )  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except _hub_errors() as error:
         raise UsageError(f"the hub did not take {folder} as {repo!r}: {str(error).strip().splitlines()[0]}") from error
     return f"{hub.endpoint}/{repo}"

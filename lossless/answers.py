@@ -10,6 +10,7 @@ without its end, is written anew as a whole: small, and readable by `datasets.lo
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -74,14 +75,27 @@ class Answers:
         """Tokens of `prompt_ids` or `answer_ids`, for every answer."""
         return list(pc.list_value_length(self._table[name]).to_pylist())
 
+    def digest(self) -> str:
+        """Tells these answers from others, whatever their order."""
+        table, found = self._table.sort_by([("id", "ascending"), ("turn", "ascending")]), hashlib.sha256()
+        found.update(json.dumps([table["id"].to_pylist(), table["temperature"].to_pylist()]).encode())
+        for name in ("prompt_ids", "answer_ids"):
+            found.update(json.dumps(pc.list_value_length(table[name]).to_pylist()).encode())
+            found.update(_ids(table[name]).tobytes())
+        return found.hexdigest()
+
     def select(self, numbers: Iterable[int]) -> Answers:
         """These answers, in this order."""
         return Answers(self._table.take(pa.array(list(numbers), pa.int64())))
 
     def emitted(self) -> Any:
         """`[tokens]`, numpy: every answer's ids, one after the other."""
-        chunks = self._table["answer_ids"].chunks
-        return pa.concat_arrays([chunk.flatten() for chunk in chunks] or [pa.array([], pa.int32())]).to_numpy()
+        return _ids(self._table["answer_ids"])
+
+
+def _ids(column: pa.ChunkedArray) -> Any:
+    """`[tokens]`, numpy: the ids of a column of lists, one list after the other."""
+    return pa.concat_arrays([chunk.flatten() for chunk in column.chunks] or [pa.array([], pa.int32())]).to_numpy()
 
 
 class AnswerWriter:

@@ -23,7 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .errors import UsageError, require_at_least
 from .generate import AcceleratedModel
-from .models import Base
+from .models import Base, context_limit
 from .prompts import Prompt, encode
 from .storage import resumed, versions
 
@@ -100,7 +100,7 @@ def encode_checked(base: Base, prompts: list[Prompt], decoding: Decoding) -> lis
     Raises:
         UsageError: a prompt and its answer would not fit.
     """
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_limit(base.model)
     found = []
     for prompt in prompts:
         ids = encode(base.tokenizer, prompt.messages)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import inspect
+import re
 import sys
 import warnings
 from typing import Any, NoReturn
@@ -17,8 +19,7 @@ import transformers
 
 from . import commands
 from .ablation import VARIANTS
-from .config import StreamingConfig, TrainConfig
-from .distill import DistillConfig
+from .config import DistillConfig, StreamingConfig, TrainConfig
 from .errors import UsageError
 from .storage import versions
 
@@ -108,17 +109,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = verbs.add_parser("distill", help="collect the model's own answers to train on")
     _model_flags(command)
-    defaults = DistillConfig()
     command.add_argument("--prompts", nargs="+", metavar="FILE", help=_PROMPTS)
     command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
-    command.add_argument("--self-drawn", type=int, default=0, metavar="N", help="let the model draw N prompts itself")
-    command.add_argument("--answer-tokens", type=int, default=defaults.answer_tokens, help="stop after so many (%(default)s)")
-    command.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of one answer (%(default)s)")
-    command.add_argument("--max-turns", type=int, default=defaults.max_turns, help="of a conversation (%(default)s)")
-    command.add_argument("--max-prompt-tokens", type=int, default=defaults.max_prompt_tokens, help="longer prompts are skipped (%(default)s)")
-    command.add_argument("--temperatures", type=float, nargs="+", default=list(defaults.temperatures), help="used in turn, 0 is greedy (%(default)s)")
-    command.add_argument("--batch-size", type=int, default=defaults.batch_size, help="answers at once (%(default)s)")
-    command.add_argument("--seed", type=int, default=0)
+    _config_flags(command, DistillConfig())
     command.add_argument("--out", required=True, metavar="FOLDER", help="where the answers go; the same command goes on there")
     command.set_defaults(run=commands.distill)
 
@@ -145,14 +138,22 @@ def _training_flags(command: argparse.ArgumentParser, streaming: StreamingConfig
     command.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="folders that distill has written")
     command.add_argument("--out", required=True, metavar="FOLDER", help="where it goes; the same command goes on there")
     command.set_defaults(streaming=streaming, training=training)
-    for name, kind in (("streaming", streaming), ("training", training)):
-        group = command.add_argument_group(name)
-        for key, value in vars(kind).items():
-            how: dict[str, Any] = {"type": type(value)}
-            if isinstance(value, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            # only what is given is set: an adapter that goes on learning has other defaults
-            group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, help=f"({value})", **how)
+    _config_flags(command.add_argument_group("streaming"), streaming)
+    _config_flags(command.add_argument_group("training"), training)
+
+
+def _config_flags(group: argparse._ActionsContainer, config: Any) -> None:
+    """A flag for each field of a config, with what its docstring says of it. Only what is given is set."""
+    meanings = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(type(config)) or "", re.MULTILINE))
+    for key, value in vars(config).items():
+        how: dict[str, Any] = {"type": type(value)}
+        if isinstance(value, bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, tuple):
+            how = {"type": type(value[0]), "nargs": "+"}
+        meaning = " ".join(meanings[key].split()).rstrip(".").replace("%", "%%")
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{meaning} ({shown})", **how)
 
 
 def _model_flags(command: argparse.ArgumentParser) -> None:

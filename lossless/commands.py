@@ -22,8 +22,7 @@ from .ablation import table
 from .adapter import StreamAdapter, push_to_hub
 from .answers import Answers
 from .card import draw_curve, write_card
-from .config import StreamingConfig, TrainConfig
-from .distill import DistillConfig
+from .config import DistillConfig, StreamingConfig, TrainConfig
 from .distill import distill as collect
 from .errors import UsageError
 from .foretell import TOLERANCE, check_parity
@@ -35,7 +34,7 @@ from .train import train as learn
 from .verify import Asked, asked, certify
 from .verify import summary as summarize
 
-Config = TypeVar("Config", StreamingConfig, TrainConfig)
+Config = TypeVar("Config", StreamingConfig, TrainConfig, DistillConfig)
 
 _CERTIFIED, _CERTIFIED_TOKENS = 4, 64  # held-out prompts that training ends with a certificate of
 
@@ -184,14 +183,11 @@ def _same(found: dict[str, Any]) -> int:
 
 def distill(arguments: argparse.Namespace) -> int:
     """Collect answers."""
-    names = ("answer_tokens", "max_new_tokens", "max_prompt_tokens", "max_turns", "batch_size", "self_drawn", "seed")
-    config = DistillConfig(
-        **{name: getattr(arguments, name) for name in names}, temperatures=tuple(arguments.temperatures)
-    )
+    config = _given(arguments, DistillConfig())
     if not arguments.prompts and not config.self_drawn:
         raise UsageError("there is nothing to answer: name --prompts FILE, or --self-drawn N, or both")
     prompts = read_prompts(arguments.prompts, arguments.limit) if arguments.prompts else []
-    summary = collect(_load(arguments), prompts, config, arguments.out)
+    summary = collect(_load(arguments), prompts, config, arguments.out, arguments.prompts or ())
     if processes().is_main_process:
         print(f"{summary['answers']} answers, {summary['answer_tokens']} tokens in {arguments.out}")
         if summary["answer_tokens"] < config.answer_tokens:
@@ -222,7 +218,7 @@ def ablate(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Train, then measure and certify what was trained; 4 if decoding does not keep what training foretold."""
+    """Train, then measure and certify what was trained; 3 if a token differs, 4 if decoding does not keep what training foretold."""
     streaming, config = _configs(arguments)
     base, out = _load(arguments), Path(arguments.out)
     adapter, held_out, summary = learn(base, arguments.data, out, streaming, config)
@@ -238,6 +234,8 @@ def train(arguments: argparse.Namespace) -> int:
     write_card(out, summary, parity, certificate)
     print(f"the decode loop accepts {parity['decoded']} tokens a pass where training foretold {parity['foretold']}")
     print(summarize(certificate))
+    if certificate["mismatches"]:
+        return 3
     if parity["agrees"]:
         return 0
     print(

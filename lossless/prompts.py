@@ -15,6 +15,7 @@ import gzip
 import itertools
 import json
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,59 +121,85 @@ def _read(source: str, limit: int | None) -> list[Prompt]:
         if limit is not None and len(prompts) >= limit:
             break
         try:
-            if isinstance(record, json.JSONDecodeError):
-                raise UsageError(f"not JSON ({record.msg} at column {record.colno})")
+            if isinstance(record, Exception):
+                raise UsageError(_why_broken(record))
             prompts.append(parse_record(record, id=f"{name}-{where.split()[-1]}", category=name))
         except UsageError as error:
             broken.append(f"{where}: {error}")
-    told = "; ".join(broken[:_NAMED]) + (f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else "")
     if not prompts:
-        raise UsageError(f"{source} holds no prompts{f' ({told})' if broken else ''}")
+        raise UsageError(f"{source} holds no prompts{f' ({some(broken)})' if broken else ''}")
     if broken:
-        warnings.warn(f"{source}: {len(broken)} broken of {len(broken) + len(prompts)} records were skipped ({told})", stacklevel=3)
+        warnings.warn(f"{source}: {len(broken)} broken of {len(broken) + len(prompts)} records were skipped ({some(broken)})", stacklevel=3)
     return prompts
 
 
+def some(reasons: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    return "; ".join(reasons[:_NAMED]) + (f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else "")
+
+
+def _why_broken(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte {error.start + 1})"
+    return f"nothing can be read from here on ({error})"
+
+
 def _records(source: str) -> Iterator[tuple[str, Any]]:
-    """Each record with the words for its place; one that is not JSON is given as the error."""
+    """Each record with the words for its place; what cannot be read is given as the error."""
     path = Path(source).expanduser()
     if path.is_file() and {".jsonl", ".gz"} & set(path.suffixes[-1:]):
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        yield f"line {number}", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        yield f"line {number}", error
+        yield from _lines(path)
     else:
         for number, record in enumerate(_dataset(source, path), start=1):
             yield f"record {number}", record
 
 
-def _dataset(source: str, path: Path) -> Iterable[Any]:
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield f"line {number}", json.loads(line)
+                    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                        yield f"line {number}", error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut short, or not packed at all
+            yield f"line {number + 1}", error
+
+
+def _dataset(source: str, path: Path) -> Iterator[Any]:
     """Whatever `datasets` makes of a file, a folder or a hub id; from the hub no more than is read."""
     if not path.exists() and (path.suffix in (".jsonl", ".json", ".gz", ".csv", ".parquet", ".arrow") or source.startswith((".", "/", "~"))):
         raise UsageError(f"no prompt file at {path}")
     import datasets  # takes a second that most commands need not wait
 
-    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-    name, _, split = source.partition(":")
     try:
-        if path.is_file():
-            if path.suffix not in kinds:
-                raise UsageError(f"prompts are read from .jsonl, .jsonl.gz, {', '.join(kinds)}, got {path}")
-            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        if path.is_dir():
-            if not any(path.glob("**/dataset_info.json")):
-                return datasets.load_dataset(str(path), split=split or "train")
-            found = datasets.load_from_disk(str(path))
-            return itertools.chain(*found.values()) if isinstance(found, dict) else found
-        return datasets.load_dataset(name, split=split or "train", streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UsageError):
-            raise
+        yield from _loaded(source, path)
+    except UsageError:
+        raise
+    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"no prompts at {source}: neither a file here nor a data set that can be read ({reason[0]})") from error
+
+
+def _loaded(source: str, path: Path) -> Iterable[Any]:
+    import datasets
+
+    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+    name, _, split = source.partition(":")
+    if path.is_file():
+        if path.suffix not in kinds:
+            raise UsageError(f"prompts are read from .jsonl, .jsonl.gz, {', '.join(kinds)}, got {path}")
+        return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    if path.is_dir():
+        if not any(path.glob("**/dataset_info.json")):
+            return datasets.load_dataset(str(path), split=split or "train")
+        found = datasets.load_from_disk(str(path))
+        return itertools.chain(*found.values()) if isinstance(found, dict) else found
+    return datasets.load_dataset(name, split=split or "train", streaming=True)
 
 
 def encode(tokenizer: Any, messages: Iterable[Message]) -> list[int]:

@@ -3,16 +3,14 @@
 Knows: optimizers, processes, the order of things. Does not know: the loss (loss.py), what a step visits (curriculum.py),
 how acceptance is foretold (foretell.py), or how generation uses the adapter. Only the adapter has gradients.
 
-A folder holds `checkpoint-<step>/` (Accelerate's own), `best.safetensors` (the adapter that foretold most on held-out
-answers), `curve.jsonl`, and in the end the adapter with `training.json`.
+A folder holds `checkpoint-<step>/` (Accelerate's own), the adapter that foretold most on held-out answers so far,
+`curve.jsonl`, and in the end `training.json`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,12 +21,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .adapter import StreamAdapter
 from .answers import Answers
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, Progress
 from .config import WEIGHT_FIELDS, StreamingConfig, TrainConfig
 from .curriculum import Order, block, draft_vocabulary, read_answers, split
 from .draft import Drafter
@@ -87,7 +84,7 @@ def train(
     settings = json.loads(json.dumps({"streaming": streaming.to_dict(), "train": asdict(config)}))
     if config.tracker:
         accelerator.init_trackers("lossless", settings["streaming"] | settings["train"])
-    digest = hashlib.sha256("\n".join(sorted(answers.column("id"))).encode()).hexdigest()
+    whose = settings | {"answers": answers.digest(), "begins_with": adapter.digest() if config.begin_from else ""}
     runner = StreamRunner(base.model, adapter)
     with differentiable(base.model):
         drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), runner.logit_scale())
@@ -95,7 +92,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config))
     accelerator.register_for_checkpointing(schedule)  # not prepared: a step of it is a step, whatever the processes
     loss_module, optimizer = accelerator.prepare(StreamLoss(runner, drafter, config.logits_memory_gb, config.hard_labels), optimizer)
-    checkpoints = Checkpoints(out, settings | {"answers": digest}, accelerator, 4 * adapter.parameter_count())
+    checkpoints = Checkpoints(out, whose, accelerator, 4 * adapter.parameter_count())
     progress = checkpoints.resume()
 
     order = Order(answers, config, accelerator.process_index, accelerator.num_processes)
@@ -116,7 +113,7 @@ def train(
                 progress.note(_evaluate(runner, drafter, held_store, accelerator)[1], 0)
                 if accelerator.is_main_process:
                     bar.write(f"begins with a held-out acceptance length of {progress.best:.3f}")
-                    _save_whole(adapter, out / "best.safetensors")
+                    adapter.save_pretrained(out)
             while progress.step < config.steps and not progress.stopped:
                 # 1. learn: every process and every part of an accumulated step visits answers of its own
                 parts = []
@@ -129,7 +126,7 @@ def train(
                         if not math.isfinite(loss.item()):
                             raise UsageError(
                                 f"the loss is {loss.item()} at step {progress.step}: training stopped, "
-                                f"{checkpoints.latest_told()}; try a lower learning rate"
+                                f"{checkpoints.latest_told()}; {_lower(progress, out)}"
                             )
                         accelerator.backward(loss)
                         if accelerator.sync_gradients:
@@ -138,7 +135,7 @@ def train(
                             if accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
                                 raise UsageError(
                                     f"the gradient is {float(norm)} at step {progress.step}: training stopped, "
-                                    f"{checkpoints.latest_told()}; try a lower learning rate"
+                                    f"{checkpoints.latest_told()}; {_lower(progress, out)}"
                                 )
                         optimizer.step()
                         optimizer.zero_grad()
@@ -155,7 +152,7 @@ def train(
                     if accelerator.is_main_process:
                         bar.write(f"step {progress.step}: loss {entry['loss']:.3f}, held-out acceptance length {length:.3f}")
                     if progress.note(length, config.patience) and accelerator.is_main_process:
-                        _save_whole(adapter, out / "best.safetensors")
+                        adapter.save_pretrained(out)
                 # 3. note it, and keep it
                 if accelerator.is_main_process:
                     log(entry)
@@ -169,7 +166,7 @@ def train(
     if progress.stopped:
         accelerator.print(f"stopped early: {config.patience} evaluations without a better one than at step {progress.best_step}")
     accelerator.wait_for_everyone()
-    adapter.load_state_dict(load_file(out / "best.safetensors"))
+    adapter.load_state_dict(StreamAdapter.from_pretrained(out).state_dict())  # the best one, as others will read it
     summary = settings | {
         "model": base.name,
         "data": provenance,
@@ -187,7 +184,6 @@ def train(
         "acceptance_length": progress.best,
     }
     if accelerator.is_main_process:
-        adapter.save_pretrained(out)
         write_json(out / "training.json", summary)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -247,10 +243,10 @@ def _evaluate(runner: StreamRunner, drafter: Drafter, held_out: FeatureStore, ac
     return told, round(float(broadcast(torch.tensor(told.acceptance_length, device=accelerator.device))), 3)
 
 
-def _save_whole(adapter: StreamAdapter, path: Path) -> None:
-    staging = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}, staging)
-    os.replace(staging, path)
+def _lower(progress: Progress, out: Path) -> str:
+    """What to do about a training that has gone astray; the best adapter so far, if there is one, is in `out`."""
+    begin = f", with --begin-from {out}" if progress.best else ""
+    return f"try a lower learning rate in another folder{begin}"
 
 
 def _warm_cosine(step: int, config: TrainConfig) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lossless import bench
+from lossless import bench, commands
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers
 from lossless.cli import main
@@ -86,6 +86,17 @@ def test_tokens_that_differ_are_exit_3(
     arguments = ["compare", "--model", str(tiny_folder), "--adapter", str(adapter), "--prompt", "w1", "--max-new-tokens", "9"]
     assert main(arguments) == 3
     assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_a_training_whose_tokens_differ_is_exit_3(
+    tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = str(tmp_path / "data"), ["--model", str(tiny_folder)]
+    assert main(["distill", *model, "--prompts", str(prompts), "--answer-tokens", "600", "--max-new-tokens", "20", "--out", data]) == 0
+    real = commands.certify
+    monkeypatch.setattr(commands, "certify", lambda *given: real(*given) | {"mismatches": 1})
+    short = ["--steps", "1", "--num-msa-layers", "2", "--held-out", "2", "--answers-per-step", "4"]
+    assert main(["train", *model, "--data", data, "--out", str(tmp_path / "out"), *short]) == 3
 
 
 def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

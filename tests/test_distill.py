@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from jinja2 import TemplateError
 
+from lossless import distill as module
 from lossless.answers import Answers, AnswerWriter, mend
 from lossless.batch import Job, JobQueue, continue_all
-from lossless.distill import DistillConfig, distill
+from lossless.config import DistillConfig
+from lossless.distill import distill
 from lossless.errors import UsageError
 from lossless.models import Base
 from lossless.prompts import Prompt, encode, from_text
@@ -163,8 +166,13 @@ def test_a_conversation_that_the_template_refuses_is_skipped(base: Base, tmp_pat
 
     strict = Base(base.model, Strict(), "tiny")
     system = Prompt("s", ({"role": "system", "content": "1"}, {"role": "user", "content": "11"}))
-    summary = distill(strict, [system, *numbers(3)], DistillConfig(max_new_tokens=5, batch_size=2), tmp_path)
-    assert (summary["answers"], summary["prompts_skipped"]) == (3, 1)
+    config = DistillConfig(max_new_tokens=5, batch_size=2)
+    with pytest.warns(UserWarning, match=r"1 turns of conversations were skipped .0/0:s: the model's chat template refuses"):
+        summary = distill(strict, [system, *numbers(3)], config, tmp_path)
+    assert (summary["answers"], summary["turns_skipped"]) == (3, 1)
+    with pytest.raises(UsageError, match=r"not one of 1 prompts could be answered .0/0:s: "):
+        distill(strict, [system], config, tmp_path / "none")
+    assert not json.loads((tmp_path / "none" / "distill.json").read_text())["complete"]
     with pytest.raises(UsageError, match="chat template refuses this conversation: System role"):
         encode(strict.tokenizer, system.messages)
 
@@ -217,32 +225,96 @@ def test_fewer_jobs_than_slots(base: Base, count: int) -> None:
     assert sorted(job.id for job, _ in found) == [str(i) for i in range(count)]
 
 
-def test_a_finished_folder_is_left_as_it_is(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_folder_is_left_as_it_is(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Everything drawn and answered already: the same command has nothing to do, and says so."""
-    from lossless import distill as module
-
     monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: [3])
     config = DistillConfig(answer_tokens=10_000, max_new_tokens=5, batch_size=4, self_drawn=3)
     first = distill(base, numbers(6), config, tmp_path)
-    content = {path: path.read_bytes() for path in tmp_path.glob("*.arrow")}
-    again = distill(base, numbers(6), config, tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.glob("*.arrow")} == content
-    assert again["answers"] == first["answers"] == 9
+    content = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert distill(base, numbers(6), config, tmp_path) == first  # the prompts ran out: there is nothing more to ask
+    fewer = replace(config, answer_tokens=first["answer_tokens"])
+    assert distill(base, numbers(6), fewer, tmp_path) == first
+    assert "nothing is missing in" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == content
+    assert first["answers"] == 9
+
+
+def test_prompts_are_drawn_by_all_processes_for_all(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class State:
+        num_processes, is_main_process = 3, False
+
+        def __init__(self, index: int) -> None:
+            self.process_index = index
+
+        def wait_for_everyone(self) -> None: ...
+
+    monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: [3])
+    config, found = DistillConfig(self_drawn=7, batch_size=2), []
+    for index in range(3):
+        monkeypatch.setattr(module, "processes", lambda index=index: State(index))
+        found.append([prompt.id for prompt in module._draw_prompts(base, config, tmp_path)])
+    assert found[-1] == [f"drawn-{i}" for i in range(7)]
+    assert [len(read_jsonl(path)) for path in sorted(tmp_path.iterdir())] == [3, 2, 2]
 
 
 def test_it_stops_at_the_tokens_asked_for_and_skips_long_prompts(base: Base, tmp_path: Path) -> None:
     config = DistillConfig(answer_tokens=60, max_new_tokens=10, max_prompt_tokens=4, batch_size=2)
-    summary = distill(base, numbers(60), config, tmp_path)
+    with pytest.warns(UserWarning, match=r"turns of conversations were skipped .*: a prompt of \d tokens, at most 4 are taken"):
+        summary = distill(base, numbers(60), config, tmp_path)
     assert 60 <= summary["answer_tokens"] < 60 + 10
     assert all(len(r["prompt_ids"]) <= 4 for r in by_id(tmp_path).values())
 
 
-def test_other_settings_in_a_begun_folder_are_refused(base: Base, tmp_path: Path) -> None:
-    distill(base, numbers(4), DistillConfig(answer_tokens=10, max_new_tokens=5, batch_size=2), tmp_path)
+def test_nothing_goes_beyond_the_model_s_context(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base.model.config, "max_position_embeddings", 16)
+    talk = Prompt("talk", ({"role": "user", "content": "11 12"},), "chat", ("13", "14 15"))
+    config = DistillConfig(max_new_tokens=6, batch_size=2, temperatures=(0.0,))
+    with pytest.warns(UserWarning, match=r"0/\d:talk: a prompt of 1\d tokens, at most 10 are taken"):
+        distill(base, [talk, *numbers(3)], config, tmp_path)
+    assert max(len(r["prompt_ids"]) + len(r["answer_ids"]) for r in by_id(tmp_path).values()) <= 16
+    with pytest.raises(UsageError, match="max_new_tokens must be below the model's context of 16, got 16"):
+        distill(base, numbers(3), replace(config, max_new_tokens=16), tmp_path / "other")
+
+
+def test_a_short_job_asks_prompts_of_all_sources_and_lengths(base: Base, tmp_path: Path) -> None:
+    config = DistillConfig(answer_tokens=250, max_new_tokens=5, batch_size=4)
+    distill(base, numbers(400), config, tmp_path)
+    asked = [int(id.split("/")[0]) for id in by_id(tmp_path)]
+    assert len(asked) < 80
+    assert min(asked) < 50
+    assert max(asked) > 350
+    assert {len(r["prompt_ids"]) for r in by_id(tmp_path).values()} >= {1, 2, 8, 9}
+
+
+def test_other_settings_or_prompts_in_a_begun_folder_are_refused(base: Base, tmp_path: Path) -> None:
+    config = DistillConfig(answer_tokens=10, max_new_tokens=5, batch_size=2)
+    distill(base, numbers(4), config, tmp_path, ["four.jsonl"])
+    written = json.loads((tmp_path / "distill.json").read_text())
+    assert (written["prompts"]["sources"], written["prompts"]["count"]) == (["four.jsonl"], 4)
     with pytest.raises(UsageError, match=r"begun with other settings \(max_new_tokens\)"):
-        distill(base, numbers(4), DistillConfig(answer_tokens=10, max_new_tokens=6, batch_size=2), tmp_path)
+        distill(base, numbers(4), replace(config, max_new_tokens=6), tmp_path)
+    for others in (numbers(5)[1:], numbers(3), [*numbers(3), from_text("11", "p3")]):
+        with pytest.raises(UsageError, match=r"begun with other settings \(prompts\)"):
+            distill(base, others, config, tmp_path)
+    assert distill(base, numbers(9), replace(config, answer_tokens=10_000), tmp_path)["answers"] == 9  # more may follow
     with pytest.raises(UsageError, match="no prompts"):
         distill(base, [], DistillConfig(), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_answers_are_told_apart_by_what_they_say() -> None:
+    def record(i: int, **change: Any) -> dict[str, Any]:
+        return {"id": str(i), "category": "", "turn": 0, "temperature": 0.0, "prompt_ids": [i], "answer_ids": [i, i]} | change
+
+    def digest(*records: dict[str, Any]) -> str:
+        return Answers.of(list(records)).digest()
+
+    first = digest(record(1), record(2))
+    assert digest(record(2), record(1)) == first
+    others = [record(2, answer_ids=[2, 3]), record(2, answer_ids=[2]), record(2, prompt_ids=[3]), record(2, temperature=1.0), record(3)]
+    assert len({first, *(digest(record(1), other) for other in others)}) == 6
 
 
 @pytest.mark.parametrize(

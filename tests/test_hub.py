@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -105,9 +106,9 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Any, tiny_folder: Path, 
     (folder / "checkpoint-000001").mkdir()
     (folder / "checkpoint-000001" / "optimizer.bin").write_bytes(b"not for the hub")
 
-    def run(*arguments: str, token: str = "right") -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, token: str = "right", address: str = hub.address) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {
-            "HF_ENDPOINT": hub.address, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
         return subprocess.run(
@@ -129,6 +130,14 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Any, tiny_folder: Path, 
     assert found.returncode == 0, found.stderr
     assert "identical: all 8 tokens" in found.stdout
     assert any("/resolve/" in line and "adapter.safetensors" in line for line in hub.asked)
+    branch = run(*ask, "--adapter", "owner/streams@other")
+    assert branch.returncode == 0, branch.stderr
+    assert any("/revision/other" in line for line in hub.asked)
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        cut = run("push", "--adapter", str(folder), "--repo", "owner/streams", address=f"http://127.0.0.1:{closed.getsockname()[1]}")
+    assert cut.returncode == 2, cut.stderr
+    assert "the hub did not take" in cut.stderr
     missing = run(*ask, "--adapter", "owner/none")
     assert missing.returncode == 2
     assert "no adapter folder" in missing.stderr

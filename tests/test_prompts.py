@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -90,6 +91,27 @@ def test_broken_lines_are_skipped_counted_and_named(tmp_path: Path, content: str
     with pytest.warns(UserWarning, match=rule):
         found = read_prompts(path)
     assert [p.messages[0]["content"] for p in found] == ["fine"]
+
+
+def test_bytes_that_are_no_text_cost_their_line_only(tmp_path: Path) -> None:
+    path, packed = tmp_path / "p.jsonl", tmp_path / "p.jsonl.gz"
+    path.write_bytes(b'{"prompt": "fine"}\n{"prompt": "caf\xe9"}\n{"prompt": "fine too"}\n')
+    with pytest.warns(UserWarning, match="1 broken of 3 records were skipped .line 2: not UTF-8"):
+        assert [p.messages[0]["content"] for p in read_prompts(path)] == ["fine", "fine too"]
+    whole = gzip.compress("".join(json.dumps({"prompt": f"{i} {random.random()}"}) + "\n" for i in range(2000)).encode())
+    packed.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"1 broken of \d+ records were skipped .line \d+: nothing can be read from here on .Compressed"):
+        assert len(read_prompts(packed)) > 500
+    packed.write_bytes(path.read_bytes())
+    with pytest.raises(UsageError, match=r"holds no prompts .line 1: nothing can be read from here on .Not a gzipped file"):
+        read_prompts(packed)
+
+
+@pytest.mark.parametrize("content", ["", '[{"prompt": "a"}, {"pro'], ids=["empty", "cut short"])
+def test_files_that_datasets_cannot_read_are_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(UsageError, match=r"no prompts at .*p.json: neither a file here nor a data set that can be read"):
+        read_prompts(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize(("content", "rule"), [("\n\n", "holds no prompts$"), ("oops\n", "holds no prompts .line 1: not JSON")])

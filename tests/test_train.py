@@ -16,14 +16,16 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.nn import functional as F
 
+from lossless import features
+from lossless import foretell as foretelling
 from lossless import train as module
 from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers, AnswerWriter
 from lossless.cache import RowCache
-from lossless.config import TrainConfig
+from lossless.config import DistillConfig, TrainConfig
 from lossless.curriculum import Order, block, draft_vocabulary, read_answers, split
-from lossless.distill import DistillConfig, distill
+from lossless.distill import distill
 from lossless.draft import Drafter
 from lossless.errors import UsageError
 from lossless.features import FeatureStore, make_block
@@ -199,15 +201,36 @@ def test_the_loss_and_its_gradient_are_those_of_torch() -> None:
         assert torch.equal(found[1], ((logits(drafting).argmax(-1) == targets.argmax(-1)) & valid).sum((0, 1)))
 
 
-def test_accumulated_steps_are_steps_of_larger_batches(taught: Base, answers: Path, tmp_path: Path) -> None:
-    """Two visits of four answers move the adapter as one of their eight does."""
-    config = TrainConfig(steps=1, answers_per_step=4, positions_per_answer=8, gradient_accumulation=2, held_out=4, warmup_steps=1)
-    adapter, _, summary = train(taught, [answers], tmp_path, tiny_config(), config)
-    assert summary["steps_done"] == 1
-    fresh = new_adapter(taught.model, tiny_config())
-    assert not torch.equal(adapter.transition.out, fresh.transition.out)
-    rates = adapter.transition.out.abs().max()
-    assert 0 < rates < 2 * config.learning_rate  # one step of AdamW, not two
+def test_accumulated_steps_are_steps_of_larger_batches(
+    taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of a step of two visits is the mean of theirs."""
+    config = TrainConfig(steps=1, answers_per_step=4, positions_per_answer=8, gradient_accumulation=2, held_out=4, max_grad_norm=1e9)
+    seen: list[list[Any]] = []
+    real = torch.optim.AdamW.step
+
+    def noted(self: Any, *args: Any) -> Any:
+        parameters = self.param_groups[0]["params"]
+        seen.append([None if p.grad is None else p.grad.clone() for p in parameters])
+        return real(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    train(taught, [answers], tmp_path, tiny_config(), config)
+    assert len(seen) == 1
+    _, rest = split(read_answers(taught, [answers])[0], config)
+    torch.manual_seed(config.seed)
+    adapter = new_adapter(taught.model, tiny_config())
+    runner = StreamRunner(taught.model, adapter)
+    drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings(), runner.logit_scale())
+    order = Order(rest, config)
+    with runner.installed():
+        store = FeatureStore(runner, rest, memory_gb=1)
+        for part in range(2):
+            visit = order.visit(part)
+            visited = block(store.get([number for number, _ in visit.stretches]), visit, config, 4, runner)
+            (StreamLoss(runner, drafter, 1.0)(visited)[0] / 2).backward()
+    for ours, theirs in zip(seen[0], adapter.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture
@@ -264,7 +287,7 @@ def test_training_stops_when_nothing_gets_better_and_keeps_the_best(
     adapter, _, summary = train(taught, [answers], tmp_path, tiny_config(), config)
     assert (summary["steps_done"], summary["best_step"], summary["acceptance_length"]) == (12, 6, 3.0)
     for name, tensor in adapter.state_dict().items():
-        assert torch.equal(tensor, kept[1][name])
+        assert torch.equal(tensor, kept[1][name].half().to(tensor.dtype) if tensor.is_floating_point() else kept[1][name])
     again, _, _ = train(taught, [answers], tmp_path, tiny_config(), config)  # it is over, and stays so
     assert torch.equal(again.stream_embeddings, adapter.stream_embeddings)
 
@@ -297,6 +320,37 @@ def test_a_loop_that_drafts_otherwise_is_found_out(
     assert parity["decoded"] < 0.9 * parity["foretold"]
 
 
+def test_long_answers_are_foretold_a_run_at_a_time(taught: Base, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = new_adapter(taught.model, tiny_config()).randomize(3, scale=0.1)
+    fast, found, counts = AcceleratedModel(taught.model, adapter, "off"), [], []
+    real = foretelling.make_block
+    monkeypatch.setattr(foretelling, "make_block", lambda *given: counts.append(given[2]) or real(*given))
+    with fast.runner.installed():
+        store = FeatureStore(fast.runner, Answers.read(answers).select(range(10)), memory_gb=1)
+        for run in (256, 7):
+            monkeypatch.setattr(foretelling, "_RUN", run)
+            counts.clear()
+            found.append(foretelling.foretell(fast.runner, fast.drafter, store, 8))
+    assert found[0] == found[1]
+    assert found[0].acceptance_length > 1
+    assert max(counts) == 7
+
+
+def test_a_pruning_layer_learns_nothing_from_a_block_of_one_position(taught: Base, answers: Path) -> None:
+    adapter = new_adapter(taught.model, tiny_config(pruning_rank=4)).randomize(0)
+    runner = StreamRunner(taught.model, adapter)
+    drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings())
+    with runner.installed():
+        features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1])
+        for count, learns in ((1, False), (2, True)):
+            found = make_block(features, [f.prompt - 1 for f in features], count, 4, runner.first_top, torch.float32)
+            adapter.zero_grad()
+            StreamLoss(runner, drafter, 1.0)(found)[0].backward()
+            gradients = [parameter.grad for parameter in adapter.pruning.parameters()]
+            assert all(gradient is not None for gradient in gradients), "processes wait for each other's gradients"
+            assert any(gradient.abs().max() > 0 for gradient in gradients) == learns
+
+
 def test_an_interrupted_evaluation_is_made_again(
     taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +379,14 @@ def test_other_answers_are_another_training(taught: Base, answers: Path, tmp_pat
         writer.write(answer([11], [12, 13, 14]) | {"id": "99/0:more"})
     joined, _ = read_answers(taught, [answers, tmp_path / "answers"])
     assert len(joined) == 2 * len(read_answers(taught, [answers])[0]) + 1
+    with pytest.raises(UsageError, match="checkpoint of other settings or answers"):
+        train(taught, [tmp_path / "answers"], tmp_path / "out", tiny_config(), config)
+    stored = Answers.read(answers)
+    shutil.rmtree(tmp_path / "answers")
+    shutil.copytree(answers, tmp_path / "answers", ignore=shutil.ignore_patterns("*.arrow"))
+    with AnswerWriter(tmp_path / "answers", 0, {}) as writer:  # the same prompts, answered anew
+        for number in range(len(stored)):
+            writer.write(stored[number] | {"answer_ids": [*stored[number]["answer_ids"][:-1], 11]})
     with pytest.raises(UsageError, match="checkpoint of other settings or answers"):
         train(taught, [tmp_path / "answers"], tmp_path / "out", tiny_config(), config)
 
@@ -366,7 +428,7 @@ def test_an_adapter_goes_on_learning(taught: Base, answers: Path, tmp_path: Path
     assert begun < 0.7 * sum(curve[:5]) / 5, "it begins where the other ended"
     assert json.loads((tmp_path / "second" / "training.json").read_text())["train"]["begin_from"] == str(tmp_path / "first")
 
-    worse = replace(on, steps=3, warmup_steps=0, learning_rate=10.0)
+    worse = replace(on, steps=3, warmup_steps=0, learning_rate=0.3)
     unharmed, _, third = train(taught, [answers], tmp_path / "third", shape, worse)
     assert third["best_step"] == 0
     assert third["acceptance_length"] >= read_jsonl(tmp_path / "third" / "curve.jsonl")[-1]["acceptance_length"]
@@ -478,6 +540,12 @@ def test_features_that_do_not_fit_make_room(taught: Base, answers: Path) -> None
     assert {4, 5} <= set(scarce._kept) < set(range(6))
 
 
+def test_features_leave_a_gpu_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
+    assert [features._affordable(wanted, torch.device("cuda")) for wanted in (400, 800)] == [400, 500]
+    assert features._affordable(800, torch.device("cpu")) == 800
+
+
 def test_the_draft_vocabulary_holds_the_commonest_tokens() -> None:
     stored = Answers.of([answer([8], [5, 5, 5, 9, 9, 2]), answer([8], [7, 7, 9, 1])])
     assert draft_vocabulary(stored, 3).tolist() == [5, 7, 9]
@@ -508,9 +576,15 @@ def test_a_loss_that_is_no_number_stops_the_run(
         return (loss * float("nan") if len(calls) == 8 else loss), each, agreement
 
     monkeypatch.setattr(StreamLoss, "forward", poisoned)
-    with pytest.raises(UsageError, match=r"loss is nan at step 7: .* the last good checkpoint is .*checkpoint-000006"):
-        train(taught, [answers], tmp_path, tiny_config(), config)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000006"]
+    with pytest.raises(UsageError, match=r"loss is nan at step 7: .* the last good checkpoint is .*checkpoint-000006; .* in another folder$"):
+        train(taught, [answers], tmp_path / "early", tiny_config(), config)
+    calls.clear()
+    with pytest.raises(UsageError, match=r"a lower learning rate in another folder, with --begin-from .*late$"):
+        train(taught, [answers], tmp_path / "late", tiny_config(), replace(config, eval_every=4))
+    slower = replace(config, steps=2, begin_from=str(tmp_path / "late"), learning_rate=1e-4)
+    assert train(taught, [answers], tmp_path / "on", tiny_config(), slower)[2]["steps_done"] == 2
+    assert [path.name for path in (tmp_path / "early").glob("checkpoint-*")] == ["checkpoint-000006"]
+
 
 def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_path: Path) -> None:
     training = TrainConfig(steps=4, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=4)
@@ -531,6 +605,9 @@ def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_p
         assert among["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     again = ablate(taught, [answers], tmp_path, tiny_config(**options), training, names[:1])  # the rest is kept
     assert again["variants"] == report["variants"]
+    for other, what in ((replace(training, steps=5), "train"), (replace(training, seed=1), "train")):
+        with pytest.raises(UsageError, match=rf"holds an ablation of another kind \({what}\)"):
+            ablate(taught, [answers], tmp_path, tiny_config(**options), other, names[:1])
     written = (tmp_path / "ablation.md").read_text()
     assert written.count("\n") == 2 + 5 + 3
     assert f"| paper | {rows['paper']['trained_parameters']:,} |" in written
