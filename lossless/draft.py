@@ -56,14 +56,19 @@ class Drafter:
         """Numbers in the draft vocabulary -> token ids."""
         return drafted if self.adapter.draft_ids is None else self.adapter.draft_ids[drafted]
 
-    def worth_streams(self, exits: torch.Tensor, trees: Sequence[DraftTree], floor: float) -> torch.Tensor:
+    def worth_streams(self, exits: torch.Tensor, trees: Sequence[DraftTree], floor: float, dice: Dice | None = None) -> torch.Tensor:
         """`[m]`, the rows of a pass over these trees that speculate; exits: `[batch, rows, dim]`, what the LM head reads
-        of the early exit."""
+        of the early exit; dice: those that the trees were grown with."""
         if self._numbers is None and self.adapter.draft_ids is not None:
             ids = self.adapter.draft_ids
             self._numbers = torch.full((len(self.embeddings.weight),), -1, device=ids.device)
             self._numbers[ids] = torch.arange(len(ids), device=ids.device)
-        return torch.tensor(worth_streams(self.logits(exits), trees, self._numbers, floor))
+        logits = self.logits(exits)
+        for ahead in range(self.adapter.config.num_streams if dice is not None else 0):
+            places = [(text, row) for text, tree in enumerate(trees) for row, depth in enumerate(tree.depths) if depth == ahead]
+            texts, rows = torch.tensor(places, dtype=torch.long, device=logits.device).reshape(-1, 2).unbind(1)
+            logits[texts, rows] = dice.throw(logits[texts, rows], texts, ahead, self.adapter.draft_ids)  # type: ignore[union-attr]
+        return torch.tensor(worth_streams(logits, trees, self._numbers, floor))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embeddings(ids).to(self.adapter.device)

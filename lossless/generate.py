@@ -154,7 +154,7 @@ class AcceleratedModel:
             dice = self._foresee(active, out.logits)
             trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, self.tree_floor, dice)
             # 3. verify: the base's own logits after every node, and the next streams, in one pass
-            out = self._read_trees(trees, active, cache)
+            out = self._read_trees(trees, active, cache, dice)
             # 4. accept: follow the base's choices as far as they were drafted
             walks = [walk(tree, text.choose_after(rows)) for tree, text, rows in zip(trees, active, out.logits, strict=True)]
             for text, tree, accepted in zip(active, trees, walks, strict=True):
@@ -215,7 +215,7 @@ class AcceleratedModel:
         # drafts do not know for sure which tokens are the base's best few
         return Dice(foreseen, config.temperature or 1.0, max(config.top_k, self.adapter.config.tree_top_k) if config.top_k else 0)
 
-    def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache) -> PassOutput:
+    def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache, dice: Dice | None) -> PassOutput:
         """One target pass over a tree for each text; with the parallel schedule every node speculates."""
         width, device = max(map(len, trees)), input_device(self.base)
         ids, positions = torch.zeros(len(trees), width, dtype=torch.long), torch.zeros(len(trees), width, dtype=torch.long)
@@ -224,20 +224,22 @@ class AcceleratedModel:
             ids[i, : len(tree)] = torch.tensor(tree.tokens)
             positions[i, : len(tree)] = torch.tensor(tree.depths) + text.position
             mask[i, : len(tree), : len(tree)] = tree.mask()
-        nodes = self._speculators(trees, width) if self.schedule == "parallel" else None
+        nodes = self._speculators(trees, width, dice) if self.schedule == "parallel" else None
         chosen = None if width == 1 else mask.to(device)
         out = self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
         self.stats.speculated += len(trees) * len(out.nodes)
         return out
 
-    def _speculators(self, trees: list[DraftTree], width: int) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
+    def _speculators(
+        self, trees: list[DraftTree], width: int, dice: Dice | None
+    ) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
         """The rows of a pass over trees that speculate: all, or those that the pruning layer finds worth it."""
         if self.adapter.pruning is None:
             return torch.arange(width)
 
         def choose(entry: torch.Tensor) -> torch.Tensor:
             exits = self.runner.finish(self.runner.adapter.exit_early(entry))
-            return self.drafter.worth_streams(exits, trees, self.pruning_floor)
+            return self.drafter.worth_streams(exits, trees, self.pruning_floor, dice)
 
         return choose
 

@@ -108,6 +108,26 @@ def test_each_node_has_the_dice_of_its_own_text_and_depth(texts: int, monkeypatc
     assert fast.stats.acceptance_length == 1 + fast.adapter.config.num_streams
 
 
+def test_lucky_nodes_are_not_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens that are all as likely the early exit keeps those on which the dice fall, and without dice none."""
+    monkeypatch.setattr(module, "_TRUST", 50.0)
+    model = build_tiny(seed=0)
+    adapter = new_adapter(model, tiny_config(pruning_rank=4, schedule="parallel"))
+    fast = accelerate(model, adapter, exact="off", recall=False, pruning_floor=0.5)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    options = {"max_new_tokens": 31, "do_sample": True, "top_k": 0, "eos_token_id": None}
+    ids = torch.cat([prompt_ids(6, seed) for seed in range(2)])
+    real, found = type(fast.drafter).worth_streams, []
+    for known in (True, False):
+        monkeypatch.setattr(type(fast.drafter), "worth_streams", real if known else lambda *given: real(*given[:-1]))
+        torch.manual_seed(1)
+        fast.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        found.append((fast.stats.pruned_wrongly, fast.stats.acceptance_length))
+    assert found[0] == (0, 1 + fast.adapter.config.num_streams)
+    assert found[1][0] > 0
+
+
 def test_greedy_decoding_has_no_dice(fast: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(fast.drafter, "trees", lambda *given: seen.append(given[-1]) or type(fast.drafter).trees(fast.drafter, *given))
