@@ -84,23 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="OUT", help="write the report here")
     command.set_defaults(run=commands.compare)
 
-    command = verbs.add_parser("bench", help="compare over a file of prompts")
-    _model_flags(command)
-    _adapter_flags(command)
-    _decoding_flags(command)
-    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
-    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
-    command.add_argument("--json", metavar="OUT", help="write the report here; after an interruption the same command goes on")
-    command.set_defaults(run=commands.bench)
-
-    command = verbs.add_parser("verify", help="check every token of accelerated answers against the plain base")
-    _model_flags(command)
-    _adapter_flags(command)
-    _decoding_flags(command)
-    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
-    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
-    command.add_argument("--json", metavar="OUT", help="write the certificate here; after an interruption the same command goes on")
-    command.set_defaults(run=commands.verify)
+    for verb, run, what, written in (
+        ("bench", commands.bench, "compare over a file of prompts", "report"),
+        ("verify", commands.verify, "check every token of accelerated answers against the plain base", "certificate"),
+    ):
+        command = verbs.add_parser(verb, help=what)
+        _model_flags(command)
+        _adapter_flags(command)
+        _decoding_flags(command)
+        command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
+        command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
+        command.add_argument("--json", metavar="OUT", help=f"write the {written} here; after an interruption the same command goes on")
+        command.set_defaults(run=run)
 
     command = verbs.add_parser("doctor", help="say what this device, dtype and model can do, and how exactly")
     _model_flags(command)
