@@ -28,10 +28,11 @@ from .draft import Drafter
 from .errors import UsageError
 from .lookup import TextMemory
 from .models import fingerprint
+from .passes import PassOutput
 from .probe import check_served, find_guarantee
 from .served import not_served, not_served_in_a_batch
 from .stats import Stats
-from .streams import PassOutput, StreamRunner
+from .streams import StreamRunner
 from .text import Text, result
 from .tree import DraftTree
 from .verification import walk

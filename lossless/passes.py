@@ -83,6 +83,23 @@ class Pass:
 PASS: ContextVar[Pass | None] = ContextVar("lossless_pass", default=None)
 
 
+@dataclass(frozen=True)
+class PassOutput:
+    """What a pass yields.
+
+    Attributes:
+        logits: `[batch, rows, vocab]` of the main rows that were asked for.
+        entry: `[batch, rows, dim]`, the main rows at layer N - N_s, where streams start.
+        streams: `[batch, nodes, num_streams, dim]` after the final norm, for the nodes that speculated.
+        nodes: their rows.
+    """
+
+    logits: torch.Tensor
+    entry: torch.Tensor
+    streams: torch.Tensor | None = None
+    nodes: tuple[int, ...] = ()
+
+
 def _base_attention(module: nn.Module, implementation: str) -> Any:
     """The attention function that the base itself would call."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,6 +46,7 @@ from .passes import (
     PASS,
     Habit,
     Pass,
+    PassOutput,
     RotaryCall,
     Slot,
     adapting,
@@ -57,23 +57,6 @@ from .passes import (
     turning,
 )
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
-
-
-@dataclass(frozen=True)
-class PassOutput:
-    """What a pass yields.
-
-    Attributes:
-        logits: `[batch, rows, vocab]` of the main rows that were asked for.
-        entry: `[batch, rows, dim]`, the main rows at layer N - N_s, where streams start.
-        streams: `[batch, nodes, num_streams, dim]` after the final norm, for the nodes that speculated.
-        nodes: their rows.
-    """
-
-    logits: torch.Tensor
-    entry: torch.Tensor
-    streams: torch.Tensor | None = None
-    nodes: tuple[int, ...] = ()
 
 
 class StreamRunner:
