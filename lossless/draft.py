@@ -64,10 +64,12 @@ class Drafter:
             self._numbers = torch.full((len(self.embeddings.weight),), -1, device=ids.device)
             self._numbers[ids] = torch.arange(len(ids), device=ids.device)
         logits = self.logits(exits)
-        for ahead in range(self.adapter.config.num_streams if dice is not None else 0):
-            places = [(text, row) for text, tree in enumerate(trees) for row, depth in enumerate(tree.depths) if depth == ahead]
-            texts, rows = torch.tensor(places, dtype=torch.long, device=logits.device).reshape(-1, 2).unbind(1)
-            logits[texts, rows] = dice.throw(logits[texts, rows], texts, ahead, self.adapter.draft_ids)  # type: ignore[union-attr]
+        if dice is not None:
+            depths = [tree.depths for tree in trees]
+            for ahead in range(self.adapter.config.num_streams):
+                places = [(text, row) for text, own in enumerate(depths) for row, depth in enumerate(own) if depth == ahead]
+                texts, rows = torch.tensor(places, dtype=torch.long, device=logits.device).reshape(-1, 2).unbind(1)
+                logits[texts, rows] = dice.throw(logits[texts, rows], texts, ahead, self.adapter.draft_ids)
         return torch.tensor(worth_streams(logits, trees, self._numbers, floor))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
