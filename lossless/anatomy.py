@@ -6,6 +6,7 @@ Does not know: what is done with them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from typing import Any
@@ -97,6 +98,26 @@ def shares_position_bias(model: PreTrainedModel) -> bool:
 def counts_padding(model: PreTrainedModel) -> bool:
     """Whether places in a text padded on the left are counted from the padding on: nobody tells the base otherwise."""
     return "position_ids" not in inspect.signature(model.forward).parameters and not hasattr(decoder(model), "build_alibi_tensor")
+
+
+def as_decoding(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """What HF's own loop enters behind the prefill: on some devices experts go about rows of one in another way."""
+    inner: Any = model
+    found: contextlib.AbstractContextManager[None] = inner._optimize_model_for_decode()
+    return found
+
+
+def rotary_turns(model: PreTrainedModel) -> list[tuple[int, bool]]:
+    """Lengths of a text from which on the base computes its rotary positions otherwise (dynamic, longrope): none for most;
+    and whether they go on changing with each further token."""
+    config: Any = model.config.get_text_config()
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [kind for kind in parameters.values() if isinstance(kind, dict)]
+    return [
+        (kind.get("original_max_position_embeddings") or config.max_position_embeddings, kind["rope_type"] != "longrope")
+        for kind in by_layer_type or [parameters]
+        if "dynamic" in kind.get("rope_type", "") or kind.get("rope_type") == "longrope"
+    ]
 
 
 def position_bias(model: PreTrainedModel, length: int) -> torch.Tensor:

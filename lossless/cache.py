@@ -69,9 +69,6 @@ class RowLayer(CacheLayerMixin):
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy columns `source` to columns `target`, each `[batch, count]`."""
-        if not self.is_initialized:  # a layer that the base passes over
-            return
-        source, target = source.to(self.keys.device), target.to(self.keys.device)
         sequences = torch.arange(len(source), device=source.device)[:, None]
         for store in (self.keys, self.values):
             store[sequences, :, target] = store[sequences, :, source]
@@ -137,8 +134,11 @@ class RowCache(Cache):
             steps = [[min(i, len(path) - 1) for i in range(max(map(len, paths)))] for path in paths]
             source = torch.tensor([[length + path[i] for i in step] for path, step in zip(paths, steps, strict=True)])
             target = torch.tensor([[end + i for i in step] for end, step in zip(ends, steps, strict=True)])
+            there = {layer.device for layer in self.rows if layer.is_initialized}
+            moves = {device: (source.to(device), target.to(device)) for device in there}
             for layer in self.rows:
-                layer.move(source, target)
+                if layer.is_initialized:  # not a layer that the base passes over
+                    layer.move(*moves[layer.device])
         ends = [end + len(path) for end, path in zip(ends, paths, strict=True)]
         self._ends = None if min(ends) == max(ends) else ends
         for layer in self.rows:
@@ -160,7 +160,8 @@ class RowCache(Cache):
         """Append to another cache the rows that it does not have yet."""
         first = past.get_seq_length()
         for number, layer in enumerate(self.rows):
-            past.update(layer.keys[:, :, first : layer.length], layer.values[:, :, first : layer.length], number)
+            if layer.is_initialized:
+                past.update(layer.keys[:, :, first : layer.length], layer.values[:, :, first : layer.length], number)
 
     def select(self, sequences: Sequence[int]) -> None:
         """Forget all sequences of the batch but these."""

@@ -25,8 +25,9 @@ from .card import draw_curve, write_card
 from .config import DistillConfig, StreamingConfig, TrainConfig
 from .distill import distill as collect
 from .errors import UsageError
+from .fit import new_adapter
 from .foretell import TOLERANCE, check_parity
-from .generate import OVERRIDES, AcceleratedModel, accelerate, new_adapter
+from .generate import OVERRIDES, AcceleratedModel, accelerate
 from .models import Base, load_base, processes
 from .prompts import Prompt, from_text, read_prompts
 from .storage import versions, write_json

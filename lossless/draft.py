@@ -22,6 +22,8 @@ from .lookup import TextMemory
 from .pruning import worth_streams
 from .tree import Candidate, DraftTree, blend, most_likely, plant
 
+_ANY_DEPTH = 2**31
+
 
 class Drafter:
     """Reads token distributions off the streams.
@@ -83,6 +85,7 @@ class Drafter:
         memories: Sequence[TextMemory | None],
         floor: float = 0.0,
         dice: Dice | None = None,
+        depths: Sequence[int] | None = None,
     ) -> list[DraftTree]:
         """For each sequence, the tree whose paths are jointly most likely, of at most `max_nodes` nodes.
 
@@ -92,11 +95,13 @@ class Drafter:
                 and alone goes on where the streams end.
             floor: least probability of a path that is worth a node.
             dice: of these texts, for as many positions as there are streams; None if decoding is greedy.
+            depths: of each tree at most, where a text is about to end.
         """
         if max_nodes == 1:
             return [DraftTree((root,), (-1,)) for root in roots]
         transition, device = self.adapter.transition, streams.device
-        saplings = [_Sapling(max_nodes, memory, floor) for memory in memories]
+        depths = depths or [_ANY_DEPTH] * len(roots)
+        saplings = [_Sapling(max_nodes, memory, floor, depth) for memory, depth in zip(memories, depths, strict=True)]
         tokens = torch.tensor(roots, device=device)
         r = transition.begin(streams[:, 0])  # [frontier of all sequences, rank]
         owner = torch.arange(len(roots), device=device)  # whose each row of the frontier is
@@ -129,8 +134,8 @@ class Drafter:
 class _Sapling:
     """One tree while it grows, level by level."""
 
-    def __init__(self, max_nodes: int, memory: TextMemory | None, floor: float) -> None:
-        self.max_nodes, self.memory = max_nodes, memory
+    def __init__(self, max_nodes: int, memory: TextMemory | None, floor: float, depth: int) -> None:
+        self.max_nodes, self.memory, self.left = max_nodes, memory, depth
         self.least = math.log(floor) if floor else -math.inf
         self.candidates: list[Candidate] = []
         self.frontier = [-1]  # candidates that may have children
@@ -142,6 +147,10 @@ class _Sapling:
         Returns:
             For each node of the new frontier, the number of its parent in the old one.
         """
+        if not self.left:
+            self.frontier, self.paths = [], []
+            return []
+        self.left -= 1
         begin, parent_row = len(self.candidates), []
         for row, (parent, path, likely) in enumerate(zip(self.frontier, self.paths, drafted, strict=True)):
             so_far = 0.0 if parent == -1 else self.candidates[parent].score

@@ -1,4 +1,4 @@
-"""An adapter meets its base: whether they belong together, and the top layers' weights with the adapter in them.
+"""An adapter meets its base: whether they belong together, a fresh one that does, and the top layers' weights with it in them.
 
 Knows: shapes and names. Does not know: passes.
 """
@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .adapter import StreamAdapter
 from .anatomy import find_projections
+from .config import StreamingConfig
 from .errors import NotOfThisBase, UsageError
+from .models import fingerprint
 
 _MERGED_BYTES = 64 * 2**20  # most that a copy of the top layers' projections may take
 
@@ -62,3 +65,16 @@ def merged_weights(adapter: StreamAdapter, projections: dict[str, Any]) -> list[
         index, path = name.split(".", 1)
         merged[int(index)][f"{path}.weight"] = low_rank.merged_into(projections[name].weight.detach())
     return merged
+
+
+def new_adapter(
+    model: PreTrainedModel, config: StreamingConfig, tokenizer: Any = None, draft_ids: torch.Tensor | None = None
+) -> StreamAdapter:
+    """A fresh, untrained adapter that fits `model`."""
+    return StreamAdapter(
+        config,
+        model.config.get_text_config().hidden_size,
+        find_projections(model, config.num_msa_layers),
+        draft_ids,
+        {"name": model.config.name_or_path, "fingerprint": fingerprint(model, tokenizer)},
+    )

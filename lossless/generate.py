@@ -7,11 +7,9 @@ logits processors, the stopping criteria and the inputs, and calls the loop in p
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,18 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter import StreamAdapter
-from .anatomy import device_of, find_projections, input_device
+from .anatomy import as_decoding, device_of, input_device
 from .cache import RowCache
 from .config import StreamingConfig
 from .dice import FORESEEABLE, Dice, NoiseTape
 from .draft import Drafter
 from .errors import UsageError
+from .fit import new_adapter
 from .lookup import TextMemory
 from .models import fingerprint
 from .passes import PassOutput
-from .probe import check_served, find_guarantee
-from .served import not_served, not_served_in_a_batch
+from .probe import check_served, find_guarantee, logit_scale
+from .served import not_served, not_served_as_prepared, tokenizer_at_hand, turn_of
 from .stats import Stats
 from .streams import StreamRunner
 from .text import Text, result
@@ -57,15 +56,16 @@ class AcceleratedModel:
         self.guarantee = find_guarantee(self.runner, exact)
         self.runner.limits = self.guarantee.limits
         ends = model.get_input_embeddings(), model.get_output_embeddings()
-        self.drafter = Drafter(self.runner.adapter, *ends, self.runner.logit_scale())
+        self.drafter = Drafter(self.runner.adapter, *ends, logit_scale(self.runner))
         self.tree_nodes = adapter.config.tree_nodes
         self.tree_floor = self.probed_floor()
         self.schedule = adapter.config.schedule
         self.recall = adapter.config.recall
         self.pruning_floor = adapter.config.pruning_floor
         self.stats = Stats()
-        self._lock = threading.RLock()
+        self._turn = turn_of(model)
         self._warned: set[str] = set()
+        self._attached_to = self._place()
 
     def __getattr__(self, name: str) -> Any:
         if name == "base":  # not yet set: a broken copy must not recurse
@@ -74,6 +74,11 @@ class AcceleratedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
+
+    def _place(self) -> tuple[Any, ...]:
+        """Where the base is, and in which dtype: what was probed at attach holds there."""
+        ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
+        return tuple((str(device_of(end)), end.weight.dtype) for end in ends)
 
     def probed_floor(self) -> float:
         """The least probability of a path that is worth a row here: a row that costs more than it is likely to give is not."""
@@ -90,29 +95,42 @@ class AcceleratedModel:
         batches also a passed-in cache, streamers, scores, and processors or criteria of your own, whose sequences might
         depend on each other) goes to the base's own `generate`, with one warning for each reason.
         """
-        self.stats = Stats()
-        if reason := not_served(self.base, inputs, kwargs):
-            self._hand_over(reason)
-            return self.base.generate(inputs, **kwargs)
+        with self._turn.lock:
+            if self._turn.taken:  # by a processor, criterion or streamer of the call that is being served
+                self._warn("generate was called within generate")
+                return self.base.generate(inputs, **kwargs)
+            self.stats = Stats()
+            if self._place() != self._attached_to:
+                raise UsageError("the base has been moved or converted since the adapter was attached: call accelerate() again")
+            if reason := not_served(self.base, inputs, kwargs):
+                self._hand_over(reason)
+                return self.base.generate(inputs, **kwargs)
+            with self._turn.take(), tokenizer_at_hand(self.base, kwargs.get("tokenizer")):
+                return self._serve(inputs, kwargs)
+
+    def _serve(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         passed_in = kwargs.get("past_key_values") is not None
         streamer = kwargs.get("streamer")  # HF drops it on its way to a custom loop, so it is bound here
+        ahead, exact = self.adapter.config.num_streams, self.guarantee.level
 
         def decode(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
-            if reason := not_served_in_a_batch(model, input_ids, streamer, **prepared):
+            if reason := not_served_as_prepared(model, input_ids, streamer, ahead, exact, **prepared):
                 self._hand_over(reason)
                 return model._sample(input_ids, streamer=streamer, **prepared)
             with self.runner.installed():
                 return self._decode(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
 
-        with self._lock, _tokenizer_at_hand(self.base, kwargs.get("tokenizer")):
-            return self.base.generate(inputs, custom_generate=decode, **kwargs)
+        return self.base.generate(inputs, custom_generate=decode, **kwargs)
 
     def _hand_over(self, reason: str) -> None:
         """Note that the base answers, and warn of it the first time."""
         self.stats.served = False
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"not accelerated: {reason}; the base's own generate answers", stacklevel=3)
+            warnings.warn(f"not accelerated: {reason}; the base's own generate answers", stacklevel=4)
 
     def _decode(
         self,
@@ -128,13 +146,13 @@ class AcceleratedModel:
         **model_kwargs: Any,
     ) -> Any:
         """The loop that stands in for `GenerationMixin._sample`; `input_ids` is `[batch, prompt]`."""
-        self.stats.exact = self.guarantee.level if len(input_ids) == 1 else "off"
         prompt = input_ids if inputs_embeds is None else inputs_embeds
         # with a passed-in cache the ids may be the new ones only; the mask is always of the whole text
         width = getattr(generation_config, "_mask_length", 0) if attention_mask is None else attention_mask.shape[1]
         width, padding = max(width, prompt.shape[1]), None
         if attention_mask is not None and not attention_mask.all():  # some versions of HF hand over a mask of ones
             padding = attention_mask == 0
+        self.stats.exact = self._holds(len(input_ids), padding)
         texts = self._texts(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
         cache = RowCache(len(self.runner.layers), width + 256, padding)
         if past_key_values is not None and past_key_values.get_seq_length():
@@ -145,36 +163,47 @@ class AcceleratedModel:
         out = self._read_prompts(prompt[:, cache.length - width :], padding, cache)
         cache.keep(range(width - cache.length))
         for text, logits in zip(texts, out.logits[:, -1], strict=True):
-            text.put(text.choose_alone(logits))
+            text.remember(text.choose_alone(logits))
         active, streams = self._go_on(texts, out, [out.entry.shape[1] - 1] * len(texts), cache)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
 
-        while active:
-            # 2. draft: under each certain token, a tree of likely continuations
-            roots, memories = [text.last for text in active], [text.memory for text in active]
-            dice = self._foresee(active, out.logits)
-            trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, self.tree_floor, dice)
-            # 3. verify: the base's own logits after every node, and the next streams, in one pass
-            out = self._read_trees(trees, active, cache, dice)
-            # 4. accept: follow the base's choices as far as they were drafted
-            walks = [walk(tree, text.choose_after(rows)) for tree, text, rows in zip(trees, active, out.logits, strict=True)]
-            for text, tree, accepted in zip(active, trees, walks, strict=True):
-                text.put(accepted.tokens)
-                self.stats.count(len(tree) - 1, len(accepted.tokens))
-            # 5. keep the accepted rows; the last choice is the next root
-            cache.keep_each([accepted.path for accepted in walks])
-            rows = [accepted.path[-1] for accepted in walks]
-            if walks[0].open:  # too close to call: made again from rows read one by one, as the base reads them
-                out, rows = self._read_alone(active[0], cache), [0]
-            # 6. speculate: the streams of each last accepted node; finished texts leave the batch
-            active, streams = self._go_on(active, out, rows, cache)
+        with as_decoding(self.base):
+            while active:
+                # 2. draft: under each certain token, a tree of likely continuations
+                roots, memories = [text.last for text in active], [text.memory for text in active]
+                depths, dice = [text.room - 1 for text in active], self._foresee(active, out.logits)
+                trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, self.tree_floor, dice, depths)
+                # 3. verify: the base's own logits after every node, and the next streams, in one pass
+                out = self._read_trees(trees, active, cache, dice)
+                # 4. accept: follow the base's choices as far as they were drafted
+                walks = [walk(tree, text.choose_after(rows)) for tree, text, rows in zip(trees, active, out.logits, strict=True)]
+                for text, tree, accepted in zip(active, trees, walks, strict=True):
+                    text.remember(accepted.tokens)
+                    self.stats.count(len(tree) - 1, len(accepted.tokens))
+                # 5. keep the accepted rows; the last choice is the next root
+                cache.keep_each([accepted.path for accepted in walks])
+                rows = [accepted.path[-1] for accepted in walks]
+                if walks[0].open:  # too close to call: made again from rows read one by one, as the base reads them
+                    out, rows = self._read_alone(active[0], cache), [0]
+                # 6. speculate: the streams of each last accepted node; finished texts leave the batch
+                active, streams = self._go_on(active, out, rows, cache)
 
         self.stats.texts = len(texts)
         self.stats.tokens = sum(text.emitted for text in texts)
         self.stats.decode_s = time.perf_counter() - begun
-        if passed_in:
+        if passed_in or generation_config.return_dict_in_generate:
             cache.pass_on(past_key_values)
-        return result(texts, past_key_values if passed_in else cache)
+        return result(texts, past_key_values)
+
+    def _holds(self, texts: int, padding: torch.Tensor | None) -> str:
+        """How exact a call is: the attention of padded rows takes a mask, and no row is read without."""
+        if texts > 1:
+            return "off"
+        return "near-tie" if padding is not None and self.guarantee.level == "bitwise" else self.guarantee.level
+
+    def _streams_join(self, alone: bool) -> bool:
+        """Whether streams run in the base's own pass: under near-tie not if its rows are to have the shapes of the base's own."""
+        return self.schedule == "parallel" and not (alone and self.stats.exact == "near-tie")
 
     def _texts(
         self, input_ids: torch.Tensor, width: int, padding: torch.Tensor | None, config: GenerationConfig,
@@ -203,7 +232,7 @@ class AcceleratedModel:
             own = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
             # a padding row sees itself, so that its softmax has something to sum
             mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
-        nodes = torch.tensor([rows - 1]) if self.schedule == "parallel" else None
+        nodes = torch.tensor([rows - 1]) if self._streams_join(alone=True) else None
         return self.runner.verify(prompt.to(device), positions.to(device), mask, cache, nodes, last_only=True)
 
     def _foresee(self, texts: list[Text], logits: torch.Tensor) -> Dice | None:
@@ -225,7 +254,7 @@ class AcceleratedModel:
             ids[i, : len(tree)] = torch.tensor(tree.tokens)
             positions[i, : len(tree)] = torch.tensor(tree.depths) + text.position
             mask[i, : len(tree), : len(tree)] = tree.mask()
-        nodes = self._speculators(trees, width, dice) if self.schedule == "parallel" else None
+        nodes = self._speculators(trees, width, dice) if self._streams_join(alone=width == 1) else None
         chosen = None if width == 1 else mask.to(device)
         out = self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
         self.stats.speculated += len(trees) * len(out.nodes)
@@ -247,14 +276,14 @@ class AcceleratedModel:
     def _read_alone(self, text: Text, cache: RowCache) -> PassOutput:
         """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last."""
         cache.forget(text.before + text.sound)
-        device, nodes = input_device(self.base), torch.zeros(1, dtype=torch.long) if self.schedule == "parallel" else None
+        device = input_device(self.base)
         for place in range(text.sound, text.ids.shape[1]):
             position = torch.tensor([[place - text.start]], device=device)
-            out = self.runner.verify(text.ids[:, place : place + 1].to(device), position, None, cache, nodes)
+            out = self.runner.verify(text.ids[:, place : place + 1].to(device), position, None, cache, None)
             cache.keep([0])
         self.stats.count_alone(text.ids.shape[1] - text.sound)
         text.sound = text.ids.shape[1]
-        text.put(text.choose_alone(out.logits[0, -1]))
+        text.remember(text.choose_alone(out.logits[0, -1]))
         return out
 
     def _go_on(
@@ -283,21 +312,6 @@ class AcceleratedModel:
         if self.adapter.told is not None:
             told = self.drafter.embed(torch.tensor([[text.last] for text in active], device=entry.device))
         return active, self.runner.speculate(entry, positions, context[:, None].to(entry.device), cache, told)[:, 0]
-
-
-@contextlib.contextmanager
-def _tokenizer_at_hand(model: Any, tokenizer: Any) -> Iterator[None]:
-    """HF drops the tokenizer on its way to a custom loop, and then cannot make its criterion for stop strings."""
-    if tokenizer is None:
-        yield
-        return
-    make = model._get_stopping_criteria
-    model = make.__self__  # the base itself, whatever wraps it
-    model._get_stopping_criteria = lambda *args, **kwargs: make(*args, **{**kwargs, "tokenizer": tokenizer})
-    try:
-        yield
-    finally:
-        del model._get_stopping_criteria
 
 
 def accelerate(
@@ -331,16 +345,3 @@ def accelerate(
     for name, value in overrides.items():
         setattr(fast, name, value)
     return fast
-
-
-def new_adapter(
-    model: PreTrainedModel, config: StreamingConfig, tokenizer: Any = None, draft_ids: torch.Tensor | None = None
-) -> StreamAdapter:
-    """A fresh, untrained adapter that fits `model`."""
-    return StreamAdapter(
-        config,
-        model.config.get_text_config().hidden_size,
-        find_projections(model, config.num_msa_layers),
-        draft_ids,
-        {"name": model.config.name_or_path, "fingerprint": fingerprint(model, tokenizer)},
-    )

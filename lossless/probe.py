@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .anatomy import decoder, device_of, features, input_device, is_projection
+from .anatomy import as_decoding, decoder, device_of, features, input_device, is_projection
 from .cache import RowCache
 from .errors import UsageError
 from .streams import StreamRunner
@@ -71,6 +71,15 @@ def check_served(runner: StreamRunner) -> None:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"{name} cannot be accelerated: its layers cannot carry a draft tree ({reason[0]})") from error
+
+
+def logit_scale(runner: StreamRunner) -> float:
+    """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
+    with torch.no_grad(), runner.installed():
+        plan, logits = runner.observe_anything()
+        bare = runner.lm_head(plan.final[:, -1:]).float().to(logits.device)
+    found = float((bare * logits.float()).sum() / (bare * bare).sum())
+    return 1.0 if abs(found - 1) < 0.02 else found
 
 
 _PIECES = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # rows at a time that are tried
@@ -184,10 +193,10 @@ def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple
     prompt = torch.randint(0, vocab, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     parents = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 6, 9)
     tree = DraftTree(tuple(i % vocab for i in range(len(parents))), parents)
-    with runner.installed():
+    with as_decoding(model), runner.installed():
         read = _behind(runner, prompt)
         native = read(tree)
-    with _limited(runner, limits), runner.installed():
+    with as_decoding(model), _limited(runner, limits), runner.installed():
         apart = native if limits is None else read(tree)
     bits, noise = limits is not None, _rounding(model, native)
     for leaf in (4, 8, 11):
@@ -195,7 +204,8 @@ def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple
         cache = DynamicCache(config=model.config)
         _plain(model, prompt, cache)
         for node in path:
-            one = _plain(model, [tree.tokens[node]], cache)
+            with as_decoding(model):
+                one = _plain(model, [tree.tokens[node]], cache)
             bits = bits and torch.equal(one, apart[node])
             rivals = one.topk(min(_RIVALS, len(one))).indices
             moved = (native[node] - one)[rivals]
@@ -242,7 +252,7 @@ def _row_cost(runner: StreamRunner, limits: dict[nn.Module, int]) -> float:
     vocab = runner.text_config.vocab_size
     bushes = [DraftTree(tuple(i % vocab for i in range(rows)), (-1, 0, 0, 1, 1)[:rows]) for rows in (1, 5)]
     times: list[list[float]] = [[], []]
-    with _limited(runner, limits), runner.installed():
+    with as_decoding(runner.model), _limited(runner, limits), runner.installed():
         read = _behind(runner, [i % vocab for i in range(64)])
         for _ in range(4):
             for bush, seen in zip(bushes, times, strict=True):

@@ -1,4 +1,4 @@
-"""Which calls of `generate` are served here, and which go to the base's own loop.
+"""Which calls of `generate` are served here, which go to the base's own loop, and that a base serves one at a time.
 
 Knows: what cannot be drafted for, and what a batch cannot do when each of its texts is chosen for alone.
 Does not know: how calls are served.
@@ -6,14 +6,18 @@ Does not know: how calls are served.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode
 
-from .anatomy import counts_padding, shares_position_bias
+from .anatomy import counts_padding, decoder, rotary_turns, shares_position_bias
 
 # arguments of generate() that are not fields of a generation config
 _CALL_ARGUMENTS = frozenset(
@@ -42,36 +46,56 @@ def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) 
     ):
         return "past_key_values is not a DynamicCache that keeps every row"
     options = {k: v for k, v in kwargs.items() if k not in _CALL_ARGUMENTS}
-    prepared = model._prepare_generation_config(kwargs.get("generation_config"), **options)
-    config: GenerationConfig = prepared[0]
+    config: GenerationConfig
+    config, given = model._prepare_generation_config(kwargs.get("generation_config"), **options)
     mode = config.get_generation_mode(None)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"the generation mode {mode.value}"
-    for name in ("output_attentions", "output_hidden_states", "cache_implementation"):
+    for name in ("output_attentions", "output_hidden_states", "cache_implementation", "token_healing"):
         if getattr(config, name, None):
             return f"{name} was set"
+    for name, value in given.items():  # what is left is meant for the base's forward
+        if value is not None and name != "attention_mask":
+            return f"{name} was given"
     if config.guidance_scale not in (None, 1, 1.0) or config.use_cache is False or config.prefill_chunk_size:
         return "guidance_scale, prefill_chunk_size or use_cache=False was set"
     return None
 
 
-def not_served_in_a_batch(
+def not_served_as_prepared(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     streamer: Any,
+    ahead: int,
+    exact: str,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: GenerationConfig,
     attention_mask: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
     **model_kwargs: Any,
 ) -> str | None:
-    """Why a batch, as HF prepared it, must go to HF's own loop, if it must: here each text is chosen for alone."""
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        return "a prompt that is padded on the right"
-    if attention_mask is not None and not bool(attention_mask.all()) and counts_padding(model):
-        return "a padded prompt for a base that takes no position_ids"
+    """Why a call, as HF prepared it, must go to HF's own loop, if it must.
+
+    Args:
+        ahead: places behind a text's end that streams stand at.
+        exact: what holds for a text alone: under `near-tie` a processor may be asked twice about a position.
+    """
+    if attention_mask is not None:
+        seen = attention_mask != 0
+        if seen.ndim != 2 or bool((seen[:, 1:] < seen[:, :-1]).any()) or not bool(seen[:, -1].all()):
+            return "a prompt that is padded elsewhere than on the left"
+        if not bool(seen.all()) and counts_padding(model):
+            return "a padded prompt for a base that takes no position_ids"
+    prompt = (attention_mask if attention_mask is not None else inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
+    longest = prompt + generation_config.max_length - input_ids.shape[1] + ahead
+    if any(longest > turn and (prompt <= turn or again) for turn, again in rotary_turns(model)):
+        return "a text that may outgrow the length from which on this base turns its positions otherwise"
     if len(input_ids) == 1:
+        if exact == "near-tie" and any(type(part).__name__.startswith("SynthID") for part in logits_processor):
+            return "a watermark that remembers what it was asked, under near-tie"
         return None
+    # texts of a batch are chosen for one by one
     if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():
         return "a passed-in cache for a batch"
     if shares_position_bias(model):
@@ -87,3 +111,41 @@ def not_served_in_a_batch(
     if not any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria) and len(stopping_criteria) > 1:
         return "stopping criteria without an EOS token for a batch"
     return None
+
+
+class Turn:
+    """Whose turn it is on a base: it serves one call at a time, whatever is attached to it, and none within another."""
+
+    def __init__(self) -> None:
+        self.lock, self.taken = threading.RLock(), False
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        self.taken = True
+        try:
+            yield
+        finally:
+            self.taken = False
+
+
+_TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
+
+
+def turn_of(model: PreTrainedModel) -> Turn:
+    """The one of this base, whatever wraps it."""
+    return _TURNS.setdefault(decoder(model), Turn())
+
+
+@contextlib.contextmanager
+def tokenizer_at_hand(model: Any, tokenizer: Any) -> Iterator[None]:
+    """HF drops the tokenizer on its way to a custom loop, and then cannot make its criterion for stop strings."""
+    if tokenizer is None:
+        yield
+        return
+    make = model._get_stopping_criteria
+    model = make.__self__  # the base itself, whatever wraps it
+    model._get_stopping_criteria = lambda *args, **kwargs: make(*args, **{**kwargs, "tokenizer": tokenizer})
+    try:
+        yield
+    finally:
+        del model._get_stopping_criteria

@@ -30,11 +30,12 @@ class Reach:
         """Whether there is anything between a key's place and a row's that is not seen."""
         return self.first(row) > key
 
-    def sees(self, rows: torch.Tensor, keys: torch.Tensor) -> Any:
-        """Whether places of keys are within reach of places of rows."""
+    def sees(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """`[batch, rows, keys]`, whether places of keys are within reach of places of rows, if not everything is."""
         if self.window is not None:
-            return rows - keys < self.window
-        return self.chunk is None or rows // self.chunk == keys // self.chunk
+            return keys[:, None] > (rows - self.window)[:, :, None]
+        size = self.chunk or 2**62
+        return (rows // size)[:, :, None] == (keys // size)[:, None]
 
 
 @dataclass
@@ -55,8 +56,8 @@ class Sight:
         """`[batch, 1, rows, keys]`, True where a row may attend in a layer of this reach."""
         if reach not in self._found:
             seen = self.allowed
-            if reach.cuts(int(self.keys.min()), int(self.rows.max())):
-                near = reach.sees(self.rows[:, :, None], self.keys[:, None])
+            if reach != Reach() and reach.cuts(int(self.keys.min()), int(self.rows.max())):
+                near = reach.sees(self.rows, self.keys)
                 seen = near & (self.keys[:, None] <= self.rows[:, :, None]) if seen is None else near & seen
             self._found[reach] = None if seen is None else seen[:, None]
         return self._found[reach]
@@ -71,17 +72,17 @@ def behind_the_past(own: torch.Tensor, cache: Any, batch: int) -> torch.Tensor:
     return seen
 
 
-def stream_sight(context: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, gamma: int) -> Sight:
+def stream_sight(context: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, gamma: int, last: int) -> Sight:
     """What streams see: their node's main context, and streams i <= j of their own node.
 
     context: `[batch, nodes, main keys]`; positions: `[batch, nodes]`; keys: `[batch, main keys]`.
-    Stream j of position t stands at t + j.
+    Stream j of position t stands at t + j, or at the last place that the base knows.
     """
     batch, nodes, _ = context.shape
     earlier = context.new_ones(gamma, gamma).tril()
     same_node = torch.eye(nodes, dtype=torch.bool, device=context.device)
     among = torch.kron(same_node, earlier).bool().expand(batch, -1, -1)
-    places = (positions[:, :, None] + torch.arange(1, gamma + 1, device=positions.device)).flatten(1)
+    places = (positions[:, :, None] + torch.arange(1, gamma + 1, device=positions.device)).flatten(1).clamp_max(last)
     allowed = torch.cat([context.repeat_interleave(gamma, dim=1), among], dim=2)
     return Sight(allowed, places, torch.cat([keys.expand(batch, -1), places.expand(batch, -1)], dim=1))
 

@@ -6,8 +6,8 @@ rows and stream rows. Does not know: how a tree is grown, what is accepted, or h
 Nothing of the base is replaced. While `StreamRunner.installed()` holds, hooks insert the stream rows
 before layer N - N_s, add the MSA adapters to the projections of stream rows, and take stream rows out
 behind the last layer; and attention goes through `passes.py`, which gives main rows and stream rows a call of their
-own. Main rows see main keys only, so their results do not depend on the streams. When the context
-ends, so does every trace of it.
+own. Main rows see main keys only, so their results do not depend on the streams. Between passes the base is its
+own: a logits processor may call it. When the context ends, so does every trace of it.
 
 Row order in the top layers: main rows, then the streams of the first speculating node (1..gamma), of
 the second, and so on. Keys: past rows, main rows, stream rows.
@@ -83,6 +83,9 @@ class StreamRunner:
         self._reaches = [Reach(own_window(layer)) for layer in self.layers] if self.own_attention else []
         self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits; None: nobody cares
         self._habits: dict[int, Habit] = {}  # of the top layers, by their number
+        self._masks: list[tuple[Any, Any]] = []  # of a base that masks by column, and who holds them
+        last = (getattr(self.text_config, "max_position_embeddings", None) or 2**31) - 1  # place that the base knows
+        self._stream_sight = partial(stream_sight, gamma=adapter.config.num_streams, last=last)
         self.lm_head = model.get_output_embeddings()
         check_fit(model, adapter)
         for name, low_rank in adapter.adapters():
@@ -101,9 +104,8 @@ class StreamRunner:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Hooks in place and attention rerouted, for the time of the context."""
-        implementation = self.text_config._attn_implementation
-        self._implementation = implementation
+        """Hooks in place, for the time of the context; they do nothing but in passes of this runner's."""
+        self._implementation = self.text_config._attn_implementation
         entered = self.layers if self.own_attention else self.top
         first = len(self.layers) - len(entered)
         handles = [
@@ -117,21 +119,30 @@ class StreamRunner:
             handles.append(self._projection(name).register_forward_hook(adapting(low_rank)))
             if self.adapter.config.rotate_values and name.endswith("v_proj"):
                 handles.append(self._projection(name).register_forward_hook(turning(self.adapter.config.num_streams)))
-        masks: list[tuple[Any, Any]] = [(module, module.bias) for layer in self.layers for module in column_masks(layer)] if self.own_attention else []
-        for module, mask in masks:  # rows of a tree do not stand in columns of their own place
-            module.bias = mask.new_ones(1, 1, 1, 1).expand_as(mask)
-        if not self.own_attention:
-            self.text_config._attn_implementation = ATTENTION
+        if self.own_attention:
+            self._masks = [(module, module.bias) for layer in self.layers for module in column_masks(layer)]
         try:
             with keeping_bits(self.limits or {}):
                 yield
         finally:
-            self.text_config._attn_implementation = implementation
-            self._habits = {}
-            for module, mask in masks:
-                module.bias = mask
+            self._habits, self._masks = {}, []
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def _passing(self, plan: Pass) -> Iterator[None]:
+        """Attention goes by the plan, for the time of one pass."""
+        for module, mask in self._masks:  # rows of a tree do not stand in columns of their own place
+            module.bias = mask.new_ones(1, 1, 1, 1).expand_as(mask)
+        if not self.own_attention:
+            self.text_config._attn_implementation = ATTENTION
+        try:
+            with running(plan):
+                yield
+        finally:
+            self.text_config._attn_implementation = self._implementation
+            for module, mask in self._masks:
+                module.bias = mask
 
     def verify(
         self,
@@ -154,24 +165,25 @@ class StreamRunner:
                 what chooses them, given all rows at layer N - N_s, `[batch, rows, dim]`.
             last_only: logits for the last row only (a prefill).
         """
-        device = ids.device
-        own = tree_mask
-        if own is None:
-            own = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=device).tril()
+        device, count = ids.device, ids.shape[1]
+
+        def own(some: torch.Tensor) -> torch.Tensor:  # [batch or 1, some rows, rows], what they see of this pass
+            return (torch.arange(count) <= some[:, None])[None].to(device) if tree_mask is None else tree_mask[:, some]
+
         keys = torch.cat([cache.places().to(device).expand(len(ids), -1), positions], dim=1)
         # one row sees everything, and sdpa knows by itself how to be causal: as the base's own calls
-        alone = ids.shape[1] == 1 or (cache.length == 0 and self._knows_causal())
+        alone = count == 1 or (cache.length == 0 and self._knows_causal())
         plain = tree_mask is None and alone and cache.visible() is None
-        allowed = None if plain else behind_the_past(own, cache, len(ids))
-        plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, keys), last_only=last_only)
+        allowed = None if plain else behind_the_past(own(torch.arange(count)), cache, len(ids))
+        plan = Pass(self._implementation, len(ids), count, Sight(allowed, positions, keys), last_only=last_only)
         plan.keeps_bits = self.limits is not None and len(ids) == 1 and cache.visible() is None
         if plan.keeps_bits and not last_only:
-            plan.paths = [[i for i, seen in enumerate(row) if seen] for row in own[0].tolist()]
+            plan.paths = [[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()]
 
         def begin(entry: torch.Tensor) -> None:
-            plan.nodes = nodes(entry) if callable(nodes) else nodes
-            context = behind_the_past(own[:, plan.nodes], cache, len(ids))
-            plan.stream = stream_sight(context, positions[:, plan.nodes], keys, self.adapter.config.num_streams)
+            chosen: Any = nodes(entry) if callable(nodes) else nodes
+            plan.nodes = chosen
+            plan.stream = self._stream_sight(behind_the_past(own(chosen), cache, len(ids)), positions[:, chosen], keys)
 
         plan.begin = None if nodes is None else begin
         logits = self._run(plan, ids, positions, cache)
@@ -198,7 +210,7 @@ class StreamRunner:
         plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, positions), last_only=True)
         return plan, self._run(plan, ids, positions, cache)
 
-    def _observe_anything(self) -> tuple[Pass, torch.Tensor]:
+    def observe_anything(self) -> tuple[Pass, torch.Tensor]:
         """A short pass over some text, to see how the base goes about it."""
         ids = torch.tensor([[1 + 3 * i % (self.text_config.vocab_size - 1) for i in range(8)]], device=input_device(self.model))
         return self._observe(ids, RowCache(len(self.layers)))
@@ -210,17 +222,9 @@ class StreamRunner:
     def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
         self._habits, plan.cache = {}, cache
-        with running(plan):
+        with self._passing(plan):
             given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
             return self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits
-
-    def logit_scale(self) -> float:
-        """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
-        with torch.no_grad(), self.installed():
-            plan, logits = self._observe_anything()
-            bare = self.lm_head(plan.final[:, -1:]).float().to(logits.device)
-        found = float((bare * logits.float()).sum() / (bare * bare).sum())
-        return 1.0 if abs(found - 1) < 0.02 else found
 
     def speculate(
         self,
@@ -245,12 +249,12 @@ class StreamRunner:
         """
         if not self._habits:  # no main rows have passed since this was installed
             with torch.no_grad():
-                self._observe_anything()
+                self.observe_anything()
         keys = cache.places().to(entry.device).expand(len(entry), -1)
-        sight = stream_sight(context, positions, keys, self.adapter.config.num_streams)
+        sight = self._stream_sight(context, positions, keys)
         plan = Pass(self._implementation, len(entry), 0, stream=sight, cache=cache, merged=bool(self._merged))
         hidden = self.adapter.start_streams(entry, told)
-        with running(plan):
+        with self._passing(plan):
             for number, habit in self._habits.items():
                 i = number - self.first_top
                 given = self._filled(number, habit, plan, hidden)

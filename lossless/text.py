@@ -45,7 +45,9 @@ class Text:
         streamer: Any = None,
         guard: float = 0.0,
     ) -> None:
-        self.guard = guard / min(1.0, config.temperature or 1.0) if noise is not None else guard
+        penalty, heat = config.repetition_penalty or 1.0, config.temperature or 1.0
+        magnified = max(penalty, 1 / penalty) / (1.0 if noise is None else min(1.0, heat))
+        self.off_by, self.guard = guard, guard * magnified  # of logits, and of what they are chosen by
         self.number, self.ids, self.prompt, self.before = number, ids, ids.shape[1], before
         self.start = padding - before  # of the text, counted in ids
         self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
@@ -67,6 +69,11 @@ class Text:
         return self.ids.shape[1] - 1 - self.start
 
     @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return int(self.config.max_length) - self.ids.shape[1]
+
+    @property
     def emitted(self) -> int:
         return self.ids.shape[1] - self.prompt
 
@@ -81,16 +88,16 @@ class Text:
         """
         raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
         scores = self.processor(self.ids, raw)
-        ranking = scores
+        ranking, noise = scores, None
         if self.noise is not None:
             probabilities = torch.softmax(scores, dim=-1)
             noise = self.noise.at(self.number, probabilities)
             ranking = probabilities / noise
         token = ranking.argmax(dim=-1, keepdim=True)
-        if not alone and self.guard:
-            best = (ranking if self.noise is None else ranking.log()).topk(2).values[0]
-            if best[0] - best[1] < self.guard:
-                return None
+        if noise is not None and bool(probabilities[0, token[0]].isnan()):
+            torch.multinomial(probabilities, num_samples=1)  # refuses, as in the base's own loop
+        if not alone and self.guard and self._hangs_on_little(logits, scores, ranking, noise, int(token)):
+            return None
         if self.noise is not None:
             self.noise.go_on(self.number)
         if self.scores is not None:
@@ -99,9 +106,38 @@ class Text:
             self.logits += (raw,)
         self.ids = torch.cat([self.ids, token], dim=-1)
         self.stopped = bool(self.criteria(self.ids, self.scores)[0])
+        if self.streamer is not None:
+            self.streamer.put(token[0].cpu())
+            if self.stopped:
+                self.streamer.end()
         if self.stopped and self.noise is not None:
             self.noise.leave(self.number)
         return int(token), self.stopped
+
+    def _hangs_on_little(
+        self, logits: torch.Tensor, scores: torch.Tensor, ranking: torch.Tensor, noise: torch.Tensor | None, token: int
+    ) -> bool:
+        """Whether logits that are off by as much as the guard could have led to another choice than this token.
+
+        logits: `[vocab]`; scores, ranking: `[1, vocab]`, as processed, and as thrown with the noise, `[vocab]`.
+        """
+        best = (ranking if noise is None else ranking.log()).topk(2).values[0]
+        if best[0] - best[1] < self.guard:
+            return True
+        cut = scores[0] == -torch.inf
+        if noise is None or not cut.any():
+            return False
+        # What top-k, top-p and the like cut off may hang on a little, too. Would the token still be there if it
+        # were less likely? Would one be there that would have been chosen in its place, if it were likelier?
+        raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        thrown = raw[0] / (self.config.temperature or 1.0) - noise.log()
+        rivals = cut & (thrown > thrown[token] - self.guard)
+        lower = raw.clone()
+        lower[0, token] -= self.off_by
+        higher = raw + self.off_by * rivals
+        return bool(self.processor(self.ids, lower)[0, token] == -torch.inf) or bool(
+            (self.processor(self.ids, higher)[0, rivals] > -torch.inf).any()
+        )
 
     def choose_alone(self, logits: torch.Tensor) -> tuple[int, ...]:
         """The choice given `[vocab]` logits of a row that was read in the base's own shape."""
@@ -117,15 +153,10 @@ class Text:
         self.sound += alone
         return lambda node: self.choose(logits[node], alone)
 
-    def put(self, tokens: tuple[int, ...]) -> None:
-        """Hand tokens to the text's memory, and to the streamer, one call each, as the base does."""
+    def remember(self, tokens: tuple[int, ...]) -> None:
+        """Tokens that were chosen: what the drafter recalls from."""
         if self.memory is not None:
             self.memory.extend(tokens)
-        if self.streamer is not None:
-            for token in tokens:
-                self.streamer.put(torch.tensor([token]))
-            if self.stopped:
-                self.streamer.end()
 
 
 def _of_one(processors: Any, number: int) -> Any:

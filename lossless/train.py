@@ -31,11 +31,11 @@ from .curriculum import Order, block, draft_vocabulary, read_answers, split
 from .draft import Drafter
 from .errors import UsageError
 from .features import Features, FeatureStore
-from .fit import check_fit
+from .fit import check_fit, new_adapter
 from .foretell import Foretold, foretell
-from .generate import new_adapter
 from .loss import StreamLoss
 from .models import Base, differentiable, fingerprint, processes
+from .probe import logit_scale
 from .storage import append_jsonl, versions, write_json
 from .streams import StreamRunner
 
@@ -87,7 +87,7 @@ def train(
     whose = settings | {"answers": answers.digest(), "begins_with": adapter.digest() if config.begin_from else ""}
     runner = StreamRunner(base.model, adapter)
     with differentiable(base.model):
-        drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), runner.logit_scale())
+        drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), logit_scale(runner))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config))
     accelerator.register_for_checkpointing(schedule)  # not prepared: a step of it is a step, whatever the processes

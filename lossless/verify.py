@@ -11,6 +11,7 @@ that. Does not know: adapters, drafts, or how the answer came about.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
+from .anatomy import as_decoding
 from .bench import Decoding, encode_checked, settings, whose
 from .generate import AcceleratedModel
 from .models import Base
@@ -70,18 +72,21 @@ def force(
         model: Any, input_ids: torch.Tensor, logits_processor: Any, generation_config: GenerationConfig, **_: Any
     ) -> torch.Tensor:
         cache = DynamicCache(config=model.config)
-        fed = input_ids
-        for token, ours in zip(answer, logits, strict=True):
-            started = time.perf_counter()
-            raw = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            raw = raw.to(copy=True, dtype=torch.float32)
-            raw.argmax().item()  # waits for a device that works on its own
-            seconds.append(time.perf_counter() - started)
-            # a processor may write into what it is given
-            scores = logits_processor(input_ids, raw.clone())
-            found.append(_judge(raw, scores, token, ours, generation_config.do_sample))
-            fed = torch.tensor([[token]], device=input_ids.device)
-            input_ids = torch.cat([input_ids, fed], dim=1)
+        fed = prompt = input_ids
+        with contextlib.ExitStack() as behind_the_prompt:
+            for token, ours in zip(answer, logits, strict=True):
+                started = time.perf_counter()
+                raw = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                raw = raw.to(copy=True, dtype=torch.float32)
+                raw.argmax().item()  # waits for a device that works on its own
+                seconds.append(time.perf_counter() - started)
+                if fed is prompt:
+                    behind_the_prompt.enter_context(as_decoding(model))
+                # a processor may write into what it is given
+                scores = logits_processor(input_ids, raw.clone())
+                found.append(_judge(raw, scores, token, ours, generation_config.do_sample))
+                fed = torch.tensor([[token]], device=input_ids.device)
+                input_ids = torch.cat([input_ids, fed], dim=1)
         return input_ids
 
     torch.manual_seed(decoding.seed)

@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 from lossless.adapter import CONFIG_FILE, WEIGHTS_FILE, StreamAdapter
 from lossless.config import StreamingConfig
 from lossless.errors import UsageError
-from lossless.generate import accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 

@@ -9,7 +9,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from lossless.dice import NoiseTape
-from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel, accelerate
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 from .test_lossless import both

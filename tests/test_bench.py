@@ -10,7 +10,8 @@ import torch
 from lossless import bench as module
 from lossless.bench import Clock, Decoding, Run, bench, encode_checked, run_pair, summarize, table, timed_generate
 from lossless.errors import UsageError
-from lossless.generate import accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
 from lossless.models import load_base
 from lossless.prompts import from_text
 

@@ -16,7 +16,8 @@ from lossless import bench, commands
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers
 from lossless.cli import main
-from lossless.generate import AcceleratedModel, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel
 from lossless.models import load_base
 
 from .conftest import tiny_config

@@ -7,7 +7,8 @@ import torch
 
 from lossless import dice as module
 from lossless.dice import Dice, NoiseTape
-from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel, accelerate
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 
@@ -130,7 +131,7 @@ def test_lucky_nodes_are_not_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_greedy_decoding_has_no_dice(fast: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(fast.drafter, "trees", lambda *given: seen.append(given[-1]) or type(fast.drafter).trees(fast.drafter, *given))
+    monkeypatch.setattr(fast.drafter, "trees", lambda *given: seen.append(given[5]) or type(fast.drafter).trees(fast.drafter, *given))
     ids = prompt_ids(5)
     for sampled in (False, True):
         fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=sampled)

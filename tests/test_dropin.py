@@ -11,7 +11,8 @@ from accelerate import cpu_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, pipeline
 
-from lossless.generate import accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
 from lossless.models import load_base
 
 from .conftest import build_tiny, prompt_ids, tiny_config

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +15,25 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     AsyncTextIteratorStreamer,
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
+    LogitsProcessor,
     PreTrainedTokenizerFast,
     StaticCache,
+    StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
     TextStreamer,
 )
+from transformers.generation.streamers import BaseStreamer
 
-from lossless.generate import AcceleratedModel, accelerate, new_adapter
-from lossless.models import Base, load_base
+from lossless.errors import UsageError
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel, accelerate
+from lossless.models import Base, freeze, load_base
 
-from .conftest import build_tiny, prompt_ids, tiny_config
-from .test_lossless import both
+from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
+from .test_lossless import Oracle, both
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "repetition": {"repetition_penalty": 1.4},
@@ -192,6 +203,8 @@ def test_a_conversation_that_goes_on_from_its_cache(schedule: str, whole: bool) 
         ("assistant_model was given", {"assistant_model": "itself"}),
         ("return_dict_in_generate for a batch", {"num_return_sequences": 2, "do_sample": True, "return_dict_in_generate": True}),
         ("guidance_scale, prefill_chunk_size or use_cache=False was set", {"use_cache": False}),
+        ("position_ids was given", {"position_ids": torch.tensor([[0, 1, 2, 3, 9, 10, 11]])}),
+        ("a prompt that is padded elsewhere than on the left", {"attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1, 1]])}),
     ],
 )
 def test_what_is_not_served_is_the_base_s_own_with_one_warning(why: str, options: dict[str, Any]) -> None:
@@ -246,3 +259,195 @@ def test_an_async_streamer(chat: tuple[Base, AcceleratedModel]) -> None:
         return said
 
     assert asyncio.run(read()) == tokenizer.decode(plain)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_turn_otherwise_in_long_texts(kind: str) -> None:
+    """The base goes by the last position it reads; a draft or a stream would be one further on."""
+    model = build_tiny(seed=5)
+    more = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]} if kind == "longrope" else {}
+    model.config.max_position_embeddings = 40
+    model.config.rope_parameters = {
+        "rope_type": kind, "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 40, **more
+    }  # fmt: skip
+    model = freeze(type(model)(model.config))
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    # what `dynamic` does with a text that is long from the start hangs on the call before, in the base's own loop too
+    for length, count, reason in ((7, 20, False), (7, 60, True), *([(50, 20, False)] if kind == "longrope" else [])):
+        options = {"attention_mask": torch.ones(1, length), "max_new_tokens": count, "do_sample": False}
+        expected = model.generate(prompt_ids(length), **options)
+        with pytest.warns(UserWarning, match="a text that may outgrow") if reason and not fast._warned else contextlib.nullcontext():
+            assert torch.equal(fast.generate(prompt_ids(length), **options), expected)
+        assert fast.stats.served != reason
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+@pytest.mark.parametrize("schedule", ["parallel", "deferred"])
+def test_an_answer_up_to_the_end_of_the_context(family: str, schedule: str) -> None:
+    """No draft and no stream may stand where the base has no position."""
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=32, rotary_dim=4, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = freeze(AutoModelForCausalLM.from_config(config))
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), schedule=schedule, exact="near-tie")
+    options = {"attention_mask": torch.ones(1, 7), "max_new_tokens": 25, "do_sample": False}
+    assert torch.equal(fast.generate(prompt_ids(), **options), model.generate(prompt_ids(), **options))
+    assert fast.stats.drafted > 25
+
+
+def test_the_cache_that_is_returned_can_be_gone_on_from() -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    answers = []
+    for speaker in (model, fast):
+        first = speaker.generate(
+            prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=12, do_sample=False, return_dict_in_generate=True
+        )
+        more = torch.cat([first.sequences, prompt_ids(3, seed=4)], dim=1)
+        mask = torch.ones_like(more)
+        answers.append(
+            speaker.generate(more, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=12, do_sample=False)
+        )
+    assert torch.equal(*answers)
+    assert fast.stats.served
+
+
+def test_a_base_that_was_moved_has_to_be_attached_anew() -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    model.to(torch.bfloat16)
+    with pytest.raises(UsageError, match="moved or converted since the adapter was attached"):
+        fast.generate(prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=3)
+
+
+def test_experts_go_about_rows_as_in_the_base_s_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the prefill HF lets them compute otherwise on some devices; so the probe and the certificate must, too."""
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    told: list[Any] = []
+
+    @contextlib.contextmanager
+    def mark() -> Iterator[None]:
+        told.append("decode")
+        yield
+        told.append("end")
+
+    monkeypatch.setattr(model, "_optimize_model_for_decode", mark, raising=True)
+    hook = model.model.register_forward_hook(lambda *_: told.append("pass"))
+    seen = []
+    for speaker in (model, fast):
+        told.clear()
+        speaker.generate(prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=5, do_sample=False)
+        seen.append((told[:3], told[-1], told.count("decode")))
+    hook.remove()
+    assert seen[0] == seen[1] == (["pass", "decode", "pass"], "end", 1)
+
+
+def test_two_threads_with_an_adapter_each_on_one_base() -> None:
+    model = build_tiny(seed=5)
+    both = [accelerate(model, new_adapter(model, tiny_config(schedule=s)).randomize(2)) for s in ("parallel", "deferred")]
+    options = {"attention_mask": torch.ones(1, 7), "max_new_tokens": 40, "do_sample": False}
+    expected, found = model.generate(prompt_ids(), **options), []
+
+    def speak(fast: AcceleratedModel) -> None:
+        for number in range(6):
+            more = {"num_beams": 2} if number == 3 else {}  # the base's own loop, in the middle of the other's
+            out = fast.generate(prompt_ids(), **options, **more)
+            found.append(bool(more) or torch.equal(out, expected))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # beams are not accelerated; warnings are not caught by thread
+        threads = [threading.Thread(target=speak, args=(fast,)) for fast in both]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 12
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_processor_may_call_the_base() -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+
+    class Guided(LogitsProcessor):
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return scores + 0.5 * model(ids[:, -3:]).logits[:, -1]
+
+    class Asking(LogitsProcessor):
+        speaker: Any = model
+
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            said = self.speaker.generate(ids[:, -2:], attention_mask=torch.ones(1, 2), max_new_tokens=1, do_sample=False)
+            scores[:, said[0, -1]] += 3.0
+            return scores
+
+    asking = Asking()
+    for processor in (Guided(), asking):
+        options = {"attention_mask": torch.ones(1, 7), "max_new_tokens": 20, "do_sample": False, "logits_processor": [processor]}
+        asking.speaker = model
+        expected = model.generate(prompt_ids(), **options)
+        asking.speaker = fast
+        with pytest.warns(UserWarning, match="generate was called within generate") if processor is asking else contextlib.nullcontext():
+            assert torch.equal(fast.generate(prompt_ids(), **options), expected)
+        assert fast.stats.served
+        assert fast.stats.tokens == 20
+
+
+def test_a_streamer_can_tell_a_criterion_to_stop() -> None:
+    """Token for token: the base asks its criteria, tells the streamer, and only then goes on."""
+
+    class Enough(BaseStreamer, StoppingCriteria):
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.numel()
+
+        def end(self) -> None: ...
+
+        def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.tensor([self.seen >= 7 + 5])
+
+    model = build_tiny(seed=5)
+    plain = model.generate(prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=30, do_sample=False)[0, 7:].tolist()
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    fast.drafter = Oracle(plain)
+    said = []
+    for speaker in (model, fast):
+        stop = Enough()
+        said.append(
+            speaker.generate(
+                prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=30, do_sample=False, streamer=stop, stopping_criteria=[stop]
+            )
+        )
+    assert torch.equal(*said)
+    assert said[0].shape[1] < 37
+
+
+def test_a_draw_that_torch_refuses() -> None:
+    class Broken(LogitsProcessor):
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores if ids.shape[1] < 12 else torch.full_like(scores, -torch.inf)
+
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    for speaker in (model, fast):
+        with pytest.raises(RuntimeError, match="probability tensor contains either"):
+            speaker.generate(
+                prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=20, do_sample=True, logits_processor=[Broken()]
+            )
+
+
+def test_a_watermark_that_remembers_is_not_asked_twice() -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), exact="near-tie")
+    mark = SynthIDTextWatermarkingConfig(keys=[3, 1, 4, 1, 5], ngram_len=3)
+    options = {"attention_mask": torch.ones(1, 7), "max_new_tokens": 20, "do_sample": True, "watermarking_config": mark}
+    torch.manual_seed(0)
+    expected = model.generate(prompt_ids(), **options)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="a watermark that remembers what it was asked, under near-tie"):
+        assert torch.equal(fast.generate(prompt_ids(), **options), expected)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lossless.generate import new_adapter
+from lossless.fit import new_adapter
 from lossless.models import load_base
 
 from .conftest import tiny_config

@@ -18,7 +18,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lossless.draft import Drafter
-from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel, accelerate
 from lossless.tree import DraftTree
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config

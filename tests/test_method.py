@@ -14,7 +14,8 @@ from lossless.answers import Answers
 from lossless.draft import Drafter
 from lossless.errors import UsageError
 from lossless.features import FeatureStore, make_block
-from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel, accelerate
 from lossless.loss import StreamLoss
 from lossless.pruning import worth_streams
 from lossless.streams import StreamRunner

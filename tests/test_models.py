@@ -13,7 +13,8 @@ import torch
 
 from lossless import models
 from lossless.errors import UsageError
-from lossless.generate import accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
 from lossless.models import Base, fingerprint, fingerprint_differences, load_base
 
 from .conftest import build_tiny, prompt_ids, tiny_config

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lossless.draft import Drafter
-from lossless.generate import accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
 from lossless.models import freeze
 from lossless.tree import DraftTree
 from lossless.verification import walk

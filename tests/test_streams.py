@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 from lossless.anatomy import decoder_layers, find_projections
 from lossless.cache import RowCache
 from lossless.errors import UsageError
-from lossless.generate import AcceleratedModel, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel
 from lossless.streams import StreamRunner
 from lossless.tree import DraftTree
 

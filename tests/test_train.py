@@ -29,10 +29,12 @@ from lossless.distill import distill
 from lossless.draft import Drafter
 from lossless.errors import UsageError
 from lossless.features import FeatureStore, make_block
+from lossless.fit import new_adapter
 from lossless.foretell import Foretold, check_parity
-from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.generate import AcceleratedModel, accelerate
 from lossless.loss import StreamLoss, _Divergence
 from lossless.models import Base, freeze
+from lossless.probe import logit_scale
 from lossless.prompts import from_text
 from lossless.storage import read_jsonl
 from lossless.streams import StreamRunner
@@ -221,7 +223,7 @@ def test_accumulated_steps_are_steps_of_larger_batches(
     torch.manual_seed(config.seed)
     adapter = new_adapter(taught.model, tiny_config())
     runner = StreamRunner(taught.model, adapter)
-    drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings(), runner.logit_scale())
+    drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings(), logit_scale(runner))
     order = Order(rest, config)
     with runner.installed():
         store = FeatureStore(runner, rest, memory_gb=1)

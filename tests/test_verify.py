@@ -11,7 +11,8 @@ import torch
 from lossless.bench import Decoding
 from lossless.cli import main
 from lossless.errors import UsageError
-from lossless.generate import accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
 from lossless.models import Base, load_base
 from lossless.prompts import from_text
 from lossless.verify import asked, certify, force, measure_noise

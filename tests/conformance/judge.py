@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from lossless.config import StreamingConfig
 from lossless.errors import UsageError
-from lossless.generate import AcceleratedModel, accelerate, new_adapter
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel, accelerate
 
 from ..conftest import prompt_ids
 from ..test_batches import padded
