@@ -18,6 +18,7 @@ import torch
 from .cache import RowCache
 
 _REFILL_SHARE = 8  # refill when one slot in this many is free, so that prompts are read in batches
+_FIRST_COLUMNS = 512  # room of a batch before it grows
 _PREFILL_TOKENS = 2048  # a group of prompts read at once: larger ones fall out of the caches of a CPU
 
 
@@ -122,11 +123,11 @@ class _Batch:
     def __init__(self, model: Any, size: int, generator: torch.Generator) -> None:
         self.model, self.generator = model, generator
         self.slots = [_Slot() for _ in range(size)]
-        self.cache = self._new_cache()
+        self.cache = self._new_cache(_FIRST_COLUMNS)
         self.mask = torch.zeros(size, 0, dtype=torch.long, device=model.device)  # [batch, columns]
 
-    def _new_cache(self) -> RowCache:
-        return RowCache(self.model.config.get_text_config().num_hidden_layers, capacity=512)
+    def _new_cache(self, columns: int) -> RowCache:
+        return RowCache(self.model.config.get_text_config().num_hidden_layers, capacity=columns)
 
     def idle(self) -> list[int]:
         """Numbers of the slots that wait for a job."""
@@ -149,7 +150,7 @@ class _Batch:
             ids[i, width - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
             mask[i, width - len(job.prompt_ids) :] = 1
         ids, mask = ids.to(self.mask.device), mask.to(self.mask.device)
-        cache = self._new_cache()
+        cache = self._new_cache(width)
         logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), cache)
         if width > self.cache.length:
             self._shift(width - self.cache.length, cache)

@@ -70,9 +70,10 @@ class Checkpoints:
         progress = Progress()
         if found:
             written = json.loads((found[-1] / "progress.json").read_text(encoding="utf-8"))
-            if _compared(written["settings"]) != _compared(self.settings):
+            before, now = flattened(written["settings"]), flattened(self.settings)
+            if differing := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
                 raise UsageError(
-                    f"{self.out} holds a checkpoint of other settings or answers: use them again to go on, or another folder"
+                    f"{self.out} holds a checkpoint of another training ({', '.join(differing)}): use the same again to go on, or another folder"
                 )
             self.accelerator.load_state(str(found[-1]))
             progress = Progress(**written["progress"])
@@ -93,6 +94,8 @@ class Checkpoints:
         return sorted(path.parent for path in self.out.glob("checkpoint-*/progress.json"))
 
 
-def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+def flattened(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without those that may change on the way: what fits into memory, and what is told to whom."""
-    return settings | {"train": {key: value for key, value in settings["train"].items() if key not in _PRACTICAL}}
+    nested = {key: value for group in settings.values() if isinstance(group, dict) for key, value in group.items()}
+    flat = {key: value for key, value in settings.items() if not isinstance(value, dict)} | nested
+    return {key: value for key, value in flat.items() if key not in _PRACTICAL}

@@ -52,6 +52,14 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             print("lossless: the disk is full; what was whole is kept, and with more room the same command goes on", file=sys.stderr)
             return 2
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            print(
+                f"lossless: out of memory ({str(error).splitlines()[0] if str(error) else 'the machine has no more'}); what was done is "
+                "kept. Less is needed with a lower --batch-size (distill), --answers-per-step, --feature-memory-gb and "
+                "--logits-memory-gb (train, ablate), or --load-in 4bit",
+                file=sys.stderr,
+            )
+            return 2
         except KeyboardInterrupt:
             print("lossless: interrupted; what was done is kept", file=sys.stderr)
             return 130

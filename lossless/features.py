@@ -6,10 +6,12 @@ streams' weights, losses, or training order. Nothing here has a gradient, and no
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 
 from .answers import Answers
 from .cache import RowCache
@@ -45,7 +47,7 @@ class FeatureStore:
     Args:
         runner: the base, installed (its adapter takes no part).
         answers: prompts and answers of the base.
-        memory_gb: how much to keep, of a GPU at most half of what is free; what does not fit is computed again each time.
+        memory_gb: how much to keep; what does not fit is computed again each time.
         kept: what another store kept of the same answers, for as many top layers; this one adds to it.
     """
 
@@ -53,7 +55,7 @@ class FeatureStore:
         self.runner, self.answers = runner, answers
         self._kept: dict[int, Features] = {} if kept is None else kept
         self._ahead: list[list[int]] = []
-        self._room = _affordable(int(memory_gb * 2**30), runner.model.device) - sum(features.bytes for features in self._kept.values())
+        self._room = int(memory_gb * 2**30) - bytes_of(self._kept)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -108,9 +110,23 @@ class FeatureStore:
         ]
 
 
-def _affordable(wanted: int, device: torch.device) -> int:
-    """Bytes; the CPU's memory is the user's to share out."""
-    return min(wanted, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else wanted
+def bytes_of(kept: dict[int, Features]) -> int:
+    return sum(features.bytes for features in kept.values())
+
+
+def affordable(wanted_gb: float, device: torch.device, besides_gb: float = 0.0, kept_bytes: int = 0) -> float:
+    """GiB of features to keep on a device: at most half of the memory that nothing else needs.
+
+    Args:
+        besides_gb: what something else will take; kept_bytes: features that are there already, and may stay.
+    """
+    if device.type == "cuda":
+        # torch holds on to memory that is free, and gives of it before it asks for more
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        sharing = 1
+    else:
+        free, sharing = get_max_memory()["cpu"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(wanted_gb, max(0.0, (free / sharing + kept_bytes) / 2**30 - besides_gb) / 2)
 
 
 class FixedRows:

@@ -17,12 +17,14 @@ import torch
 from .adapter import StreamAdapter
 from .answers import Answers
 from .draft import Drafter
-from .features import FeatureStore, make_block
+from .features import Features, FeatureStore, affordable, make_block
 from .generate import AcceleratedModel
 from .models import Base
 from .streams import StreamRunner
+from .tree import DraftTree
 
-_RUN = 256  # positions of an answer that speculate at once: what they see grows with their square
+_RUN = 64  # positions of an answer that speculate at once: what they see grows with their square
+_TOGETHER = 32  # answers that are walked along at once
 TOLERANCE = 0.05  # foretold and decoded may differ by so much
 CONTEXTS = (128, 256, 512, 1024, 2048)  # tokens before an answer's middle, up to which runs are told together
 
@@ -39,32 +41,69 @@ class Foretold:
     acceptance_length: float
     reached: list[float]
 
+    @classmethod
+    def of(cls, counts: torch.Tensor) -> Foretold:
+        """From what `walk_along` counts."""
+        tokens, passes, *reached = counts.tolist()
+        return cls(round(tokens / max(passes, 1), 3), [round(count / max(passes, 1), 4) for count in reached])
+
+
+class _Walk:
+    """How far along one stored answer the loop would have come."""
+
+    def __init__(self, runner: StreamRunner, drafter: Drafter, features: Features) -> None:
+        self.runner, self.drafter, self.features = runner, drafter, features
+        self.text = features.ids.tolist()
+        self.t = self.offset = features.prompt - 1  # x_{t+1} is certain; what follows it is drafted
+        self.streams: torch.Tensor | None = None  # [positions from offset on, num_streams, dim]
+
+    @property
+    def over(self) -> bool:
+        return self.t + 2 >= len(self.text)
+
+    def speculate(self) -> torch.Tensor:
+        """`[num_streams, dim]` at t; those of a run of positions are computed at once."""
+        if self.streams is None or self.t >= self.offset + len(self.streams):
+            runner, gamma = self.runner, self.runner.adapter.config.num_streams
+            count = min(_RUN, len(self.text) - 1 - self.t)
+            block = make_block([self.features], [self.t], count, gamma, runner.first_top, runner.model.dtype)
+            told = self.drafter.embed(block.tokens[:, :, 0])
+            self.offset = self.t
+            self.streams = runner.speculate(block.entry, block.positions, block.context, block.rows, told)[0]
+        return self.streams[self.t - self.offset]
+
+    def follow(self, tree: DraftTree) -> int:
+        """Go on by one pass over this tree; returns how many of its tokens are accepted."""
+        accepted, node = 0, tree.child(0, self.text[self.t + 2])
+        while node is not None and self.t + accepted + 3 < len(self.text):
+            accepted += 1
+            node = tree.child(node, self.text[self.t + accepted + 2])
+        self.t += accepted + 1
+        return accepted
+
 
 @torch.no_grad()
-def foretell(runner: StreamRunner, drafter: Drafter, store: FeatureStore, tree_nodes: int) -> Foretold:
-    """Walk along the stored answers with the adapter's own trees, as the decode loop would."""
-    tokens = passes = 0
-    gamma = runner.adapter.config.num_streams
-    reached = [0] * (gamma + 1)
-    for number in range(len(store)):
-        features = store.get([number])
-        text, t = features[0].ids.tolist(), features[0].prompt - 1
-        offset, streams = t, None
-        while t + 2 < len(text):  # x_{t+1} is certain; draft what follows it
-            if streams is None or t >= offset + len(streams):
-                block = make_block(features, [t], min(_RUN, len(text) - 1 - t), gamma, runner.first_top, runner.model.dtype)
-                told = drafter.embed(block.tokens[:, :, 0])
-                offset, streams = t, runner.speculate(block.entry, block.positions, block.context, block.rows, told)[0]
-            [tree] = drafter.trees(streams[None, t - offset], [text[t + 1]], tree_nodes, [None])
-            node, ahead = tree.child(0, text[t + 2]), t + 2
-            while node is not None and ahead + 1 < len(text):
-                ahead += 1
-                node = tree.child(node, text[ahead])
-            reached[min(ahead - t - 2, gamma)] += 1
-            tokens, passes, t = tokens + ahead - t - 1, passes + 1, ahead - 1
-    return Foretold(
-        round(tokens / max(passes, 1), 3), [round(sum(reached[j:]) / max(passes, 1), 4) for j in range(1, gamma + 1)]
-    )
+def walk_along(runner: StreamRunner, drafter: Drafter, store: FeatureStore, tree_nodes: int, process: int = 0, processes: int = 1) -> torch.Tensor:
+    """Walk along the stored answers with the adapter's own trees, as the decode loop would, all answers at once.
+
+    Args:
+        process: which of several, each of which walks along its part of the answers.
+
+    Returns:
+        `[2 + num_streams]`: tokens, passes, and for each stream the passes whose accepted path holds its token.
+    """
+    gamma, device = runner.adapter.config.num_streams, runner.model.device
+    counts = torch.zeros(2 + gamma, dtype=torch.float64)
+    for begin in range(process, len(store), processes * _TOGETHER):
+        numbers = range(begin, len(store), processes)[:_TOGETHER]
+        walks = [_Walk(runner, drafter, store.get([number])[0]) for number in numbers]
+        while walks := [walk for walk in walks if not walk.over]:
+            roots = [walk.text[walk.t + 1] for walk in walks]
+            trees = drafter.trees(torch.stack([walk.speculate() for walk in walks]), roots, tree_nodes, [None] * len(walks))
+            for walk, tree in zip(walks, trees, strict=True):
+                accepted = walk.follow(tree)
+                counts += torch.tensor([1 + accepted, 1, *(accepted > j for j in range(gamma))])
+    return counts.to(device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -101,7 +140,8 @@ def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_
         runs.append(Decoded(record["id"], record["category"], context, fast.stats.tokens, fast.stats.target_passes))
     runner, drafter = fast.runner, fast.drafter
     with runner.installed():
-        foretold = foretell(runner, drafter, FeatureStore(runner, Answers.of(said), feature_gb), fast.tree_nodes)
+        store = FeatureStore(runner, Answers.of(said), affordable(feature_gb, base.model.device))
+        foretold = Foretold.of(walk_along(runner, drafter, store, fast.tree_nodes))
     decoded = acceptance(runs)
     difference = abs(decoded - foretold.acceptance_length) / foretold.acceptance_length
     return {

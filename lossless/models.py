@@ -28,7 +28,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import align_module_device
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from .errors import UsageError
 
@@ -78,12 +78,12 @@ def load_base(
     source, gguf_file = _locate(name)
     device = device or str(processes().device)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
-    if load_in is not None:
-        options |= {"quantization_config": _quantization(load_in, dtype), "device_map": {"": device}}
     try:
         with _quiet():
             model: Any
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+            if load_in is not None and gguf_file is None:
+                options |= {"quantization_config": _quantization(load_in, source, dtype, device), "device_map": {"": device}}
             if gguf_file is None:
                 model = AutoModelForCausalLM.from_pretrained(source, **options)
             elif load_in is None:
@@ -150,11 +150,14 @@ def _quiet() -> Any:
             transformers.logging.enable_progress_bar()
 
 
-def _quantization(load_in: str, dtype: str) -> BitsAndBytesConfig:
+def _quantization(load_in: str, source: str, dtype: str, device: str) -> BitsAndBytesConfig:
+    """How bitsandbytes is to load; `auto` computes in what the checkpoint holds on a GPU, and in float32 on a CPU."""
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.float32 if dtype == "auto" else DTYPES[dtype]
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    compute: Any = DTYPES[dtype]
+    if dtype == "auto":
+        compute = AutoConfig.from_pretrained(source).dtype if torch.device(device).type == "cuda" else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute or torch.float32)
 
 
 def _locate(name: str) -> tuple[str, str | None]:

@@ -17,7 +17,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def parse_record(record: Any, id: str, category: str = "") -> Prompt:
     if not isinstance(record, dict):
         raise UsageError(f"a line must hold a JSON object, got {type(record).__name__}")
     messages, later = _messages(record)
-    return Prompt(str(record.get("id", record.get("question_id", id))), messages, str(record.get("category") or category), later)
+    named = [record[field] for field in ("id", "question_id") if record.get(field) not in (None, "")]
+    return Prompt(str((named or [id])[0]), messages, str(record.get("category") or category), later)
 
 
 def _messages(record: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -116,6 +117,7 @@ def read_prompts(sources: str | Path | Iterable[str | Path], limit: int | None =
 def _read(source: str, limit: int | None) -> list[Prompt]:
     prompts: list[Prompt] = []
     broken: list[str] = []
+    taken: set[str] = set()
     name = Path(source).name.split(".")[0].split(":")[0]
     for where, record in _records(source):
         if limit is not None and len(prompts) >= limit:
@@ -123,7 +125,12 @@ def _read(source: str, limit: int | None) -> list[Prompt]:
         try:
             if isinstance(record, Exception):
                 raise UsageError(_why_broken(record))
-            prompts.append(parse_record(record, id=f"{name}-{where.split()[-1]}", category=name))
+            number = where.split()[-1]
+            prompt = parse_record(record, id=f"{name}-{number}", category=name)
+            if prompt.id in taken:  # an id that tells nothing apart
+                prompt = replace(prompt, id=f"{prompt.id}-{number}")
+            taken.add(prompt.id)
+            prompts.append(prompt)
         except UsageError as error:
             broken.append(f"{where}: {error}")
     if not prompts:
@@ -223,10 +230,18 @@ def encode_user_opening(tokenizer: Any) -> list[int]:
     """Token ids of an empty conversation opened at the user's turn: what follows is drawn as a prompt.
 
     Raises:
-        UsageError: the tokenizer has no chat template, so it has no user turn to open.
+        UsageError: the tokenizer has no chat template, or one that does not open the user's turn with anything.
     """
     if not tokenizer.chat_template:
         raise UsageError("prompts can be drawn from a model only if its tokenizer has a chat template")
     mark = "\u2603user turn\u2603"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-    return list(tokenizer(text[: text.index(mark)], add_special_tokens=False)["input_ids"])
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    except TemplateError as error:
+        raise UsageError(f"prompts cannot be drawn from this model: its chat template refuses a user's turn alone ({error})") from error
+    opening = list(tokenizer(text.partition(mark)[0], add_special_tokens=False)["input_ids"]) if mark in text else []
+    if not opening and tokenizer.bos_token_id is not None:
+        opening = [tokenizer.bos_token_id]
+    if not opening:
+        raise UsageError("prompts cannot be drawn from this model: its chat template does not open the user's turn with anything")
+    return opening

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from tqdm.auto import tqdm
 
 from .adapter import StreamAdapter
@@ -30,9 +30,9 @@ from .config import WEIGHT_FIELDS, StreamingConfig, TrainConfig
 from .curriculum import Order, block, draft_vocabulary, read_answers, split
 from .draft import Drafter
 from .errors import UsageError
-from .features import Features, FeatureStore
+from .features import Features, FeatureStore, affordable, bytes_of
 from .fit import check_fit, new_adapter
-from .foretell import Foretold, foretell
+from .foretell import Foretold, walk_along
 from .loss import StreamLoss
 from .models import Base, differentiable, fingerprint, processes
 from .probe import logit_scale
@@ -74,9 +74,9 @@ def train(
     torch.manual_seed(config.seed)
     adapter = _adapter(base, answers, streaming, config.begin_from)
     streaming = adapter.config
-    accelerator = _accelerator(config, out)
+    accelerator = _accelerator(config, base.model.dtype, out)
     here, there = accelerator.device, base.model.device
-    if here.type != there.type or (here.type != "cpu" and here != there):  # the CPU of several processes has a number
+    if not _same(here, there):
         raise UsageError(
             f"training computes on {here}, but the base is on {there}: the device of a training "
             "is chosen with CUDA_VISIBLE_DEVICES or by accelerate launch"
@@ -84,7 +84,12 @@ def train(
     settings = json.loads(json.dumps({"streaming": streaming.to_dict(), "train": asdict(config)}))
     if config.tracker:
         accelerator.init_trackers("lossless", settings["streaming"] | settings["train"])
-    whose = settings | {"answers": answers.digest(), "begins_with": adapter.digest() if config.begin_from else ""}
+    whose = settings | {
+        "answers": answers.digest(),
+        "begins_with": adapter.digest() if config.begin_from else "",
+        "processes": accelerator.num_processes,  # other answers would be visited
+        "mixed_precision": accelerator.mixed_precision,
+    }
     runner = StreamRunner(base.model, adapter)
     with differentiable(base.model):
         drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), logit_scale(runner))
@@ -99,8 +104,10 @@ def train(
     kept = {} if kept is None else kept
     for key in [key for key in kept if key[1] != runner.first_top]:
         del kept[key]
-    held_store = FeatureStore(runner, held_out, config.feature_memory_gb / 8, kept.setdefault(("held out", runner.first_top), {}))
-    store = FeatureStore(runner, answers, config.feature_memory_gb * 7 / 8, kept.setdefault(("learnt from", runner.first_top), {}))
+    ours = {what: kept.setdefault((what, runner.first_top), {}) for what in ("held out", "learnt from")}
+    room = affordable(config.feature_memory_gb, there, config.logits_memory_gb, sum(map(bytes_of, ours.values())))
+    held_store = FeatureStore(runner, held_out, room / 8, ours["held out"])
+    store = FeatureStore(runner, answers, room * 7 / 8, ours["learnt from"])
     tokens = sum(answers.lengths("answer_ids"))
     accelerator.print(
         f"{len(answers)} answers, {tokens:,} tokens; {adapter.parameter_count():,} trained parameters; "
@@ -110,7 +117,7 @@ def train(
     with append_jsonl(out / "curve.jsonl") as log, bar, differentiable(base.model), runner.installed():
         try:
             if config.begin_from and not progress.step:  # what it is now is the best so far
-                progress.note(_evaluate(runner, drafter, held_store, accelerator)[1], 0)
+                progress.note(_evaluate(runner, drafter, held_store, accelerator).acceptance_length, 0)
                 if accelerator.is_main_process:
                     bar.write(f"begins with a held-out acceptance length of {progress.best:.3f}")
                     adapter.save_pretrained(out)
@@ -147,11 +154,11 @@ def train(
                 bar.set_postfix(loss=f"{entry['loss']:.3f}", agree="/".join(f"{a:.2f}" for a in entry["agreement"]))
                 # 2. evaluate: what would the decode loop make of it
                 if progress.step % config.eval_every == 0 or progress.step == config.steps:
-                    told, length = _evaluate(runner, drafter, held_store, accelerator)
+                    told = _evaluate(runner, drafter, held_store, accelerator)
                     entry |= {"acceptance_length": told.acceptance_length, "reached": told.reached}
                     if accelerator.is_main_process:
-                        bar.write(f"step {progress.step}: loss {entry['loss']:.3f}, held-out acceptance length {length:.3f}")
-                    if progress.note(length, config.patience) and accelerator.is_main_process:
+                        bar.write(f"step {progress.step}: loss {entry['loss']:.3f}, held-out acceptance length {told.acceptance_length:.3f}")
+                    if progress.note(told.acceptance_length, config.patience) and accelerator.is_main_process:
                         adapter.save_pretrained(out)
                 # 3. note it, and keep it
                 if accelerator.is_main_process:
@@ -213,13 +220,18 @@ def _adapter(base: Base, answers: Answers, streaming: StreamingConfig, begin_fro
     return adapter
 
 
-def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
+def _accelerator(config: TrainConfig, dtype: torch.dtype, out: Path) -> Accelerator:
+    on_cpu = processes().device.type == "cpu"
+    if on_cpu and (config.mixed_precision == "fp16" or dtype == torch.float16):
+        raise UsageError("float16 learns only with its losses scaled, which is for GPUs: on a CPU take bfloat16 or float32 (--dtype)")
+    # gradients of a half-precision base are too small for it
+    precision = config.mixed_precision or ("fp16" if dtype == torch.float16 else None)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no supported trackers")  # that is an error, told below
             accelerator = Accelerator(
-                cpu=processes().device.type == "cpu",
-                mixed_precision=config.mixed_precision or None,
+                cpu=on_cpu,
+                mixed_precision=precision,
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
                 log_with=config.tracker or None,
                 project_dir=out,
@@ -236,11 +248,18 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     return accelerator
 
 
-def _evaluate(runner: StreamRunner, drafter: Drafter, held_out: FeatureStore, accelerator: Accelerator) -> tuple[Foretold, float]:
-    """What the decode loop would make of the adapter, and the acceptance length by which adapters are compared."""
-    told = foretell(runner, drafter, held_out, runner.adapter.config.tree_nodes)
-    # one word for all processes, whose numbers might differ in a bit
-    return told, round(float(broadcast(torch.tensor(told.acceptance_length, device=accelerator.device))), 3)
+def _evaluate(runner: StreamRunner, drafter: Drafter, held_out: FeatureStore, accelerator: Accelerator) -> Foretold:
+    """What the decode loop would make of the adapter; each process walks along its part of the held-out answers."""
+    whose = accelerator.process_index, accelerator.num_processes
+    counts = walk_along(runner, drafter, held_out, runner.adapter.config.tree_nodes, *whose)
+    return Foretold.of(accelerator.reduce(counts, "sum"))
+
+
+def _same(here: torch.device, there: torch.device) -> bool:
+    """Whether two devices are one: a GPU without a number is the current one, and there is one CPU, whatever its number."""
+    if here.type != "cuda" or there.type != "cuda":
+        return here.type == there.type
+    return len({torch.cuda.current_device() if device.index is None else device.index for device in (here, there)}) == 1
 
 
 def _lower(progress: Progress, out: Path) -> str:

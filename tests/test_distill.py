@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from lossless import distill as module
 from lossless.answers import Answers, AnswerWriter, mend
-from lossless.batch import Job, JobQueue, continue_all
+from lossless.batch import Job, JobQueue, _Batch, continue_all
 from lossless.config import DistillConfig
 from lossless.distill import distill
 from lossless.errors import UsageError
@@ -89,6 +89,18 @@ def test_hot_answers_differ_from_greedy_and_repeat_with_the_seed(base: Base) -> 
     assert answers(2.0, 1) == answers(2.0, 1)
     assert answers(2.0, 1) != answers(2.0, 2)
     assert answers(2.0, 1) != answers(0.0, 1)
+
+
+def test_hot_answers_follow_the_base_s_distribution(base: Base) -> None:
+    """At its temperature, not at another."""
+    logits, count = torch.tensor([1.0, 0.0, -0.5, 2.0, -torch.inf]), 4000
+    for temperature in (0.6, 1.5):
+        batch = _Batch(base.model, count, torch.Generator().manual_seed(0))
+        for slot in batch.slots:
+            slot.job = Job("x", [1], temperature)
+        batch._append(list(range(count)), logits.expand(count, -1))
+        drawn = torch.bincount(torch.tensor([slot.answer[0] for slot in batch.slots]), minlength=5) / count
+        torch.testing.assert_close(drawn, torch.softmax(logits / temperature, -1), rtol=0, atol=4 * (0.25 / count) ** 0.5)
 
 
 def by_id(folder: Path) -> dict[str, dict[str, Any]]:

@@ -104,6 +104,21 @@ def test_killed_training_loses_at_most_one_checkpoint_interval(tiny_folder: Path
         torch.testing.assert_close(cut[name], tensor, rtol=0, atol=2e-3)
 
 
+# the command; of an adapter that has learnt, each process notes what it is like before the best one is read back
+_NOTING = """
+import os, sys
+from lossless.adapter import StreamAdapter
+from lossless.cli import main
+read = StreamAdapter.load_state_dict
+def note(self, *given):
+    if self.transition.out.any():
+        open(sys.argv[1] + os.environ["RANK"], "w").write(self.digest())
+    return read(self, *given)
+StreamAdapter.load_state_dict = note
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 def test_two_processes_share_the_work(tiny_folder: Path, prompts: Path, answers: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> None:
         """In two processes, as torchrun starts them."""
@@ -113,7 +128,7 @@ def test_two_processes_share_the_work(tiny_folder: Path, prompts: Path, answers:
         shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "lossless", *arguments], env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+                [sys.executable, "-c", _NOTING, str(tmp_path / "adapter-"), *arguments], env=shared | {"RANK": rank, "LOCAL_RANK": rank},
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
             for rank in ("0", "1")
@@ -133,9 +148,9 @@ def test_two_processes_share_the_work(tiny_folder: Path, prompts: Path, answers:
     summary = json.loads((tmp_path / "out" / "training.json").read_text())
     assert summary["processes"] == 2
     assert [entry["step"] for entry in read_jsonl(tmp_path / "out" / "curve.jsonl")] == list(range(1, 13))
-    adapter = StreamAdapter.from_pretrained(tmp_path / "out")
-    assert all(tensor.isfinite().all() for tensor in adapter.state_dict().values())
-    assert adapter.transition.out.abs().max() > 0
+    assert all(tensor.isfinite().all() for tensor in StreamAdapter.from_pretrained(tmp_path / "out").state_dict().values())
+    first, second = ((tmp_path / f"adapter-{rank}").read_text() for rank in "01")
+    assert first == second  # they saw different answers, and learnt the same
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(

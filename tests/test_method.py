@@ -151,7 +151,7 @@ def test_a_walk_that_ends_on_a_pruned_node_speculates_after_it() -> None:
     lengths, speculated, wrongly = [], [], []
     adapter = attach("pruning", schedule="parallel", recall=False).adapter
     for floor in (0.0, 0.02, 0.99):
-        fast = accelerate(build_tiny(seed=5), adapter, pruning_floor=floor)
+        fast = accelerate(build_tiny(seed=5), adapter, pruning_floor=floor, exact="off")  # under near-tie a lone root carries none
         expected, found = both(fast, prompt_ids())
         assert torch.equal(expected, found)
         lengths.append(fast.stats.acceptance_length)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from jinja2 import TemplateError
 
 from lossless.errors import UsageError
 from lossless.prompts import Prompt, encode, encode_user_opening, from_text, read_prompts
@@ -155,6 +156,34 @@ def test_templates_are_opened_where_they_should_be() -> None:
     assert "".join(map(chr, encode(tokenizer, from_text("hi").messages))) == "hi"
     with pytest.raises(UsageError, match="chat template"):
         encode_user_opening(tokenizer)
+
+
+def test_templates_that_open_with_nothing_or_refuse() -> None:
+    tokenizer = Template()
+    tokenizer.bos_token_id = 77  # type: ignore[attr-defined]
+    tokenizer.apply_chat_template = lambda messages, **_: messages[0]["content"] + "</>"  # type: ignore[method-assign]
+    assert encode_user_opening(tokenizer) == [77]
+    tokenizer.bos_token_id = None  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="does not open the user's turn with anything"):
+        encode_user_opening(tokenizer)
+    tokenizer.apply_chat_template = lambda messages, **_: "<user>what was said is not shown</>"  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="does not open the user's turn with anything"):
+        encode_user_opening(tokenizer)
+
+    def refuse(messages: object, **_: object) -> str:
+        raise TemplateError("a system message first")
+
+    tokenizer.apply_chat_template = refuse  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match=r"refuses a user's turn alone \(a system message first\)"):
+        encode_user_opening(tokenizer)
+
+
+def test_ids_that_tell_nothing_apart(tmp_path: Path) -> None:
+    """Answers are held out by what their prompts are called: two prompts must not have one name."""
+    path = tmp_path / "p.jsonl"
+    records = [{"id": None, "prompt": "a"}, {"id": "", "question_id": 5, "prompt": "b"}, {"id": "x", "prompt": "c"}, {"id": "x", "prompt": "d"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [prompt.id for prompt in read_prompts(path)] == ["p-1", "5", "x", "x-4"]
 
 
 def test_the_project_s_own_prompts_are_what_their_readme_says() -> None:

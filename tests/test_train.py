@@ -146,7 +146,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(cut.state_dict()[name], tensor, rtol=0, atol=1e-3)
     assert [e["step"] for e in read_jsonl(tmp_path / "cut" / "curve.jsonl")] == list(range(1, 31))
-    with pytest.raises(UsageError, match="checkpoint of other settings"):
+    with pytest.raises(UsageError, match=r"checkpoint of another training \(lora_rank\)"):
         train(taught, [answers], tmp_path / "cut", tiny_config(lora_rank=5), config)
 
 
@@ -284,7 +284,7 @@ def test_training_stops_when_nothing_gets_better_and_keeps_the_best(
         kept.append({name: tensor.clone() for name, tensor in runner.adapter.state_dict().items()})
         return Foretold(next(lengths), [0.5] * 4)
 
-    monkeypatch.setattr(module, "foretell", told)
+    monkeypatch.setattr(module, "_evaluate", told)
     config = TrainConfig(steps=30, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=3, patience=2)
     adapter, _, summary = train(taught, [answers], tmp_path, tiny_config(), config)
     assert (summary["steps_done"], summary["best_step"], summary["acceptance_length"]) == (12, 6, 3.0)
@@ -322,20 +322,28 @@ def test_a_loop_that_drafts_otherwise_is_found_out(
     assert parity["decoded"] < 0.9 * parity["foretold"]
 
 
-def test_long_answers_are_foretold_a_run_at_a_time(taught: Base, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walks_along_answers_are_the_same_however_they_are_made(taught: Base, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of positions at a time, several answers at a time, each process its part."""
     adapter = new_adapter(taught.model, tiny_config()).randomize(3, scale=0.1)
-    fast, found, counts = AcceleratedModel(taught.model, adapter, "off"), [], []
+    fast, counts = AcceleratedModel(taught.model, adapter, "off"), []
     real = foretelling.make_block
     monkeypatch.setattr(foretelling, "make_block", lambda *given: counts.append(given[2]) or real(*given))
     with fast.runner.installed():
         store = FeatureStore(fast.runner, Answers.read(answers).select(range(10)), memory_gb=1)
-        for run in (256, 7):
-            monkeypatch.setattr(foretelling, "_RUN", run)
-            counts.clear()
-            found.append(foretelling.foretell(fast.runner, fast.drafter, store, 8))
-    assert found[0] == found[1]
-    assert found[0].acceptance_length > 1
-    assert max(counts) == 7
+        found = [foretelling.walk_along(fast.runner, fast.drafter, store, 8)]
+        monkeypatch.setattr(foretelling, "_RUN", 7)
+        monkeypatch.setattr(foretelling, "_TOGETHER", 1)
+        counts.clear()
+        found.append(foretelling.walk_along(fast.runner, fast.drafter, store, 8))
+        assert max(counts) == 7
+        monkeypatch.setattr(foretelling, "_TOGETHER", 2)
+        parts = [foretelling.walk_along(fast.runner, fast.drafter, store, 8, process, 3) for process in range(3)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], sum(parts))
+    tokens, passes, *reached = found[0].tolist()
+    assert tokens == sum(length - 1 for length in store.answers.lengths("answer_ids"))  # the first is certain
+    assert tokens == passes + sum(reached)
+    assert Foretold.of(found[0]).acceptance_length == round(tokens / passes, 3) > 1
 
 
 def test_a_pruning_layer_learns_nothing_from_a_block_of_one_position(taught: Base, answers: Path) -> None:
@@ -357,16 +365,16 @@ def test_an_interrupted_evaluation_is_made_again(
     taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(steps=6, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=6, checkpoint_every=3)
-    real = module.foretell
+    real = module._evaluate
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "foretell", interrupted)
+    monkeypatch.setattr(module, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(taught, [answers], tmp_path, tiny_config(), config)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000003"]
-    monkeypatch.setattr(module, "foretell", real)
+    monkeypatch.setattr(module, "_evaluate", real)
     _, _, summary = train(taught, [answers], tmp_path, tiny_config(), config)
     assert (summary["steps_done"], summary["best_step"]) == (6, 6)
     assert [e["step"] for e in read_jsonl(tmp_path / "curve.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -381,7 +389,7 @@ def test_other_answers_are_another_training(taught: Base, answers: Path, tmp_pat
         writer.write(answer([11], [12, 13, 14]) | {"id": "99/0:more"})
     joined, _ = read_answers(taught, [answers, tmp_path / "answers"])
     assert len(joined) == 2 * len(read_answers(taught, [answers])[0]) + 1
-    with pytest.raises(UsageError, match="checkpoint of other settings or answers"):
+    with pytest.raises(UsageError, match=r"checkpoint of another training \(answers\)"):
         train(taught, [tmp_path / "answers"], tmp_path / "out", tiny_config(), config)
     stored = Answers.read(answers)
     shutil.rmtree(tmp_path / "answers")
@@ -389,7 +397,7 @@ def test_other_answers_are_another_training(taught: Base, answers: Path, tmp_pat
     with AnswerWriter(tmp_path / "answers", 0, {}) as writer:  # the same prompts, answered anew
         for number in range(len(stored)):
             writer.write(stored[number] | {"answer_ids": [*stored[number]["answer_ids"][:-1], 11]})
-    with pytest.raises(UsageError, match="checkpoint of other settings or answers"):
+    with pytest.raises(UsageError, match=r"checkpoint of another training \(answers\)"):
         train(taught, [tmp_path / "answers"], tmp_path / "out", tiny_config(), config)
 
 
@@ -542,10 +550,38 @@ def test_features_that_do_not_fit_make_room(taught: Base, answers: Path) -> None
     assert {4, 5} <= set(scarce._kept) < set(range(6))
 
 
-def test_features_leave_a_gpu_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
-    assert [features._affordable(wanted, torch.device("cuda")) for wanted in (400, 800)] == [400, 500]
-    assert features._affordable(800, torch.device("cpu")) == 800
+def test_features_leave_room_for_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what nobody needs: of a GPU with what torch holds on to, of a CPU for each of the processes on it."""
+    gib = 2**30
+    for name, said in (("mem_get_info", (6 * gib, 40 * gib)), ("memory_reserved", 5 * gib), ("memory_allocated", 3 * gib)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, said=said: said)
+    gpu = torch.device("cuda")
+    assert [features.affordable(wanted, gpu) for wanted in (3.0, 9.0)] == [3.0, 4.0]
+    assert features.affordable(9.0, gpu, besides_gb=2.0) == 3.0
+    assert features.affordable(9.0, gpu, besides_gb=2.0, kept_bytes=2 * gib) == 4.0  # what is kept may stay
+    assert features.affordable(9.0, gpu, besides_gb=20.0) == 0.0
+    monkeypatch.setattr(features, "get_max_memory", lambda: {"cpu": 16 * gib})
+    assert features.affordable(9.0, torch.device("cpu")) == 8.0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert features.affordable(9.0, torch.device("cpu")) == 2.0
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    device = torch.device
+    assert module._same(device("cuda"), device("cuda:1"))
+    assert module._same(device("cuda:1"), device("cuda"))
+    assert not module._same(device("cuda"), device("cuda:0"))
+    assert not module._same(device("cuda"), device("cpu"))
+    assert module._same(device("cpu:3"), device("cpu"))
+
+
+@pytest.mark.usefixtures("afresh")
+def test_float16_on_a_cpu_is_refused(answers: Path, tmp_path: Path, taught: Base) -> None:
+    half = Base(build_tiny(seed=5).to(torch.float16), taught.tokenizer, taught.name)
+    for base, precision in ((taught, "fp16"), (half, "")):
+        with pytest.raises(UsageError, match="float16 learns only with its losses scaled"):
+            module._accelerator(replace(TRAINING, mixed_precision=precision), base.model.dtype, tmp_path)
 
 
 def test_the_draft_vocabulary_holds_the_commonest_tokens() -> None:
@@ -607,7 +643,8 @@ def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_p
         assert among["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     again = ablate(taught, [answers], tmp_path, tiny_config(**options), training, names[:1])  # the rest is kept
     assert again["variants"] == report["variants"]
-    for other, what in ((replace(training, steps=5), "train"), (replace(training, seed=1), "train")):
+    ablate(taught, [answers], tmp_path, tiny_config(**options), replace(training, feature_memory_gb=1.0), names[:1])  # as memory has it
+    for other, what in ((replace(training, steps=5), "steps"), (replace(training, seed=1), "seed")):
         with pytest.raises(UsageError, match=rf"holds an ablation of another kind \({what}\)"):
             ablate(taught, [answers], tmp_path, tiny_config(**options), other, names[:1])
     written = (tmp_path / "ablation.md").read_text()
