@@ -82,7 +82,7 @@ def logit_scale(runner: StreamRunner) -> float:
     return 1.0 if abs(found - 1) < 0.02 else found
 
 
-_PIECES = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # rows at a time that are tried
+_PIECES = range(2, 33)  # rows at a time that are tried: a pass of any of them may come
 _OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
 _RIVALS = 8  # the noise is that of differences between a position's best tokens
 _QUIET = 0.01  # noise, in logits, that a choice is hardly ever within
