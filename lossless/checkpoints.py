@@ -70,7 +70,8 @@ class Checkpoints:
         progress = Progress()
         if found:
             written = json.loads((found[-1] / "progress.json").read_text(encoding="utf-8"))
-            before, now = flattened(written["settings"]), flattened(self.settings)
+            now = flattened(self.settings)
+            before = now | flattened(written["settings"])  # an earlier version may have noted less
             if differing := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
                 raise UsageError(
                     f"{self.out} holds a checkpoint of another training ({', '.join(differing)}): use the same again to go on, or another folder"

@@ -125,7 +125,8 @@ def affordable(wanted_gb: float, device: torch.device, besides_gb: float = 0.0, 
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         sharing = 1
     else:
-        free, sharing = get_max_memory()["cpu"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        memory = get_max_memory()  # where a GPU shares the CPU's, only one of them is named
+        free, sharing = memory.get("cpu", max(memory.values())), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(wanted_gb, max(0.0, (free / sharing + kept_bytes) / 2**30 - besides_gb) / 2)
 
 

@@ -171,7 +171,7 @@ class AcceleratedModel:
             while active:
                 # 2. draft: under each certain token, a tree of likely continuations
                 roots, memories = [text.last for text in active], [text.memory for text in active]
-                depths, dice = [text.room - 1 for text in active], self._foresee(active, out.logits)
+                depths, dice = [self._room(text) for text in active], self._foresee(active, out.logits)
                 trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, self.tree_floor, dice, depths)
                 # 3. verify: the base's own logits after every node, and the next streams, in one pass
                 out = self._read_trees(trees, active, cache, dice)
@@ -194,6 +194,10 @@ class AcceleratedModel:
         if passed_in or generation_config.return_dict_in_generate:
             cache.pass_on(past_key_values)
         return result(texts, past_key_values)
+
+    def _room(self, text: Text) -> int:
+        """How deep a tree under this text may be: neither tokens nor places go on for ever."""
+        return max(0, min(text.room, self.runner.places - text.position) - 1)
 
     def _holds(self, texts: int, padding: torch.Tensor | None) -> str:
         """How exact a call is: the attention of padded rows takes a mask, and no row is read without."""

@@ -193,9 +193,10 @@ def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple
     prompt = torch.randint(0, vocab, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     parents = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 6, 9)
     tree = DraftTree(tuple(i % vocab for i in range(len(parents))), parents)
-    with as_decoding(model), runner.installed():
+    with runner.installed():
         read = _behind(runner, prompt)
-        native = read(tree)
+        with as_decoding(model):
+            native = read(tree)
     with as_decoding(model), _limited(runner, limits), runner.installed():
         apart = native if limits is None else read(tree)
     bits, noise = limits is not None, _rounding(model, native)
@@ -252,12 +253,13 @@ def _row_cost(runner: StreamRunner, limits: dict[nn.Module, int]) -> float:
     vocab = runner.text_config.vocab_size
     bushes = [DraftTree(tuple(i % vocab for i in range(rows)), (-1, 0, 0, 1, 1)[:rows]) for rows in (1, 5)]
     times: list[list[float]] = [[], []]
-    with as_decoding(runner.model), _limited(runner, limits), runner.installed():
+    with _limited(runner, limits), runner.installed():
         read = _behind(runner, [i % vocab for i in range(64)])
-        for _ in range(4):
-            for bush, seen in zip(bushes, times, strict=True):
-                started = time.perf_counter()
-                read(bush).sum().item()  # waits for a device that works on its own
-                seen.append(time.perf_counter() - started)
+        with as_decoding(runner.model):
+            for _ in range(4):
+                for bush, seen in zip(bushes, times, strict=True):
+                    started = time.perf_counter()
+                    read(bush).sum().item()  # waits for a device that works on its own
+                    seen.append(time.perf_counter() - started)
     one, five = (statistics.median(seen[1:]) for seen in times)
     return max(0.0, (five - one) / 4 / one)

@@ -29,6 +29,8 @@ _CALL_ARGUMENTS = frozenset(
 # HF's processors and criteria that look beyond the row that they are given
 _ACROSS_ROWS = ("EncoderNoRepeatNGram", "EncoderRepetitionPenalty", "SynthID", "UnbatchedClassifierFree")
 
+_REMEMBERING = ("SynthID", "UnbatchedClassifierFree")  # of those, the ones that change with each call
+
 
 def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this call must go to the base, if it must."""
@@ -79,21 +81,25 @@ def not_served_as_prepared(
 
     Args:
         ahead: places behind a text's end that streams stand at.
-        exact: what holds for a text alone: under `near-tie` a processor may be asked twice about a position.
+        exact: what holds for a text alone without padding: under `near-tie` a processor may be asked twice about a position.
     """
+    padded = False
     if attention_mask is not None:
         seen = attention_mask != 0
+        padded = not bool(seen.all())
         if seen.ndim != 2 or bool((seen[:, 1:] < seen[:, :-1]).any()) or not bool(seen[:, -1].all()):
             return "a prompt that is padded elsewhere than on the left"
-        if not bool(seen.all()) and counts_padding(model):
+        if padded and counts_padding(model):
             return "a padded prompt for a base that takes no position_ids"
     prompt = (attention_mask if attention_mask is not None else inputs_embeds if inputs_embeds is not None else input_ids).shape[1]
+    prompt = max(prompt, getattr(generation_config, "_mask_length", 0))  # of a mask of ones that HF left out
     longest = prompt + generation_config.max_length - input_ids.shape[1] + ahead
     if any(longest > turn and (prompt <= turn or again) for turn, again in rotary_turns(model)):
         return "a text that may outgrow the length from which on this base turns its positions otherwise"
     if len(input_ids) == 1:
-        if exact == "near-tie" and any(type(part).__name__.startswith("SynthID") for part in logits_processor):
-            return "a watermark that remembers what it was asked, under near-tie"
+        reread = exact == "near-tie" or (exact == "bitwise" and padded)
+        if reread and any(type(part).__name__.startswith(_REMEMBERING) for part in logits_processor):
+            return "a processor that remembers what it was asked, under near-tie"
         return None
     # texts of a batch are chosen for one by one
     if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():

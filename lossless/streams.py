@@ -84,8 +84,9 @@ class StreamRunner:
         self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits; None: nobody cares
         self._habits: dict[int, Habit] = {}  # of the top layers, by their number
         self._masks: list[tuple[Any, Any]] = []  # of a base that masks by column, and who holds them
-        last = (getattr(self.text_config, "max_position_embeddings", None) or 2**31) - 1  # place that the base knows
-        self._stream_sight = partial(stream_sight, gamma=adapter.config.num_streams, last=last)
+        # rotary positions go on for ever, a table of positions ends
+        self.places = 2**31 if self._rotaries else getattr(self.text_config, "max_position_embeddings", None) or 2**31
+        self._stream_sight = partial(stream_sight, gamma=adapter.config.num_streams, last=self.places - 1)
         self.lm_head = model.get_output_embeddings()
         check_fit(model, adapter)
         for name, low_rank in adapter.adapters():

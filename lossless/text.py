@@ -131,7 +131,8 @@ class Text:
         # were less likely? Would one be there that would have been chosen in its place, if it were likelier?
         raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
         thrown = raw[0] / (self.config.temperature or 1.0) - noise.log()
-        rivals = cut & (thrown > thrown[token] - self.guard)
+        standing = torch.minimum(thrown[token], scores[0, token] - noise[token].log())  # a penalty may have lowered it
+        rivals = cut & (thrown > standing - self.guard)
         lower = raw.clone()
         lower[0, token] -= self.off_by
         higher = raw + self.off_by * rivals

@@ -88,7 +88,7 @@ def train(
         "answers": answers.digest(),
         "begins_with": adapter.digest() if config.begin_from else "",
         "processes": accelerator.num_processes,  # other answers would be visited
-        "mixed_precision": accelerator.mixed_precision,
+        "precision": accelerator.mixed_precision,
     }
     runner = StreamRunner(base.model, adapter)
     with differentiable(base.model):

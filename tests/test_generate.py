@@ -27,10 +27,13 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from lossless.bench import Decoding
 from lossless.errors import UsageError
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel, accelerate
 from lossless.models import Base, freeze, load_base
+from lossless.probe import find_guarantee
+from lossless.verify import force
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 from .test_lossless import Oracle, both
@@ -273,6 +276,11 @@ def test_positions_that_turn_otherwise_in_long_texts(kind: str) -> None:
     model = freeze(type(model)(model.config))
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
     # what `dynamic` does with a text that is long from the start hangs on the call before, in the base's own loop too
+    cache = DynamicCache(config=model.config)
+    model(prompt_ids(30), past_key_values=cache)
+    with pytest.warns(UserWarning, match="a text that may outgrow"):  # with what is in the cache already
+        fast.generate(prompt_ids(4), attention_mask=torch.ones(1, 34), past_key_values=cache, max_new_tokens=10, do_sample=False)
+    fast._warned.clear()
     for length, count, reason in ((7, 20, False), (7, 60, True), *([(50, 20, False)] if kind == "longrope" else [])):
         options = {"attention_mask": torch.ones(1, length), "max_new_tokens": count, "do_sample": False}
         expected = model.generate(prompt_ids(length), **options)
@@ -283,7 +291,8 @@ def test_positions_that_turn_otherwise_in_long_texts(kind: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
 @pytest.mark.parametrize("schedule", ["parallel", "deferred"])
-def test_an_answer_up_to_the_end_of_the_context(family: str, schedule: str) -> None:
+@pytest.mark.parametrize("most", [25, 90], ids=["the last allowed", "with an end before it"])
+def test_an_answer_up_to_the_end_of_the_context(family: str, schedule: str, most: int) -> None:
     """No draft and no stream may stand where the base has no position."""
     config = AutoConfig.for_model(
         family, vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=32, rotary_dim=4, initializer_range=0.3,
@@ -291,8 +300,12 @@ def test_an_answer_up_to_the_end_of_the_context(family: str, schedule: str) -> N
     )  # fmt: skip
     model = freeze(AutoModelForCausalLM.from_config(config))
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), schedule=schedule, exact="near-tie")
-    options = {"attention_mask": torch.ones(1, 7), "max_new_tokens": 25, "do_sample": False}
-    assert torch.equal(fast.generate(prompt_ids(), **options), model.generate(prompt_ids(), **options))
+    options = {"attention_mask": torch.ones(1, 7), "max_new_tokens": most, "do_sample": False}
+    options["stopping_criteria"] = [lambda ids, scores, **_: torch.tensor([ids.shape[1] == 32])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(fast.generate(prompt_ids(), **options), model.generate(prompt_ids(), **options))
+    assert fast.stats.served
     assert fast.stats.drafted > 25
 
 
@@ -334,14 +347,28 @@ def test_experts_go_about_rows_as_in_the_base_s_own_loop(monkeypatch: pytest.Mon
         told.append("end")
 
     monkeypatch.setattr(model, "_optimize_model_for_decode", mark, raising=True)
-    hook = model.model.register_forward_hook(lambda *_: told.append("pass"))
+    def note(module: Any, given: Any, kwargs: Any, output: Any) -> None:
+        told.append("prompt" if output.last_hidden_state.shape[1] in (7, 24) else "pass")
+
+    hook = model.model.register_forward_hook(note, with_kwargs=True)
     seen = []
     for speaker in (model, fast):
         told.clear()
         speaker.generate(prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=5, do_sample=False)
         seen.append((told[:3], told[-1], told.count("decode")))
+    assert seen[0] == seen[1] == (["prompt", "decode", "pass"], "end", 1)
+    base, logits = Base(model, None, "tiny"), torch.zeros(1, VOCAB)
+    for ask in (
+        lambda: find_guarantee(fast.runner, "near-tie"),
+        lambda: force(base, prompt_ids(), [3, 4, 5], [logits] * 3, Decoding(max_new_tokens=3)),
+    ):
+        told.clear()
+        ask()
+        within = [told[:place].count("decode") - told[:place].count("end") for place in range(len(told))]
+        assert {what: {inside for inside, said in zip(within, told, strict=True) if said == what} for what in ("prompt", "pass")} == {
+            "prompt": {0}, "pass": {1}
+        }  # fmt: skip
     hook.remove()
-    assert seen[0] == seen[1] == (["pass", "decode", "pass"], "end", 1)
 
 
 def test_two_threads_with_an_adapter_each_on_one_base() -> None:
@@ -449,5 +476,10 @@ def test_a_watermark_that_remembers_is_not_asked_twice() -> None:
     torch.manual_seed(0)
     expected = model.generate(prompt_ids(), **options)
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="a watermark that remembers what it was asked, under near-tie"):
+    with pytest.warns(UserWarning, match="a processor that remembers what it was asked, under near-tie"):
         assert torch.equal(fast.generate(prompt_ids(), **options), expected)
+    bitwise = accelerate(build_tiny(seed=5, hidden=64, inner=160), new_adapter(build_tiny(hidden=64, inner=160), tiny_config()), exact="bitwise")
+    assert bitwise.generate(prompt_ids(), **options) is not None
+    assert bitwise.stats.served
+    with pytest.warns(UserWarning, match="a processor that remembers what it was asked, under near-tie"):  # which padding brings
+        bitwise.generate(prompt_ids(), **options | {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])})

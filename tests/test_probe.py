@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -107,6 +108,7 @@ def test_rows_that_are_read_alone_have_the_bits_of_the_base_s_own(schedule: str,
 def test_a_padded_prompt_has_no_bitwise_and_is_guarded(schedule: str) -> None:
     fast, ids = attach("bitwise", torch.bfloat16, schedule), prompt_ids(9)
     mask = (torch.arange(9) > 2).long()[None]
+    fast.tree_floor = 0.0  # whatever a row costs here
     fast.guarantee = replace(fast.guarantee, noise=1e9)
     for do_sample in (False, True):
         options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 30}
@@ -130,10 +132,10 @@ def test_what_is_cut_off_by_little_is_not_taken_for_granted() -> None:
 
         def go_on(self, text: int) -> None: ...
 
-    def choice(noise: list[float], logits: list[float], warper: LogitsProcessor) -> tuple[int, bool] | None:
+    def choice(noise: list[float], logits: list[float], *processors: LogitsProcessor, guard: float = 0.1) -> tuple[int, bool] | None:
         config = GenerationConfig(do_sample=True, max_length=9)
         tape: Any = Noise(noise)
-        text = Text(0, torch.tensor([[1, 2]]), 0, 0, LogitsProcessorList([warper]), lambda *_: [False], config, tape, None, guard=0.1)
+        text = Text(0, torch.tensor([[1, 2]]), 0, 0, LogitsProcessorList(processors), lambda *_: [False], config, tape, None, guard=guard)
         return text.choose(torch.tensor(logits), alone=False)
 
     fair, lucky_third = [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.01, 1.0]
@@ -144,6 +146,9 @@ def test_what_is_cut_off_by_little_is_not_taken_for_granted() -> None:
     lucky_second = [1.0, 0.01, 1.0, 1.0]
     assert choice(lucky_second, [3.0, 1.0, 0.95, 0.0], two) is None  # the chosen one is nearly cut off
     assert choice(lucky_second, [3.0, 1.0, 0.5, 0.0], two) == (1, False)
+    # so is its rival, if a penalty has lowered the chosen one: what is chosen by is not what the base said
+    penalized = [RepetitionPenaltyLogitsProcessor(1.3), TopKLogitsWarper(2)]
+    assert choice([1.0, 1.0, 1.0, 12.2, 0.37], [0.0, 13.0, 0.0, 9.5, 9.47], *penalized, guard=0.077) is None
     nucleus = TopPLogitsWarper(0.9)  # of 0.6, 0.301, 0.099
     assert choice([1.0, 1.0, 0.01], [math.log(p) for p in (0.6, 0.301, 0.099)], nucleus) is None
     assert choice([1.0, 1.0, 0.01], [math.log(p) for p in (0.6, 0.36, 0.04)], nucleus) == (0, False)

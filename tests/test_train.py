@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers, AnswerWriter
 from lossless.cache import RowCache
+from lossless.checkpoints import flattened
 from lossless.config import DistillConfig, TrainConfig
 from lossless.curriculum import Order, block, draft_vocabulary, read_answers, split
 from lossless.distill import distill
@@ -401,6 +402,14 @@ def test_other_answers_are_another_training(taught: Base, answers: Path, tmp_pat
         train(taught, [tmp_path / "answers"], tmp_path / "out", tiny_config(), config)
 
 
+def test_settings_of_a_checkpoint_do_not_hide_each_other() -> None:
+    outer = {"answers": "a", "begins_with": "", "processes": 2, "precision": "bf16"}
+    streaming, training = tiny_config().to_dict(), asdict(TrainConfig())
+    found = flattened({"streaming": streaming, "train": training, **outer})
+    assert found.items() >= outer.items()
+    assert len(found) == len(outer) + len(streaming) + len(training) - 4  # what may change on the way
+
+
 def test_a_conversation_is_held_out_as_a_whole() -> None:
     stored = Answers.of([answer([1], [2, 3, 4]) | {"id": f"{i}/{turn}:talk {i}"} for i in range(40) for turn in range(3)])
     held, rest = split(stored, TrainConfig(held_out=8, answers_per_step=4))
@@ -560,7 +569,9 @@ def test_features_leave_room_for_all_else(monkeypatch: pytest.MonkeyPatch) -> No
     assert features.affordable(9.0, gpu, besides_gb=2.0) == 3.0
     assert features.affordable(9.0, gpu, besides_gb=2.0, kept_bytes=2 * gib) == 4.0  # what is kept may stay
     assert features.affordable(9.0, gpu, besides_gb=20.0) == 0.0
-    monkeypatch.setattr(features, "get_max_memory", lambda: {"cpu": 16 * gib})
+    monkeypatch.setattr(features, "get_max_memory", lambda: {"mps": 16 * gib})  # one memory for both
+    assert features.affordable(9.0, torch.device("cpu")) == 8.0
+    monkeypatch.setattr(features, "get_max_memory", lambda: {0: 99 * gib, "cpu": 16 * gib})
     assert features.affordable(9.0, torch.device("cpu")) == 8.0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert features.affordable(9.0, torch.device("cpu")) == 2.0
