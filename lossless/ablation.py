@@ -32,7 +32,9 @@ class Variant:
     share: float = 1.0
 
 
-_PAPER = {"transition_rank": 0, "schedule": "parallel"}
+_PAPER = {
+    "transition_rank": 0, "start_rank": 0, "told_rank": 0, "pruning_rank": 0, "rotate_values": False, "schedule": "parallel"
+}  # fmt: skip
 _CENTRE = "paper + transition"  # what the rest is compared with
 VARIANTS = (
     Variant("paper", _PAPER),
@@ -78,7 +80,8 @@ def ablate(
         "answers": read_answers(base, [Path(folder) for folder in data])[0].digest(),
     }
     before = _report(out)
-    was, now = flattened({key: before.get(key) for key in head}), flattened(head)
+    now = flattened(head)
+    was = now | flattened({key: before.get(key) for key in head})  # an earlier version may have noted less
     if before and (differing := sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))):
         raise UsageError(f"{out} holds an ablation of another kind ({', '.join(differing)}): rows of one table must be of one kind, use another folder")
     rows = {row["name"]: row for row in before.get("variants", [])}

@@ -312,8 +312,11 @@ def _hub_errors() -> tuple[type[BaseException], ...]:
     return (*HfHubHTTPError.__bases__, HFValidationError)
 
 
+_PUBLIC = [CONFIG_FILE, WEIGHTS_FILE, "*.md", "*.json", "*.jsonl", "*.png"]  # not checkpoints, nor what trackers write
+
+
 def push_to_hub(folder: str | Path, repo: str, private: bool = False, revision: str | None = None) -> str:
-    """Upload an adapter's folder to the hub, its checkpoints aside; returns where it is.
+    """Upload an adapter, its card and its reports to the hub; returns where it is.
 
     Raises:
         UsageError: no adapter in the folder, or the hub refuses (no token, no right, no connection).
@@ -328,7 +331,7 @@ def push_to_hub(folder: str | Path, repo: str, private: bool = False, revision: 
         if revision:
             hub.create_branch(repo, branch=revision, exist_ok=True)
         hub.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, ignore_patterns=["checkpoint-*", "*.part"],
+            repo_id=repo, folder_path=folder, revision=revision, allow_patterns=_PUBLIC, ignore_patterns=["*/*"],
             commit_message="An adapter for lossless",
         )  # fmt: skip
     except _hub_errors() as error:

@@ -85,6 +85,15 @@ class RowLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # the name before transformers 5.20
 
 
+class _PassingLayer(RowLayer):
+    """A layer whose rows see each other, and are not kept."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+
 class RowCache(Cache):
     """One `RowLayer` for each decoder layer, all of one length.
 
@@ -92,10 +101,11 @@ class RowCache(Cache):
         num_layers: decoder layers of the base model.
         capacity: rows to allocate at first; grows when it must.
         padding: `[batch, prompt]`, True where a left-padded prompt has no token; None if none is padded.
+        keep_from: layers below this one keep nothing: for a single pass, of which only the top layers' rows are wanted.
     """
 
-    def __init__(self, num_layers: int, capacity: int = _BLOCK, padding: torch.Tensor | None = None) -> None:
-        self.rows = [RowLayer(capacity) for _ in range(num_layers)]
+    def __init__(self, num_layers: int, capacity: int = _BLOCK, padding: torch.Tensor | None = None, keep_from: int = 0) -> None:
+        self.rows = [(RowLayer if number >= keep_from else _PassingLayer)(capacity) for number in range(num_layers)]
         self.padding = padding
         self._ends: list[int] | None = None  # of each sequence; None while all end at `length`
         super().__init__(layers=list(self.rows))

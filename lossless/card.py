@@ -75,7 +75,10 @@ vocabulary {streaming["draft_vocab_size"] or "the base's own"}.
 ## Data
 
 {training["answers"]:,} answers, {training["answer_tokens"]:,} tokens, all of them the base's own; temperatures
-{", ".join(sorted({str(t) for part in data for t in part["config"]["temperatures"]}))}; {sum(part["config"]["self_drawn"] for part in data)} prompts drawn by the model itself. The settings of both
+{", ".join(sorted({str(t) for part in data for t in part["config"]["temperatures"]}))}; {sum(part["config"]["self_drawn"] for part in data)} prompts drawn by the model itself.
+{chr(10).join(_sources(data))}
+
+The settings of both
 commands and the versions are in `training.json`.
 
 ## Curve
@@ -87,8 +90,9 @@ Held-out acceptance length {training["acceptance_length"]:.3f} at step {training
 ## Acceptance of the decode loop
 
 Emitted tokens per pass of the base, greedy, on {parity["prompts"]} held-out prompts ({parity["tokens"]} tokens), trees of
-{parity["tree_nodes"]}: **{parity["decoded"]:.2f}**. Training foretold {parity["foretold"]:.2f} for the same texts and trees:
-{"they agree" if parity["agrees"] else "**they do not agree**"} ({100 * parity["difference"]:.1f} % apart).
+{parity["tree_nodes"]}, without recall: **{parity["decoded"]:.2f}**, where {parity["foretold"]:.2f} was foretold for these texts and trees. Along the stored
+answers, sampled ones among them, training saw {parity["trained"]:.2f} and the adapter as it was saved gives {parity["read_back"]:.2f}:
+{"both pairs agree within 5 %" if parity["agrees"] else "**they do not agree**"}.
 
 {_table("category", parity["by_category"])}
 
@@ -101,6 +105,12 @@ Emitted tokens per pass of the base, greedy, on {parity["prompts"]} held-out pro
 {certificate["identical_prompts"]} of {certificate["prompts"]} answers identical. The whole of it is in `certificate.json`.
 """
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _sources(data: list[dict[str, Any]]) -> list[str]:
+    """Files by name and data sets by id: folders are nobody else's business."""
+    asked = [part["prompts"] for part in data if part.get("prompts", {}).get("sources")]
+    return [f"- {', '.join(Path(s).name if Path(s).is_absolute() else s for s in part['sources'])}: {part['count']:,} prompts" for part in asked]
 
 
 def _table(name: str, groups: dict[str, dict[str, Any]]) -> str:

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         except (torch.OutOfMemoryError, MemoryError) as error:
             print(
                 f"lossless: out of memory ({str(error).splitlines()[0] if str(error) else 'the machine has no more'}); what was done is "
-                "kept. Less is needed with a lower --batch-size (distill), --answers-per-step, --feature-memory-gb and "
-                "--logits-memory-gb (train, ablate), or --load-in 4bit",
+                "kept. Less is needed with a lower --batch-size (distill), --feature-memory-gb and --logits-memory-gb (train, ablate), "
+                "or, in another folder, with a lower --answers-per-step or --load-in 4bit",
                 file=sys.stderr,
             )
             return 2
@@ -155,8 +155,9 @@ def _config_flags(group: argparse._ActionsContainer, config: Any) -> None:
         elif isinstance(value, tuple):
             how = {"type": type(value[0]), "nargs": "+"}
         meaning = " ".join(meanings[key].split()).rstrip(".").replace("%", "%%")
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{meaning} ({shown})", **how)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        told = f"{meaning} ({shown})" if shown else meaning
+        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, help=told, **how)
 
 
 def _model_flags(command: argparse.ArgumentParser) -> None:

@@ -156,7 +156,7 @@ class DistillConfig:
         max_new_tokens: of one answer.
         max_prompt_tokens: longer prompts are skipped; a later turn of a conversation may be as much longer as its answers.
         max_turns: of a conversation.
-        batch_size: answers at once; a finished one is replaced.
+        batch_size: answers at once; a finished one is replaced. Their keys and values have to fit into memory.
         temperatures: used in turn, conversation by conversation; 0 is greedy.
         self_drawn: prompts that the model draws itself.
         seed: of the order of prompts, and of what is sampled.

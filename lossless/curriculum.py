@@ -124,6 +124,10 @@ class Order:
         before = self._ends[place] - len(self._steps)
         return Visit(self._steps[number - self._first - before], self._near)
 
+    def epochs(self, visits: int) -> float:
+        """How often so many visits go through the answers."""
+        return visits / self._ends[-1]
+
     def _begin(self, epoch: int, first: int) -> None:
         """Deal out an epoch, whose first visit is number `first`."""
         order = list(range(len(self._stretches)))

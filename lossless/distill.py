@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 
 from .answers import Answers, AnswerWriter, mend
 from .batch import Job, JobQueue, continue_all
+from .cache import RowCache
 from .config import DistillConfig
 from .conversations import Conversations, digest
 from .errors import UsageError
-from .models import Base, context_limit, fingerprint, fingerprint_differences, processes
+from .models import Base, context_limit, fingerprint, fingerprint_differences, free_memory, precision, processes
 from .prompts import Prompt, encode_user_opening, from_text, some
 from .storage import append_jsonl, read_jsonl, versions, write_json
 
@@ -70,7 +71,7 @@ def distill(
     if limit is not None and config.max_new_tokens >= limit:
         raise UsageError(f"max_new_tokens must be below the model's context of {limit}, got {config.max_new_tokens}")
     settings = {"model": base.name, "config": json.loads(json.dumps(asdict(config)))}
-    settings["fingerprint"] = fingerprint(base.model, base.tokenizer)
+    settings |= {"precision": precision(base.model), "fingerprint": fingerprint(base.model, base.tokenizer)}
     settings["prompts"] = {"sources": list(map(str, sources)), "count": len(prompts), "digest": digest(prompts)}
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,8 @@ def _check_same_job(before: dict[str, Any], folder: Path, settings: dict[str, An
     other = fingerprint_differences(before["fingerprint"], settings["fingerprint"])
     # asking for more tokens than before goes on with the same data, and so do batches that fit into memory
     differing = [k for k in settings["config"] if k not in ("answer_tokens", "batch_size") and before["config"].get(k) != settings["config"][k]]
+    if before.get("precision", settings["precision"]) != settings["precision"]:
+        differing.append("precision")
     asked = before.get("prompts", {"count": -1})
     if not 0 <= asked["count"] <= len(prompts) or digest(prompts[: asked["count"]]) != asked["digest"]:
         differing.append("prompts")
@@ -169,9 +172,27 @@ def _estimate(base: Base, config: DistillConfig, tokens: int, processes: int) ->
     seconds = (2 * tokens + tokens_to_draw) * trial(_TRIAL_TOKENS) / (_TRIAL_TOKENS * config.batch_size)
     disk = tokens * processes * 2 * _TOKEN_BYTES
     return (
-        f"{tokens * processes:,} answer tokens to go at most: about {_duration(seconds)}, longer where texts are long, and "
-        f"{disk / 2**20:,.1f} MB of disk"
+        f"{tokens * processes:,} answer tokens to go at most: about {_duration(seconds)}, longer where texts are long, "
+        f"{disk / 2**20:,.1f} MB of disk, and up to {_batch_gb(base, config):.1f} GB of memory for keys and values"
     )
+
+
+def _batch_gb(base: Base, config: DistillConfig) -> float:
+    """GiB that keys and values of a full batch take where its texts are as long as they may be.
+
+    Raises:
+        UsageError: more than there is.
+    """
+    cache = RowCache(base.model.config.get_text_config().num_hidden_layers, capacity=1)
+    base.model(input_ids=torch.ones(1, 1, dtype=torch.long, device=base.model.device), past_key_values=cache, use_cache=True)
+    row = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.rows if layer.is_initialized)
+    each, free = row * (config.max_prompt_tokens + config.max_new_tokens) / 2**30, free_memory(base.model.device)
+    if each * config.batch_size > free:
+        raise UsageError(
+            f"batch_size must be at most {max(1, int(free / each))} here, got {config.batch_size}: keys and values of a text take up "
+            f"to {each:.2g} GB, and {free:.1f} GB are free"
+        )
+    return each * config.batch_size
 
 
 def _duration(seconds: float) -> str:
@@ -185,7 +206,7 @@ def _draw_prompts(base: Base, config: DistillConfig, folder: Path) -> list[Promp
     draws its part, and all of them get all."""
     state, have = processes(), {record["id"] for record in _drawn(folder)}
     state.wait_for_everyone()  # nobody writes before all have read
-    opening = encode_user_opening(base.tokenizer)
+    opening, closing = encode_user_opening(base.tokenizer)
     names = [f"drawn-{i}" for i in range(state.process_index, config.self_drawn, state.num_processes)]
     jobs = (Job(name, opening, 1.0) for name in names if name not in have)
     bar = tqdm(total=len(names), initial=len(have & set(names)), unit="prompt", desc="prompts drawn", disable=not state.is_main_process)
@@ -198,12 +219,21 @@ def _draw_prompts(base: Base, config: DistillConfig, folder: Path) -> list[Promp
             max_new_tokens=_DRAWN_PROMPT_TOKENS,
             generator=torch.Generator(base.model.device).manual_seed(config.seed + len(have) + state.process_index),
         ):
-            text = base.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            write({"id": job.id, "prompt": text})
+            write({"id": job.id, "prompt": _closed(base, ids, closing)})
             bar.update()
     state.wait_for_everyone()
     found = sorted(_drawn(folder), key=lambda record: int(record["id"].split("-")[1]))
+    if state.is_main_process and (endless := sum(not record["prompt"] for record in found)):
+        print(f"{endless} of {len(found)} drawn prompts had no end within {_DRAWN_PROMPT_TOKENS} tokens, and are left out")
     return [from_text(record["prompt"], record["id"]) for record in found if record["prompt"]]
+
+
+def _closed(base: Base, ids: list[int], closing: str) -> str:
+    """The user's turn that these tokens hold; nothing, if it does not come to its end."""
+    if ids[-1] in eos_ids(base):
+        return str(base.tokenizer.decode(ids[:-1], skip_special_tokens=True)).strip()
+    said, end, _ = str(base.tokenizer.decode(ids, skip_special_tokens=False)).partition(closing or "\0")
+    return said.strip() if end else ""  # what follows would be the answer
 
 
 def _drawn(folder: Path) -> list[dict[str, Any]]:

@@ -6,16 +6,17 @@ streams' weights, losses, or training order. Nothing here has a gradient, and no
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import get_max_memory
 
 from .answers import Answers
 from .cache import RowCache
+from .models import free_memory
 from .streams import StreamRunner
+
+_PASS_TOKENS = 8192  # that the base reads at once, padding included
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,25 @@ class FeatureStore:
         return len(self.answers)
 
     def get(self, numbers: list[int]) -> list[Features]:
-        """Features of these answers, in this order; those that are missing are computed in one pass."""
+        """Features of these answers, in this order; those that are missing are computed together."""
         found = {n: self._kept[n] for n in numbers if n in self._kept}
         missing = [n for n in dict.fromkeys(numbers) if n not in found]
-        if missing:
-            fresh = dict(zip(missing, self._compute([self.answers[n] for n in missing]), strict=True))
-            found |= fresh
-            for number, features in fresh.items():
+        while missing:
+            some = self._at_once(missing)
+            missing = missing[len(some) :]
+            for number, features in zip(some, self._compute([self.answers[n] for n in some]), strict=True):
+                found[number] = features
                 self._keep(number, features)
         return [found[n] for n in numbers]
+
+    def _at_once(self, numbers: list[int]) -> list[int]:
+        """The first of these answers that fit into a pass together; one at least."""
+        widest = 0
+        for count, number in enumerate(numbers):
+            widest = max(widest, len(self.answers[number]["prompt_ids"]) + len(self.answers[number]["answer_ids"]))
+            if count and (count + 1) * widest > _PASS_TOKENS:
+                return numbers[:count]
+        return numbers
 
     def read_ahead(self, batches: list[list[int]]) -> None:
         """Have the features of these answers at hand, as far as memory allows; told the same again, it does nothing."""
@@ -93,7 +104,7 @@ class FeatureStore:
         ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long, device=device)
         for row, text in zip(ids, texts, strict=True):  # padded on the right, where causal rows do not look
             row[: len(text)] = torch.tensor(text, device=device)
-        cache = RowCache(len(self.runner.layers), ids.shape[1])
+        cache = RowCache(len(self.runner.layers), ids.shape[1], keep_from=self.runner.first_top)
         entry, final = self.runner.observe(ids, cache)
         top = cache.rows[-len(self.runner.top) :]
         # copies, not views of the whole batch; bfloat16 keeps the range of the residual stream at half the memory; drafts need no more
@@ -120,14 +131,7 @@ def affordable(wanted_gb: float, device: torch.device, besides_gb: float = 0.0, 
     Args:
         besides_gb: what something else will take; kept_bytes: features that are there already, and may stay.
     """
-    if device.type == "cuda":
-        # torch holds on to memory that is free, and gives of it before it asks for more
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        sharing = 1
-    else:
-        memory = get_max_memory()  # where a GPU shares the CPU's, only one of them is named
-        free, sharing = memory.get("cpu", max(memory.values())), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(wanted_gb, max(0.0, (free / sharing + kept_bytes) / 2**30 - besides_gb) / 2)
+    return min(wanted_gb, max(0.0, free_memory(device) + kept_bytes / 2**30 - besides_gb) / 2)
 
 
 class FixedRows:

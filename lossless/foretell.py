@@ -118,14 +118,18 @@ class Decoded:
 
 
 @torch.no_grad()
-def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_gb: float) -> dict[str, Any]:
+def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_gb: float, trained: float) -> dict[str, Any]:
     """Run the real decode loop on held-out prompts, greedily, and foretell its acceptance on what it said.
 
     Trees are the adapter's own, without a floor and without recall: those that training foretells with.
 
+    Args:
+        held_out: the answers that training foretold along, and `trained`, the acceptance length that it saw there.
+
     Returns:
-        For JSON: `foretold` and `decoded` acceptance length, their `difference` as a part of the foretold, `agrees`
-        (within `TOLERANCE`), and the decoded acceptance length by category and by context length.
+        For JSON: `trained` and, along the same answers with the adapter as it was saved, `read_back`; on what the loop said,
+        greedily, the `foretold` and `decoded` acceptance length, and their `difference` as a part of the foretold; `agrees`
+        (both pairs within `TOLERANCE`); and the decoded acceptance length by category and by context length.
     """
     fast = AcceleratedModel(base.model, adapter, "off")
     fast.recall, fast.tree_floor = False, 0.0
@@ -142,13 +146,17 @@ def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_
     with runner.installed():
         store = FeatureStore(runner, Answers.of(said), affordable(feature_gb, base.model.device))
         foretold = Foretold.of(walk_along(runner, drafter, store, fast.tree_nodes))
+        store = FeatureStore(runner, held_out, affordable(feature_gb, base.model.device))
+        read_back = Foretold.of(walk_along(runner, drafter, store, fast.tree_nodes)).acceptance_length
     decoded = acceptance(runs)
     difference = abs(decoded - foretold.acceptance_length) / foretold.acceptance_length
     return {
+        "trained": trained,
+        "read_back": read_back,
         "foretold": foretold.acceptance_length,
         "decoded": decoded,
         "difference": round(difference, 4),
-        "agrees": difference <= TOLERANCE,
+        "agrees": max(difference, abs(read_back - trained) / trained) <= TOLERANCE,
         "tree_nodes": fast.tree_nodes,
         "prompts": len(runs),
         "tokens": sum(run.tokens for run in runs),

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import align_module_device
+from accelerate.utils import align_module_device, get_max_memory
+from huggingface_hub.utils import enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from .errors import UsageError
@@ -105,6 +106,22 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
+def free_memory(device: torch.device) -> float:
+    """GiB that this process may still take where it computes."""
+    if device.type == "cuda":
+        # torch holds on to memory that is free, and gives of it before it asks for more
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + held) / 2**30
+    memory = get_max_memory()  # where a GPU shares the CPU's, only one of them is named
+    return memory.get("cpu", max(memory.values())) / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def precision(model: Any) -> str:
+    """In what a base computes: its dtype, and how it is quantized."""
+    how = [name for name in LOAD_IN if getattr(model, f"is_loaded_in_{name}", False)]
+    return ", ".join([str(model.dtype).removeprefix("torch."), *how])
+
+
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Eval mode, and no parameter asks for a gradient."""
     return model.eval().requires_grad_(False)
@@ -142,6 +159,7 @@ def _quiet() -> Any:
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    enable_progress_bars()  # of the hub: a model takes a while to come
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import sys
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from tqdm.auto import tqdm
 
 from .errors import UsageError
 
@@ -29,6 +31,7 @@ Message = dict[str, str]
 
 _PLAIN = ("prompt", "question", "query", "text")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # ShareGPT's names
+_SAID = 300  # characters of somebody else's error
 _NAMED = 3  # broken lines that are named; the rest are counted
 
 
@@ -74,7 +77,7 @@ def parse_record(record: Any, id: str, category: str = "") -> Prompt:
         raise UsageError(f"a line must hold a JSON object, got {type(record).__name__}")
     messages, later = _messages(record)
     named = [record[field] for field in ("id", "question_id") if record.get(field) not in (None, "")]
-    return Prompt(str((named or [id])[0]), messages, str(record.get("category") or category), later)
+    return Prompt(str((named or [id])[0]), messages, str(record.get("category") or record.get("source") or category), later)
 
 
 def _messages(record: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -102,10 +105,10 @@ def _messages(record: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[str, .
 
 
 def read_prompts(sources: str | Path | Iterable[str | Path], limit: int | None = None) -> list[Prompt]:
-    """Read the prompts of files and data sets, at most `limit` of each; a record without a category gets the source's name.
+    """Read the prompts of files and data sets, at most `limit` of each; a record without a category or source gets its file's name.
 
     A source is a JSONL file (`.gz` too), another file (JSON, CSV, Parquet, Arrow, text) or folder for `datasets`, or a data set's hub id
-    (`name:split`; the split is `train` if none is named). Broken records are skipped, with one warning that counts them.
+    (`owner/name:split` or `owner/name/configuration:split`; the split is `train` if none is named). Broken records are skipped, with one warning that counts them.
 
     Raises:
         UsageError: no such source, or no prompts in it.
@@ -188,8 +191,8 @@ def _dataset(source: str, path: Path) -> Iterator[Any]:
     except UsageError:
         raise
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"no prompts at {source}: neither a file here nor a data set that can be read ({reason[0]})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"no prompts at {source}: neither a file here nor a data set that can be read ({reason[:_SAID]})") from error
 
 
 def _loaded(source: str, path: Path) -> Iterable[Any]:
@@ -206,7 +209,10 @@ def _loaded(source: str, path: Path) -> Iterable[Any]:
             return datasets.load_dataset(str(path), split=split or "train")
         found = datasets.load_from_disk(str(path))
         return itertools.chain(*found.values()) if isinstance(found, dict) else found
-    return datasets.load_dataset(name, split=split or "train", streaming=True)
+    owner, _, rest = name.partition("/")
+    whole, _, configuration = rest.partition("/")
+    found = datasets.load_dataset(f"{owner}/{whole}" if rest else owner, configuration or None, split=split or "train", streaming=True)
+    return tqdm(found, desc=source, unit="record", disable=not sys.stderr.isatty())
 
 
 def encode(tokenizer: Any, messages: Iterable[Message]) -> list[int]:
@@ -226,8 +232,8 @@ def encode(tokenizer: Any, messages: Iterable[Message]) -> list[int]:
     return list(encoded["input_ids"])
 
 
-def encode_user_opening(tokenizer: Any) -> list[int]:
-    """Token ids of an empty conversation opened at the user's turn: what follows is drawn as a prompt.
+def encode_user_opening(tokenizer: Any) -> tuple[list[int], str]:
+    """Token ids of an empty conversation opened at the user's turn: what follows is drawn as a prompt. And the text that closes it.
 
     Raises:
         UsageError: the tokenizer has no chat template, or one that does not open the user's turn with anything.
@@ -239,9 +245,10 @@ def encode_user_opening(tokenizer: Any) -> list[int]:
         text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
     except TemplateError as error:
         raise UsageError(f"prompts cannot be drawn from this model: its chat template refuses a user's turn alone ({error})") from error
-    opening = list(tokenizer(text.partition(mark)[0], add_special_tokens=False)["input_ids"]) if mark in text else []
+    before, _, closing = text.partition(mark)
+    opening = list(tokenizer(before, add_special_tokens=False)["input_ids"]) if mark in text else []
     if not opening and tokenizer.bos_token_id is not None:
         opening = [tokenizer.bos_token_id]
     if not opening:
         raise UsageError("prompts cannot be drawn from this model: its chat template does not open the user's turn with anything")
-    return opening
+    return opening, closing.strip()

@@ -111,7 +111,7 @@ def train(
     tokens = sum(answers.lengths("answer_ids"))
     accelerator.print(
         f"{len(answers)} answers, {tokens:,} tokens; {adapter.parameter_count():,} trained parameters; "
-        f"{len(held_out)} answers held out"
+        f"{len(held_out)} answers held out; {config.steps} steps are {order.epochs(config.steps * config.gradient_accumulation):.1f} epochs"
     )
     bar = tqdm(total=config.steps, initial=progress.step, desc="training", disable=not accelerator.is_main_process)
     with append_jsonl(out / "curve.jsonl") as log, bar, differentiable(base.model), runner.installed():

@@ -89,8 +89,8 @@ def test_tokens_that_differ_are_exit_3(
     assert "DIFFERENT" in capsys.readouterr().out
 
 
-def test_a_training_whose_tokens_differ_is_exit_3(
-    tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_training_whose_tokens_differ_is_exit_3_and_one_that_drafts_otherwise_is_4(
+    tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, model = str(tmp_path / "data"), ["--model", str(tiny_folder)]
     assert main(["distill", *model, "--prompts", str(prompts), "--answer-tokens", "600", "--max-new-tokens", "20", "--out", data]) == 0
@@ -98,6 +98,12 @@ def test_a_training_whose_tokens_differ_is_exit_3(
     monkeypatch.setattr(commands, "certify", lambda *given: real(*given) | {"mismatches": 1})
     short = ["--steps", "1", "--num-msa-layers", "2", "--held-out", "2", "--answers-per-step", "4"]
     assert main(["train", *model, "--data", data, "--out", str(tmp_path / "out"), *short]) == 3
+    monkeypatch.setattr(commands, "certify", real)
+    check = commands.check_parity
+    monkeypatch.setattr(commands, "check_parity", lambda *given: check(*given) | {"agrees": False})
+    assert main(["train", *model, "--data", data, "--out", str(tmp_path / "out"), *short]) == 4
+    assert "WARNING: the decode loop or the saved adapter disagrees" in capsys.readouterr().err
+    assert "**they do not agree**" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +115,7 @@ def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_pat
                  "--transition-rank", "8", "--held-out", "4", "--eval-every", "3", "--draft-vocab-size", "40"]) == 0  # fmt: skip
     said = capsys.readouterr().out
     assert "held-out acceptance length" in said
-    assert "where training foretold" in said
+    assert "are foretold for what it says" in said
     assert "mismatches          0" in said
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter.safetensors", "adapter_config.json", "training.json", "parity.json", "certificate.json",
@@ -120,6 +126,9 @@ def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_pat
     assert f"| all | {counts['trained_parameters']:,} (" in card
     assert sum(counts["parameters_by_part"].values()) == counts["trained_parameters"]
     assert "| up to 128 |" in card
+    assert "| a |" in card
+    assert f"- {prompts.name}: " in card
+    assert str(prompts.parent) not in card
     assert "0 mismatches" in card
     assert main(["bench", *model, "--adapter", out, "--prompts", str(prompts), "--limit", "3", "--max-new-tokens", "16"]) == 0
     further = str(tmp_path / "further")  # of the shape that it has, without a word

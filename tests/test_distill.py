@@ -241,7 +241,8 @@ def test_a_finished_folder_is_left_as_it_is(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything drawn and answered already: the same command has nothing to do, and says so."""
-    monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: [3])
+    monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: ([3], ""))
+    monkeypatch.setattr(module, "_closed", lambda base, ids, closing: base.tokenizer.decode(ids))
     config = DistillConfig(answer_tokens=10_000, max_new_tokens=5, batch_size=4, self_drawn=3)
     first = distill(base, numbers(6), config, tmp_path)
     content = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -262,13 +263,77 @@ def test_prompts_are_drawn_by_all_processes_for_all(base: Base, tmp_path: Path, 
 
         def wait_for_everyone(self) -> None: ...
 
-    monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: [3])
+    monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: ([3], ""))
+    monkeypatch.setattr(module, "_closed", lambda base, ids, closing: base.tokenizer.decode(ids))
     config, found = DistillConfig(self_drawn=7, batch_size=2), []
     for index in range(3):
         monkeypatch.setattr(module, "processes", lambda index=index: State(index))
         found.append([prompt.id for prompt in module._draw_prompts(base, config, tmp_path)])
     assert found[-1] == [f"drawn-{i}" for i in range(7)]
     assert [len(read_jsonl(path)) for path in sorted(tmp_path.iterdir())] == [3, 2, 2]
+
+
+def test_a_drawn_prompt_ends_where_the_template_closes_the_turn(base: Base) -> None:
+    """By the token that ends an answer, or by the template's own words; what comes behind is an answer, not a prompt."""
+    assert module._closed(base, [11, 12, EOS], "90 91") == "11 12"
+    assert module._closed(base, [11, 12, 90, 91, 13], "90 91") == "11 12"
+    assert module._closed(base, [11, 12, 13], "90 91") == ""
+    assert module._closed(base, [11, 12, 13], "") == ""
+
+
+def test_prompts_without_an_end_are_left_out(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: ([3], ""))
+    monkeypatch.setattr(module, "_closed", lambda base, ids, closing: "14 15" if ids[0] % 2 else "")
+    drawn = module._draw_prompts(base, DistillConfig(self_drawn=30, batch_size=8), tmp_path)
+    assert 0 < len(drawn) < 30
+    assert f"{30 - len(drawn)} of 30 drawn prompts had no end" in capsys.readouterr().out
+
+
+def test_a_folder_keeps_to_its_precision_and_says_so_in_its_shards(base: Base, tmp_path: Path) -> None:
+    config = DistillConfig(answer_tokens=40, max_new_tokens=5, batch_size=4)
+    distill(base, numbers(6), config, tmp_path, ["asked.jsonl"])
+    with pa.ipc.open_stream(next(tmp_path.glob("*.arrow")).read_bytes()) as shard:
+        told = json.loads(shard.schema.metadata[b"provenance"])
+    assert told["precision"] == "float32"
+    assert (told["prompts"]["sources"], told["model"], told["config"]["batch_size"]) == (["asked.jsonl"], "tiny", 4)
+    half = Base(build_tiny(seed=5).to(torch.bfloat16), base.tokenizer, "tiny")
+    half.model.generation_config.eos_token_id = EOS
+    with pytest.raises(UsageError, match=r"begun with other settings \(precision\)"):
+        distill(half, numbers(6), config, tmp_path)
+
+
+def test_a_batch_that_does_not_fit_is_told_beforehand(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each = 4 * 2 * 2 * 8 * 4 * (384 + 5) / 2**30  # layers, keys and values, heads, width, bytes, tokens
+    config = DistillConfig(answer_tokens=40, max_new_tokens=5, batch_size=64)
+    monkeypatch.setattr(module, "free_memory", lambda device: 10.5 * each)
+    with pytest.raises(UsageError, match="batch_size must be at most 10 here, got 64"):
+        distill(base, numbers(6), config, tmp_path)
+    monkeypatch.setattr(module, "free_memory", lambda device: 65 * each)
+    distill(base, numbers(6), config, tmp_path)  # nothing was lost, and nothing is in the way
+    assert f"up to {64 * each:.1f} GB of memory for keys and values" in capsys.readouterr().out
+
+
+def test_rows_that_have_ended_are_replaced_at_once(base: Base) -> None:
+    jobs = [Job(str(i), [10 + i % 80], 0.0) for i in range(64)]
+    passes = []
+    hook = base.model.register_forward_hook(lambda module, given, kwargs, output: passes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    with torch.inference_mode():
+        answers = [a for _, a in continue_all(base.model, JobQueue(jobs), eos_ids={EOS, 8, 9, 10, 11}, batch_size=8, max_new_tokens=40, generator=torch.Generator())]
+    hook.remove()
+    steps = sum(shape[1] == 1 and shape[0] == 8 for shape in passes)
+    together = [max(map(len, answers[i : i + 8])) for i in range(0, 64, 8)]
+    assert min(map(len, answers)) < 10 < max(map(len, answers))
+    assert steps < 1.1 * sum(map(len, answers)) / 8
+    assert steps < 0.7 * sum(together)  # what a batch takes that waits for its longest
+
+
+def test_temperatures_are_used_in_turn(base: Base, tmp_path: Path) -> None:
+    distill(base, numbers(9), DistillConfig(answer_tokens=10_000, max_new_tokens=4, batch_size=4, temperatures=(0.0, 0.5, 0.9)), tmp_path)
+    assert {id: found["temperature"] for id, found in by_id(tmp_path).items()} == {
+        f"{i}/0:p{i}": pytest.approx((0.0, 0.5, 0.9)[i % 3]) for i in range(9)
+    }
 
 
 def test_it_stops_at_the_tokens_asked_for_and_skips_long_prompts(base: Base, tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Any, tiny_folder: Path, 
     folder = tmp_path / "adapter"
     new_adapter(base.model, tiny_config(), base.tokenizer).randomize(1).save_pretrained(folder)
     (folder / "README.md").write_text("# a card\n")
+    (folder / "events.out.tfevents.1").write_bytes(b"not for the hub")
     (folder / "checkpoint-000001").mkdir()
+    (folder / "checkpoint-000001" / "progress.json").write_bytes(b"not for the hub")
     (folder / "checkpoint-000001" / "optimizer.bin").write_bytes(b"not for the hub")
 
     def run(*arguments: str, token: str = "right", address: str = hub.address) -> subprocess.CompletedProcess[str]:

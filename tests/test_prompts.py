@@ -138,6 +138,25 @@ def test_what_datasets_reads(tmp_path: Path) -> None:
         read_prompts(tmp_path / "d.xml")
 
 
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("openai/gsm8k/main:test", ("openai/gsm8k", "main", "test")),
+        ("owner/set", ("owner/set", None, "train")),
+        ("squad:validation", ("squad", None, "validation")),
+    ],
+)
+def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch, source: str, asked: tuple[str, str | None, str]) -> None:
+    def load(name: str, configuration: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        assert (name, configuration, split, streaming) == (*asked, True)
+        return [{"question": f"q{i}", "source": "trivia"} for i in range(9)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = read_prompts(source, 4)
+    assert [prompt.messages[0]["content"] for prompt in found] == ["q0", "q1", "q2", "q3"]
+    assert {prompt.category for prompt in found} == {"trivia"}
+
+
 def test_a_data_set_that_is_nowhere_is_an_error() -> None:
     with pytest.raises(UsageError, match="no prompts at nobody/nothing: neither a file here nor a data set"):
         read_prompts("nobody/nothing")
@@ -151,7 +170,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_templates_are_opened_where_they_should_be() -> None:
     tokenizer = Template()
     assert "".join(map(chr, encode(tokenizer, from_text("hi").messages))) == "<user>hi</><assistant>"
-    assert "".join(map(chr, encode_user_opening(tokenizer))) == "<user>"
+    assert "".join(map(chr, encode_user_opening(tokenizer)[0])) == "<user>"
+    assert encode_user_opening(tokenizer)[1] == "</>"
     tokenizer.chat_template = None  # type: ignore[assignment]
     assert "".join(map(chr, encode(tokenizer, from_text("hi").messages))) == "hi"
     with pytest.raises(UsageError, match="chat template"):
@@ -162,7 +182,7 @@ def test_templates_that_open_with_nothing_or_refuse() -> None:
     tokenizer = Template()
     tokenizer.bos_token_id = 77  # type: ignore[attr-defined]
     tokenizer.apply_chat_template = lambda messages, **_: messages[0]["content"] + "</>"  # type: ignore[method-assign]
-    assert encode_user_opening(tokenizer) == [77]
+    assert encode_user_opening(tokenizer) == ([77], "</>")
     tokenizer.bos_token_id = None  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="does not open the user's turn with anything"):
         encode_user_opening(tokenizer)
