@@ -111,7 +111,7 @@ def acceptance_rows() -> list[str]:
             parts[task].append(run)
         decoding = found["decoding"]
         how = f"sampled at {decoding['temperature']}" if decoding["do_sample"] else "greedy"
-        streams = "shipped" if found["adapter"] == "shipped" else "the paper's"
+        streams = ("streams" if found["adapter"] == "shipped" else "the paper's streams") + (" and recall" if found["recall"] else " alone")
         for task, runs in parts.items():
             length = sum(run["tokens"] - 1 for run in runs) / sum(run["target_passes"] for run in runs)
             tokens = sum(run["tokens"] for run in runs)
