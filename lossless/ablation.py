@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .anatomy import decoder_layers, features, is_projection
-from .checkpoints import flattened
+from .checkpoints import differing
 from .config import StreamingConfig, TrainConfig
 from .curriculum import read_answers
 from .errors import NotOfThisBase, UsageError
@@ -80,10 +80,8 @@ def ablate(
         "answers": read_answers(base, [Path(folder) for folder in data])[0].digest(),
     }
     before = _report(out)
-    now = flattened(head)
-    was = now | flattened({key: before.get(key) for key in head})  # an earlier version may have noted less
-    if before and (differing := sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))):
-        raise UsageError(f"{out} holds an ablation of another kind ({', '.join(differing)}): rows of one table must be of one kind, use another folder")
+    if before and (other := differing({key: before.get(key) for key in head}, head)):
+        raise UsageError(f"{out} holds an ablation of another kind ({', '.join(other)}): rows of one table must be of one kind, use another folder")
     rows = {row["name"]: row for row in before.get("variants", [])}
     report: dict[str, Any] = {}
     kept: Kept = {}  # no variant changes the base, nor the order of the answers

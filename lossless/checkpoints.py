@@ -70,11 +70,9 @@ class Checkpoints:
         progress = Progress()
         if found:
             written = json.loads((found[-1] / "progress.json").read_text(encoding="utf-8"))
-            now = flattened(self.settings)
-            before = now | flattened(written["settings"])  # an earlier version may have noted less
-            if differing := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+            if other := differing(written["settings"], self.settings):
                 raise UsageError(
-                    f"{self.out} holds a checkpoint of another training ({', '.join(differing)}): use the same again to go on, or another folder"
+                    f"{self.out} holds a checkpoint of another training ({', '.join(other)}): use the same again to go on, or another folder"
                 )
             self.accelerator.load_state(str(found[-1]))
             progress = Progress(**written["progress"])
@@ -95,8 +93,19 @@ class Checkpoints:
         return sorted(path.parent for path in self.out.glob("checkpoint-*/progress.json"))
 
 
-def flattened(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that may change on the way: what fits into memory, and what is told to whom."""
-    nested = {key: value for group in settings.values() if isinstance(group, dict) for key, value in group.items()}
-    flat = {key: value for key, value in settings.items() if not isinstance(value, dict)} | nested
-    return {key: value for key, value in flat.items() if key not in _PRACTICAL}
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of settings that are other than before, in any group of them.
+
+    What an earlier version did not note counts as now; what fits into memory, and what is told to whom, may change on the way.
+    """
+    is_now = _flat(now)
+    was = is_now | _flat(before)
+    return sorted(key for key in was if key not in _PRACTICAL and (key not in is_now or was[key] != is_now[key]))
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    groups = [value for value in settings.values() if isinstance(value, dict)]
+    found = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    for group in groups:
+        found |= group
+    return found

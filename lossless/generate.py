@@ -29,7 +29,7 @@ from .lookup import TextMemory
 from .models import fingerprint
 from .passes import PassOutput
 from .probe import check_served, find_guarantee, logit_scale
-from .served import not_served, not_served_as_prepared, tokenizer_at_hand, turn_of
+from .served import exactness, not_served, not_served_as_prepared, tokenizer_at_hand, turn_of
 from .stats import Stats
 from .streams import StreamRunner
 from .text import Text, result
@@ -152,7 +152,7 @@ class AcceleratedModel:
         width, padding = max(width, prompt.shape[1]), None
         if attention_mask is not None and not attention_mask.all():  # some versions of HF hand over a mask of ones
             padding = attention_mask == 0
-        self.stats.exact = self._holds(len(input_ids), padding)
+        self.stats.exact = exactness(self.guarantee.level, len(input_ids), padding is not None)
         texts = self._texts(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
         cache = RowCache(len(self.runner.layers), width + 256, padding)
         if past_key_values is not None and past_key_values.get_seq_length():
@@ -198,12 +198,6 @@ class AcceleratedModel:
     def _room(self, text: Text) -> int:
         """How deep a tree under this text may be: neither tokens nor places go on for ever."""
         return max(0, min(text.room, self.runner.places - text.position) - 1)
-
-    def _holds(self, texts: int, padding: torch.Tensor | None) -> str:
-        """How exact a call is: the attention of padded rows takes a mask, and no row is read without."""
-        if texts > 1:
-            return "off"
-        return "near-tie" if padding is not None and self.guarantee.level == "bitwise" else self.guarantee.level
 
     def _streams_join(self, alone: bool) -> bool:
         """Whether streams run in the base's own pass: under near-tie not if its rows are to have the shapes of the base's own."""

@@ -245,10 +245,10 @@ def encode_user_opening(tokenizer: Any) -> tuple[list[int], str]:
         text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
     except TemplateError as error:
         raise UsageError(f"prompts cannot be drawn from this model: its chat template refuses a user's turn alone ({error})") from error
-    before, _, closing = text.partition(mark)
-    opening = list(tokenizer(before, add_special_tokens=False)["input_ids"]) if mark in text else []
+    before, shown, closing = text.partition(mark)
+    opening = list(tokenizer(before, add_special_tokens=False)["input_ids"])
     if not opening and tokenizer.bos_token_id is not None:
         opening = [tokenizer.bos_token_id]
-    if not opening:
+    if not shown or not opening:
         raise UsageError("prompts cannot be drawn from this model: its chat template does not open the user's turn with anything")
     return opening, closing.strip()

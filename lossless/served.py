@@ -64,6 +64,13 @@ def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) 
     return None
 
 
+def exactness(best: str, texts: int, padded: bool) -> str:
+    """What holds for a call where `best` does at best: attention of padded rows takes a mask, and no row is read without."""
+    if texts > 1:
+        return "off"
+    return "near-tie" if padded and best == "bitwise" else best
+
+
 def not_served_as_prepared(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -81,7 +88,7 @@ def not_served_as_prepared(
 
     Args:
         ahead: places behind a text's end that streams stand at.
-        exact: what holds for a text alone without padding: under `near-tie` a processor may be asked twice about a position.
+        exact: what holds at best; under `near-tie` a processor may be asked twice about a position.
     """
     padded = False
     if attention_mask is not None:
@@ -97,8 +104,7 @@ def not_served_as_prepared(
     if any(longest > turn and (prompt <= turn or again) for turn, again in rotary_turns(model)):
         return "a text that may outgrow the length from which on this base turns its positions otherwise"
     if len(input_ids) == 1:
-        reread = exact == "near-tie" or (exact == "bitwise" and padded)
-        if reread and any(type(part).__name__.startswith(_REMEMBERING) for part in logits_processor):
+        if exactness(exact, 1, padded) == "near-tie" and any(type(part).__name__.startswith(_REMEMBERING) for part in logits_processor):
             return "a processor that remembers what it was asked, under near-tie"
         return None
     # texts of a batch are chosen for one by one

@@ -186,6 +186,7 @@ def test_templates_that_open_with_nothing_or_refuse() -> None:
     tokenizer.bos_token_id = None  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match="does not open the user's turn with anything"):
         encode_user_opening(tokenizer)
+    tokenizer.bos_token_id = 77  # type: ignore[attr-defined]
     tokenizer.apply_chat_template = lambda messages, **_: "<user>what was said is not shown</>"  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="does not open the user's turn with anything"):
         encode_user_opening(tokenizer)

@@ -25,7 +25,7 @@ from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers, AnswerWriter
 from lossless.cache import RowCache
-from lossless.checkpoints import flattened
+from lossless.checkpoints import differing
 from lossless.config import DistillConfig, TrainConfig
 from lossless.curriculum import Order, block, draft_vocabulary, read_answers, split
 from lossless.distill import distill
@@ -435,9 +435,15 @@ def test_trackers_are_told_each_step(taught: Base, answers: Path, tmp_path: Path
 def test_settings_of_a_checkpoint_do_not_hide_each_other() -> None:
     outer = {"answers": "a", "begins_with": "", "processes": 2, "precision": "bf16"}
     streaming, training = tiny_config().to_dict(), asdict(TrainConfig())
-    found = flattened({"streaming": streaming, "train": training, **outer})
-    assert found.items() >= outer.items()
-    assert len(found) == len(outer) + len(streaming) + len(training) - 4  # what may change on the way
+    settings = {"streaming": streaming, "train": training, **outer}
+    assert differing(settings, settings) == []
+    for key, value in (outer | streaming | training).items():
+        groups = [{**group, key: (value, "changed")} if key in group else group for group in (streaming, training)]
+        changed = {**settings, "streaming": groups[0], "train": groups[1], **({key: "changed"} if key in outer else {})}
+        practical = key in ("feature_memory_gb", "logits_memory_gb", "checkpoint_every", "tracker")
+        assert differing(settings, changed) == ([] if practical else [key])
+    del settings["processes"]  # as an earlier version wrote it
+    assert differing(settings, settings | {"processes": 3}) == []
 
 
 def test_a_conversation_is_held_out_as_a_whole() -> None:
