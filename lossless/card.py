@@ -23,14 +23,15 @@ def draw_curve(folder: Path) -> None:
     entries = read_jsonl(folder / "curve.jsonl")
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    width = max(1, int(_SMOOTHED * len(entries)))
-    for j in range(len(entries[-1]["kl"])):
-        values = [entry["kl"][j] for entry in entries]
+    learnt = [entry for entry in entries if "kl" in entry]  # what a training begins from has learnt nothing yet
+    width = max(1, int(_SMOOTHED * len(learnt)))
+    for j in range(len(learnt[-1]["kl"])):
+        values = [entry["kl"][j] for entry in learnt]
         means = [sum(values[max(0, i + 1 - width) : i + 1]) / len(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
-        left.plot([entry["step"] for entry in entries], means, label=f"stream {j + 1}")
+        left.plot([entry["step"] for entry in learnt], means, label=f"stream {j + 1}")
     left.set(xlabel="step", ylabel=f"KL to the base (mean of {width} steps)", title="Loss")
     told = [entry for entry in entries if "acceptance_length" in entry]
-    for j in range(len(entries[-1]["kl"])):
+    for j in range(len(told[-1]["reached"])):
         right.plot([e["step"] for e in told], [e["reached"][j] for e in told], marker=".", label=f"stream {j + 1}")
     right.set(xlabel="step", ylabel="part of passes that accept its token", ylim=(0, 1), title="Acceptance, held-out answers")
     lengths = right.twinx()

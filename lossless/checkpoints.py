@@ -77,7 +77,7 @@ class Checkpoints:
             self.accelerator.load_state(str(found[-1]))
             progress = Progress(**written["progress"])
         if self.accelerator.is_main_process:
-            curve = [entry for entry in read_jsonl(self.out / "curve.jsonl") if entry["step"] <= progress.step]
+            curve = [entry for entry in read_jsonl(self.out / "curve.jsonl") if found and entry["step"] <= progress.step]
             staging = self.out / "curve.jsonl.part"
             staging.write_text("".join(json.dumps(entry) + "\n" for entry in curve), encoding="utf-8")
             os.replace(staging, self.out / "curve.jsonl")

@@ -117,10 +117,12 @@ def train(
     with append_jsonl(out / "curve.jsonl") as log, bar, differentiable(base.model), runner.installed():
         try:
             if config.begin_from and not progress.step:  # what it is now is the best so far
-                progress.note(_evaluate(runner, drafter, held_store, accelerator).acceptance_length, 0)
+                told = _evaluate(runner, drafter, held_store, accelerator)
+                progress.note(told.acceptance_length, 0)
                 if accelerator.is_main_process:
                     bar.write(f"begins with a held-out acceptance length of {progress.best:.3f}")
                     adapter.save_pretrained(out)
+                    log({"step": 0, "acceptance_length": told.acceptance_length, "reached": told.reached})
             while progress.step < config.steps and not progress.stopped:
                 # 1. learn: every process and every part of an accumulated step visits answers of its own
                 parts = []

@@ -25,6 +25,7 @@ from lossless.ablation import ablate
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers, AnswerWriter
 from lossless.cache import RowCache
+from lossless.card import draw_curve
 from lossless.checkpoints import differing
 from lossless.config import DistillConfig, TrainConfig
 from lossless.curriculum import Order, block, draft_vocabulary, read_answers, split
@@ -478,15 +479,22 @@ def test_an_adapter_goes_on_learning(taught: Base, answers: Path, tmp_path: Path
     assert before.draft_ids is not None
     assert torch.equal(after.draft_ids, before.draft_ids)
     assert second["trained_parameters"] == first["trained_parameters"]
-    begun = read_jsonl(tmp_path / "second" / "curve.jsonl")[0]["loss"]
-    curve = [entry["loss"] for entry in read_jsonl(tmp_path / "first" / "curve.jsonl")]
-    assert begun < 0.7 * sum(curve[:5]) / 5, "it begins where the other ended"
+    begun = read_jsonl(tmp_path / "second" / "curve.jsonl")[1]["loss"]
+    losses = [entry["loss"] for entry in read_jsonl(tmp_path / "first" / "curve.jsonl")]
+    assert begun < 0.7 * sum(losses[:5]) / 5, "it begins where the other ended"
     assert json.loads((tmp_path / "second" / "training.json").read_text())["train"]["begin_from"] == str(tmp_path / "first")
 
     worse = replace(on, steps=3, warmup_steps=0, learning_rate=0.3)
     unharmed, _, third = train(taught, [answers], tmp_path / "third", shape, worse)
     assert third["best_step"] == 0
-    assert third["acceptance_length"] >= read_jsonl(tmp_path / "third" / "curve.jsonl")[-1]["acceptance_length"]
+    curve = read_jsonl(tmp_path / "third" / "curve.jsonl")
+    assert third["acceptance_length"] == curve[0]["acceptance_length"] >= curve[-1]["acceptance_length"]
+    draw_curve(tmp_path / "third")
+    assert (tmp_path / "third" / "curve.png").stat().st_size
+    for checkpoint in (tmp_path / "third").glob("checkpoint-*"):  # as if it had been killed before the first of them
+        shutil.rmtree(checkpoint)
+    train(taught, [answers], tmp_path / "third", shape, worse)
+    assert [entry["step"] for entry in read_jsonl(tmp_path / "third" / "curve.jsonl")] == [0, 1, 2, 3]
     assert unharmed.digest() == before.digest(), "what only got worse is not kept"
     for change, rule in ({"lora_rank": 5}, "lora_rank must be that of the adapter to begin from .8., got 5"), (
         {"draft_vocab_size": 0},
