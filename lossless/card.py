@@ -32,13 +32,13 @@ def draw_curve(folder: Path) -> None:
     left.set(xlabel="step", ylabel=f"KL to the base (mean of {width} steps)", title="Loss")
     told = [entry for entry in entries if "acceptance_length" in entry]
     for j in range(len(told[-1]["reached"])):
-        right.plot([e["step"] for e in told], [e["reached"][j] for e in told], marker=".", label=f"stream {j + 1}")
+        right.plot([e["step"] for e in told], [e["reached"][j] for e in told], marker=".")
     right.set(xlabel="step", ylabel="part of passes that accept its token", ylim=(0, 1), title="Acceptance, held-out answers")
     lengths = right.twinx()
-    lengths.plot([e["step"] for e in told], [e["acceptance_length"] for e in told], color="black", marker="o", label="length")
+    length = lengths.plot([e["step"] for e in told], [e["acceptance_length"] for e in told], color="black", marker="o")
     lengths.set(ylabel="acceptance length")
-    left.legend()
-    right.legend(loc="lower right")
+    streams, names = left.get_legend_handles_labels()
+    figure.legend([*streams, *length], [*names, "acceptance length"], loc="outside lower center", ncols=len(names) + 1)
     figure.savefig(folder / CURVE, dpi=120)
 
 
