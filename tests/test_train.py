@@ -248,7 +248,19 @@ def afresh() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("afresh")
-def test_what_would_shard_the_adapter_is_refused(taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_configuration_that_shards_trains_plainly_and_says_so(
+    taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{how}", "true")
+    train(taught, [answers], tmp_path, tiny_config(), replace(TRAINING, steps=1, eval_every=1))
+    assert capsys.readouterr().out.count(f"{how} of Accelerate's configuration is not used: nothing is sharded") == 1
+
+
+@pytest.mark.usefixtures("afresh")
+def test_an_accelerator_that_shards_already_is_refused(
+    taught: Base, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module.Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UsageError, match="FSDP shards the weights that are trained"):
         train(taught, [answers], tmp_path, tiny_config(), TRAINING)
