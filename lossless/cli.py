@@ -23,6 +23,10 @@ from .config import DistillConfig, StreamingConfig, TrainConfig
 from .errors import UsageError
 from .storage import versions
 
+# what drafted best for the demo model
+_STREAMING = StreamingConfig(
+    num_streams=5, num_msa_layers=8, lora_rank=48, transition_rank=768, told_rank=512, draft_vocab_size=16384, tree_nodes=32, schedule="deferred"
+)
 # a variant of an ablation in a few minutes on two cores: many small steps learn fastest at first
 _SMALL_STREAMING = StreamingConfig(transition_rank=256, draft_vocab_size=16384, tree_nodes=32)
 _SMALL_TRAINING = TrainConfig(steps=300, answers_per_step=8, eval_every=300, checkpoint_every=50, held_out=32)
@@ -119,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=commands.distill)
 
     command = verbs.add_parser("train", help="train an adapter on collected answers")
-    _training_flags(command, StreamingConfig(), TrainConfig())
+    _training_flags(command, _STREAMING, TrainConfig())
     command.set_defaults(run=commands.train)
 
     command = verbs.add_parser("ablate", help="train variants of the method on the same answers, and compare them")
