@@ -23,7 +23,7 @@ from .config import DistillConfig, StreamingConfig, TrainConfig
 from .errors import UsageError
 from .storage import versions
 
-# what drafted best for the demo model
+# what drafted best for the demo model, where told_rank was its width, 576
 _STREAMING = StreamingConfig(
     num_streams=5, num_msa_layers=8, lora_rank=48, transition_rank=768, told_rank=512, draft_vocab_size=16384, tree_nodes=32, schedule="deferred"
 )
