@@ -104,8 +104,7 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    groups = [value for value in settings.values() if isinstance(value, dict)]
-    found = {key: value for key, value in settings.items() if not isinstance(value, dict)}
-    for group in groups:
-        found |= group
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= value if isinstance(value, dict) else {key: value}
     return found
