@@ -4,7 +4,8 @@ Knows: the clock, the order of the runs, and what a report holds. Does not know:
 
 Both sides are timed by one `Clock`, a stopping criterion that notes the time of every emitted token:
 the same clock, the same token counter and the same stop rule. Decode time runs from the first token to
-the last, so the prefill is on neither side. Sides take turns in going first.
+the last, so the prefill is on neither side. Sides take turns in going first. Where only acceptance is asked for, the
+plain side is left out, and what would compare with it is None.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import platform
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,9 @@ class Run:
     category: str
     prompt_tokens: int
     tokens: int
-    identical: bool
+    identical: bool | None
     first_difference: int | None
-    baseline_decode_s: float
+    baseline_decode_s: float | None
     decode_s: float
     target_passes: int
     drafted: int
@@ -88,9 +90,9 @@ class Run:
     pruned_wrongly: int
     reread: int
     acceptance_length: float
-    baseline_tokens_per_s: float
+    baseline_tokens_per_s: float | None
     tokens_per_s: float
-    speedup: float
+    speedup: float | None
     answer: str
 
 
@@ -127,26 +129,24 @@ def timed_generate(model: Any, ids: torch.Tensor, decoding: Decoding) -> tuple[l
 
 
 def run_pair(
-    base: Base, fast: AcceleratedModel, prompt: Prompt, ids: torch.Tensor, decoding: Decoding, fast_first: bool
+    base: Base, fast: AcceleratedModel, prompt: Prompt, ids: torch.Tensor, decoding: Decoding, fast_first: bool, plain: bool = True
 ) -> Run:
-    """Both sides on one prompt."""
-    if fast_first:
-        tokens, clock = timed_generate(fast, ids, decoding)
+    """Both sides on one prompt, or the accelerated one alone."""
+    expected, base_clock = timed_generate(base.model, ids, decoding) if plain and not fast_first else (None, None)
+    tokens, clock = timed_generate(fast, ids, decoding)
+    if plain and fast_first:
         expected, base_clock = timed_generate(base.model, ids, decoding)
-    else:
-        expected, base_clock = timed_generate(base.model, ids, decoding)
-        tokens, clock = timed_generate(fast, ids, decoding)
-    baseline, ours = _rate(base_clock), _rate(clock)
-    same = [a == b for a, b in zip(expected, tokens, strict=False)]
-    identical = expected == tokens
+    baseline, ours = _rate(base_clock) if base_clock else None, _rate(clock)
+    same = [a == b for a, b in zip(expected or [], tokens, strict=False)]
+    identical = None if expected is None else expected == tokens
     return Run(
         id=prompt.id,
         category=prompt.category,
         prompt_tokens=ids.shape[1],
         tokens=len(tokens),
         identical=identical,
-        first_difference=None if identical else (same.index(False) if False in same else len(same)),
-        baseline_decode_s=base_clock.decode_s,
+        first_difference=None if identical is not False else (same.index(False) if False in same else len(same)),
+        baseline_decode_s=base_clock.decode_s if base_clock else None,
         decode_s=clock.decode_s,
         target_passes=fast.stats.target_passes,
         drafted=fast.stats.drafted,
@@ -156,7 +156,7 @@ def run_pair(
         acceptance_length=fast.stats.acceptance_length,
         baseline_tokens_per_s=baseline,
         tokens_per_s=ours,
-        speedup=ours / baseline if baseline and ours else 1.0,
+        speedup=None if baseline is None else ours / baseline if baseline and ours else 1.0,
         answer=base.tokenizer.decode(tokens, skip_special_tokens=True),
     )
 
@@ -174,12 +174,14 @@ def bench(
     decoding: Decoding,
     load_in: str | None = None,
     journal: Path | None = None,
+    plain: bool = True,
 ) -> dict[str, Any]:
     """Every prompt on both sides, interleaved, after one warm-up that is not counted.
 
     Args:
         name: the adapter's.
         journal: a file that keeps each pair of runs as it is made; a later call with the same one goes on after them.
+        plain: with the plain side; without it acceptance is measured, and nothing compared.
 
     Returns:
         Everything that a reader needs to repeat and to judge the runs, ready for JSON.
@@ -188,22 +190,20 @@ def bench(
         UsageError: a prompt does not fit, or the journal is another report's.
     """
     encoded = encode_checked(base, prompts, decoding)
-    header = settings(base, fast, name, load_in, decoding)
+    header = settings(base, fast, name, load_in, decoding) | {"plain": plain}
     with resumed(journal, whose("bench", header, fast, encoded)) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
         runs = [Run(**run) for run in kept]
         bar.update(len(runs))
         if len(runs) < len(prompts):
             warm_up = Decoding(max_new_tokens=min(8, decoding.max_new_tokens))
-            run_pair(base, fast, prompts[0], encoded[0], warm_up, fast_first=False)
+            run_pair(base, fast, prompts[0], encoded[0], warm_up, fast_first=False, plain=plain)
         for number in range(len(runs), len(prompts)):
-            runs.append(run_pair(base, fast, prompts[number], encoded[number], decoding, fast_first=number % 2 == 1))
+            runs.append(run_pair(base, fast, prompts[number], encoded[number], decoding, fast_first=number % 2 == 1, plain=plain))
             write(asdict(runs[-1]))
             bar.update()
-            bar.set_postfix(
-                identical=f"{sum(r.identical for r in runs)}/{len(runs)}",
-                acceptance=f"{_pooled_acceptance(runs):.2f}",
-                speedup=f"{statistics.median(r.speedup for r in runs):.2f}",
-            )
+            so_far = summarize(runs)
+            compared = {"identical": f"{so_far['identical']}/{len(runs)}", "speedup": f"{so_far['speedup']:.2f}"} if plain else {}
+            bar.set_postfix(acceptance=f"{so_far['acceptance_length']:.2f}", **compared)
     return header | {
         **summarize(runs),
         "categories": {category: summarize([r for r in runs if r.category == category]) for category in _categories(runs)},
@@ -251,15 +251,21 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
     return {
         "prompts": len(runs),
         "tokens": sum(r.tokens for r in runs),
-        "identical": sum(r.identical for r in runs),
+        "identical": None if any(r.identical is None for r in runs) else sum(bool(r.identical) for r in runs),
         "reread": sum(r.reread for r in runs),
         "speculated": sum(r.speculated for r in runs),
         "pruned_wrongly": sum(r.pruned_wrongly for r in runs),
         "acceptance_length": round(_pooled_acceptance(runs), 4),
-        "baseline_tokens_per_s": round(statistics.median(r.baseline_tokens_per_s for r in runs), 3),
-        "tokens_per_s": round(statistics.median(r.tokens_per_s for r in runs), 3),
-        "speedup": round(statistics.median(r.speedup for r in runs), 4),
+        "baseline_tokens_per_s": _median((r.baseline_tokens_per_s for r in runs), 3),
+        "tokens_per_s": _median((r.tokens_per_s for r in runs), 3),
+        "speedup": _median((r.speedup for r in runs), 4),
     }
+
+
+def _median(values: Iterable[float | None], digits: int) -> float | None:
+    """Of what was measured; None where nothing was."""
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known), digits) if known else None
 
 
 def device_name(device: torch.device) -> str:
@@ -286,9 +292,11 @@ def table(found: dict[str, Any]) -> str:
     lines = [head, "-" * len(head)]
     rows = list(found["categories"].items()) if len(found["categories"]) > 1 else []
     for name, s in [*rows, ("all", found)]:
-        same = f"{s['identical']}/{s['prompts']}"
+        same, baseline, speedup = "-", "-", "-"
+        if s["identical"] is not None:
+            same, baseline, speedup = f"{s['identical']}/{s['prompts']}", f"{s['baseline_tokens_per_s']:.1f}", f"{s['speedup']:.2f}"
         lines.append(
             f"{name or '-':<24}{s['prompts']:>8}{s['tokens']:>8}{same:>11}{s['acceptance_length']:>10.2f}"
-            f"{s['baseline_tokens_per_s']:>10.1f}{s['tokens_per_s']:>10.1f}{s['speedup']:>9.2f}"
+            f"{baseline:>10}{s['tokens_per_s']:>10.1f}{speedup:>9}"
         )
     return "\n".join(lines)

@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
         command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
         command.add_argument("--json", metavar="OUT", help=f"write the {written} here; after an interruption the same command goes on")
+        if verb == "bench":
+            command.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True,
+                                 help="answer with the plain model too, to compare; or measure acceptance only")  # fmt: skip
         command.set_defaults(run=run)
 
     command = verbs.add_parser("doctor", help="say what this device, dtype and model can do, and how exactly")

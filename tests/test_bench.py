@@ -51,6 +51,19 @@ def test_a_report_adds_up(pair) -> None:  # type: ignore[no-untyped-def]
     assert "4/4" in table(found)
 
 
+def test_acceptance_alone_is_that_of_a_comparison(pair) -> None:  # type: ignore[no-untyped-def]
+    base, fast = pair
+    prompts, decoding = [from_text(f"w{i} w{i + 1}", f"p{i}") for i in range(3)], Decoding(max_new_tokens=9)
+    compared, alone = (bench(base, fast, "here", prompts, decoding, plain=plain) for plain in (True, False))
+    for what in ("prompts", "tokens", "acceptance_length", "reread", "speculated"):
+        assert alone[what] == compared[what]
+    assert [run["answer"] for run in alone["runs"]] == [run["answer"] for run in compared["runs"]]
+    for missing in ("identical", "baseline_tokens_per_s", "speedup"):
+        assert alone[missing] is None
+        assert alone["runs"][0][missing] is None
+    assert table(alone).splitlines()[-1].split()[3] == "-"
+
+
 def test_an_interrupted_bench_goes_on_after_the_runs_that_it_has(
     pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # type: ignore[no-untyped-def]
 ) -> None:

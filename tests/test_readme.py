@@ -115,7 +115,7 @@ def acceptance_rows() -> list[str]:
         for task, runs in parts.items():
             length = sum(run["tokens"] - 1 for run in runs) / sum(run["target_passes"] for run in runs)
             tokens = sum(run["tokens"] for run in runs)
-            rows.append(f"| {task} | {how} | {streams}{older(found)} | {len(runs)} | {tokens:,} | {length:.2f} |")
+            rows.append(f"| {task} | {found['dtype']} | {how} | {streams}{older(found)} | {len(runs)} | {tokens:,} | {length:.2f} |")
     return rows
 
 
