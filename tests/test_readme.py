@@ -96,8 +96,17 @@ def benchmark_row(found: dict[str, Any]) -> str:
 # of Spec-Bench; MT-bench's own eight categories are its conversations
 TASKS = {"translation": "translation", "summarization": "summarization", "qa": "question answering",
          "math_reasoning": "mathematical reasoning", "rag": "retrieval-augmented generation"}  # fmt: skip
-SETS = {"mt_bench": "MT-bench, first turns", "spec_bench": "Spec-Bench", "HumanEval": "HumanEval", "gsm8k_test": "GSM8K",
+SETS = {"mt_bench": "MT-bench, first turns", "mt_bench_24": "MT-bench, 3 of each category", "spec_bench": "Spec-Bench", "HumanEval": "HumanEval", "gsm8k_test": "GSM8K",
         "mt_bench_ja": "MT-bench in Japanese", "mt_bench_zh": "MT-bench in Chinese"}  # fmt: skip
+
+
+# what drafts, by the adapter's name
+DRAFTERS = {
+    "shipped": "streams",
+    "runs/paper": "the paper's streams",
+    "runs/ablation/paper-+-pruning-layer": "the paper's streams on a small budget",
+    "runs/ablation/paper-+-transition": "streams with a transition on a small budget",
+}
 
 
 def acceptance_rows() -> list[str]:
@@ -111,7 +120,7 @@ def acceptance_rows() -> list[str]:
             parts[task].append(run)
         decoding = found["decoding"]
         how = f"sampled at {decoding['temperature']}" if decoding["do_sample"] else "greedy"
-        streams = ("streams" if found["adapter"] == "shipped" else "the paper's streams") + (" and recall" if found["recall"] else " alone")
+        streams = DRAFTERS[found["adapter"]] + (" and recall" if found["recall"] else " alone")
         for task, runs in parts.items():
             length = sum(run["tokens"] - 1 for run in runs) / sum(run["target_passes"] for run in runs)
             tokens = sum(run["tokens"] for run in runs)
@@ -126,6 +135,24 @@ def test_every_acceptance_length_comes_from_a_stored_report() -> None:
     assert sorted(rows) == sorted(acceptance_rows())
 
 
+def pruning_row(found: dict[str, Any]) -> str:
+    """The README's table row of what the pruning layer keeps at one floor."""
+    passes = sum(run["target_passes"] for run in found["runs"])
+    return (
+        f"| {found['pruning_floor']:g} | {found['speculated'] / passes:.1f} | {100 * found['pruned_wrongly'] / passes:.1f} "
+        f"| {found['acceptance_length']:.2f} |"
+    )
+
+
+def test_what_pruning_does_comes_from_stored_reports() -> None:
+    _, _, rest = README.partition("<!-- pruning -->")
+    rows = [line for line in rest.partition("<!-- end of pruning -->")[0].splitlines() if line.startswith("|")][2:]
+    assert rows
+    assert rows == list(map(pruning_row, sorted(stored("pruning"), key=lambda found: float(found["pruning_floor"]))))
+    [training] = stored("paper")
+    assert f"foretold {training['acceptance_length']:.2f} (`paper-training.json`)" in README
+
+
 def stored(kind: str) -> list[dict[str, Any]]:
     paths = sorted(Path(shipped_adapter("demo") or "").glob(f"{kind}-*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
@@ -138,10 +165,11 @@ def test_every_number_comes_from_a_stored_report() -> None:
     assert sorted(rows) == sorted(written)
 
 
-def test_the_ablation_is_the_stored_one() -> None:
-    report = json.loads((Path(shipped_adapter("demo") or "") / "ablation.json").read_text(encoding="utf-8"))
-    assert {row["name"] for row in report["variants"]} <= {variant.name for variant in VARIANTS}
-    assert table(report) in README
+def test_the_ablations_are_the_stored_ones_and_leave_no_variant_out() -> None:
+    reports = stored("ablation")
+    assert {row["name"] for report in reports for row in report["variants"]} == {variant.name for variant in VARIANTS}
+    for report in reports:
+        assert table(report) in README
 
 
 def test_the_shipped_adapter_is_small_and_there() -> None:
