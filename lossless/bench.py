@@ -74,15 +74,12 @@ class Clock(StoppingCriteria):
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt, answered by both sides."""
+    """One prompt, answered by both sides, or by the accelerated one alone: then what compares is None."""
 
     id: str
     category: str
     prompt_tokens: int
     tokens: int
-    identical: bool | None
-    first_difference: int | None
-    baseline_decode_s: float | None
     decode_s: float
     target_passes: int
     drafted: int
@@ -90,10 +87,13 @@ class Run:
     pruned_wrongly: int
     reread: int
     acceptance_length: float
-    baseline_tokens_per_s: float | None
     tokens_per_s: float
-    speedup: float | None
     answer: str
+    identical: bool | None = None
+    first_difference: int | None = None
+    baseline_decode_s: float | None = None
+    baseline_tokens_per_s: float | None = None
+    speedup: float | None = None
 
 
 def encode_checked(base: Base, prompts: list[Prompt], decoding: Decoding) -> list[torch.Tensor]:
@@ -132,21 +132,14 @@ def run_pair(
     base: Base, fast: AcceleratedModel, prompt: Prompt, ids: torch.Tensor, decoding: Decoding, fast_first: bool, plain: bool = True
 ) -> Run:
     """Both sides on one prompt, or the accelerated one alone."""
-    expected, base_clock = timed_generate(base.model, ids, decoding) if plain and not fast_first else (None, None)
+    before = timed_generate(base.model, ids, decoding) if plain and not fast_first else None
     tokens, clock = timed_generate(fast, ids, decoding)
-    if plain and fast_first:
-        expected, base_clock = timed_generate(base.model, ids, decoding)
-    baseline, ours = _rate(base_clock) if base_clock else None, _rate(clock)
-    same = [a == b for a, b in zip(expected or [], tokens, strict=False)]
-    identical = None if expected is None else expected == tokens
+    expected = timed_generate(base.model, ids, decoding) if plain and fast_first else before
     return Run(
         id=prompt.id,
         category=prompt.category,
         prompt_tokens=ids.shape[1],
         tokens=len(tokens),
-        identical=identical,
-        first_difference=None if identical is not False else (same.index(False) if False in same else len(same)),
-        baseline_decode_s=base_clock.decode_s if base_clock else None,
         decode_s=clock.decode_s,
         target_passes=fast.stats.target_passes,
         drafted=fast.stats.drafted,
@@ -154,11 +147,24 @@ def run_pair(
         pruned_wrongly=fast.stats.pruned_wrongly,
         reread=fast.stats.reread,
         acceptance_length=fast.stats.acceptance_length,
-        baseline_tokens_per_s=baseline,
-        tokens_per_s=ours,
-        speedup=None if baseline is None else ours / baseline if baseline and ours else 1.0,
+        tokens_per_s=_rate(clock),
         answer=base.tokenizer.decode(tokens, skip_special_tokens=True),
+        **({} if expected is None else _compared(*expected, tokens, clock)),
     )
+
+
+def _compared(expected: list[int], base_clock: Clock, tokens: list[int], clock: Clock) -> dict[str, Any]:
+    """The fields of a run that take both sides."""
+    baseline, ours = _rate(base_clock), _rate(clock)
+    same = [a == b for a, b in zip(expected, tokens, strict=False)]
+    identical = expected == tokens
+    return {
+        "identical": identical,
+        "first_difference": None if identical else (same.index(False) if False in same else len(same)),
+        "baseline_decode_s": base_clock.decode_s,
+        "baseline_tokens_per_s": baseline,
+        "speedup": ours / baseline if baseline and ours else 1.0,
+    }
 
 
 def _rate(clock: Clock) -> float:

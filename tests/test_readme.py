@@ -96,8 +96,15 @@ def benchmark_row(found: dict[str, Any]) -> str:
 # of Spec-Bench; MT-bench's own eight categories are its conversations
 TASKS = {"translation": "translation", "summarization": "summarization", "qa": "question answering",
          "math_reasoning": "mathematical reasoning", "rag": "retrieval-augmented generation"}  # fmt: skip
-SETS = {"mt_bench": "MT-bench, first turns", "mt_bench_24": "MT-bench, 3 of each category", "spec_bench": "Spec-Bench", "HumanEval": "HumanEval", "gsm8k_test": "GSM8K",
-        "mt_bench_ja": "MT-bench in Japanese", "mt_bench_zh": "MT-bench in Chinese"}  # fmt: skip
+SETS = {
+    "mt_bench": "MT-bench, first turns",
+    "mt_bench_24": "MT-bench, 3 of each category",
+    "spec_bench": "Spec-Bench",
+    "HumanEval": "HumanEval",
+    "gsm8k_test": "GSM8K",
+    "mt_bench_ja": "MT-bench in Japanese",
+    "mt_bench_zh": "MT-bench in Chinese",
+}
 
 
 # what drafts, by the adapter's name
