@@ -1,0 +1,1 @@
+"""What is computed with: the frozen model, its weights packed, its structure copied."""

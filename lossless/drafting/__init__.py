@@ -1,0 +1,1 @@
+"""From streams to a draft tree that fits the machine."""

@@ -1,0 +1,1 @@
+"""Measurements: how fast, how exact, and how fast it can become."""
