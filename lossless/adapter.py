@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from .base.packed import draft_linear
 from .config import StreamingConfig
 from .errors import UsageError
 from .models import fingerprint_differences
@@ -74,21 +75,33 @@ class Transition(nn.Module):
         self.stream = nn.Parameter(torch.empty(rank, dim))  # S
         self.bias = nn.Parameter(torch.zeros(num_streams, rank))  # b
         self.out = nn.Parameter(torch.zeros(dim, rank))  # V, zero: an untrained head predicts as the stream does
+        self._cheap: dict[str, Any] = {}
         for weight in (self.start, self.recur, self.token, self.stream):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def begin(self, first_stream: torch.Tensor) -> torch.Tensor:
         """r_0 of `[..., dim]`."""
-        return torch.tanh(_linear(_norm(first_stream), self.start))
+        return torch.tanh(self._times("start", _norm(first_stream)))
 
-    def advance(self, r: torch.Tensor, token: torch.Tensor, stream: torch.Tensor, j: int) -> torch.Tensor:
-        """r_j from r_{j-1} `[..., rank]`, the token's embedding and stream j `[..., dim]`; j counts from 1."""
-        told = _linear(_norm(token), self.token) + _linear(_norm(stream), self.stream)
-        return F.silu(_linear(r, self.recur) + told + self.bias[j - 1].to(r.dtype))
+    def hear(self, streams: torch.Tensor) -> torch.Tensor:
+        """S N(s_j) + b_j of all streams at once: `[..., num_streams, dim]` -> `[..., num_streams, rank]`."""
+        return self._times("stream", _norm(streams)) + self.bias.to(streams.dtype)
+
+    def advance(self, r: torch.Tensor, token: torch.Tensor, heard: torch.Tensor) -> torch.Tensor:
+        """r_j from r_{j-1} `[..., rank]`, the token's embedding `[..., dim]`, and what `hear` gave for stream j, `[..., rank]`."""
+        return F.silu(self._times("recur", r) + self._times("token", _norm(token)) + heard)
 
     def adjust(self, stream: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         """s_j + V r_j, what the LM head reads: `[..., dim]`."""
-        return stream + _linear(r, self.out)
+        return stream + self._times("out", r)
+
+    def cheapen(self) -> None:
+        """From now on with the cheapest products there are; the weights learn no more."""
+        self._cheap = {name: draft_linear(getattr(self, name), None) for name in ("start", "recur", "token", "stream", "out")}
+
+    def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """A weight times x."""
+        return self._cheap[name](x) if self._cheap else _linear(x, getattr(self, name))
 
 
 class NoTransition(nn.Module):
@@ -97,11 +110,17 @@ class NoTransition(nn.Module):
     def begin(self, first_stream: torch.Tensor) -> torch.Tensor:
         return first_stream[..., :0]
 
-    def advance(self, r: torch.Tensor, token: torch.Tensor, stream: torch.Tensor, j: int) -> torch.Tensor:
+    def hear(self, streams: torch.Tensor) -> torch.Tensor:
+        return streams[..., :0]
+
+    def advance(self, r: torch.Tensor, token: torch.Tensor, heard: torch.Tensor) -> torch.Tensor:
         return r
 
     def adjust(self, stream: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         return stream
+
+    def cheapen(self) -> None:
+        pass
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -191,7 +210,9 @@ class StreamAdapter(nn.Module):
         """A frozen copy for inference: drafts need no more precision than the base's own activations."""
         copy = StreamAdapter(self.config, self.dim, self.projections(), self.draft_ids, self.base)
         copy.load_state_dict(self.state_dict())
-        return copy.to(device, dtype).eval().requires_grad_(False)
+        copy.to(device, dtype).eval().requires_grad_(False)
+        copy.transition.cheapen()
+        return copy
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,6 @@ plain side is left out, and what would compare with it is None.
 from __future__ import annotations
 
 import hashlib
-import platform
 import statistics
 import time
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .errors import UsageError, require_at_least
 from .generate import AcceleratedModel
-from .models import Base, context_limit
+from .models import Base, context_limit, device_name
 from .prompts import Prompt, encode
 from .storage import resumed, versions
 
@@ -230,7 +229,6 @@ def settings(base: Base, fast: AcceleratedModel, name: str, load_in: str | None,
         "versions": versions(),
         "decoding": asdict(decoding),
         "tree_nodes": fast.tree_nodes,
-        "tree_floor": round(fast.tree_floor, 4),
         "schedule": fast.schedule,
         "recall": fast.recall,
         "pruning_floor": fast.pruning_floor if fast.adapter.pruning is not None else None,
@@ -241,8 +239,7 @@ def settings(base: Base, fast: AcceleratedModel, name: str, load_in: str | None,
 def whose(command: str, header: dict[str, Any], fast: AcceleratedModel, encoded: list[torch.Tensor]) -> dict[str, Any]:
     """The first line of a journal: the same measurement, with these settings, of these prompts, goes on with it."""
     # what a probe measures differs in its last digits from one attach to the next
-    measured = ("guarantee", "tree_floor") if fast.tree_floor == fast.probed_floor() else ("guarantee",)
-    lasting = {key: value for key, value in header.items() if key not in measured}
+    lasting = {key: value for key, value in header.items() if key != "guarantee"}
     asked = hashlib.sha256(str([ids.tolist() for ids in encoded]).encode()).hexdigest()
     return {"command": command} | lasting | {"exact": header["guarantee"]["exact"], "prompt_ids": asked}
 
@@ -272,20 +269,6 @@ def _median(values: Iterable[float | None], digits: int) -> float | None:
     """Of what was measured; None where nothing was."""
     known = [value for value in values if value is not None]
     return round(statistics.median(known), digits) if known else None
-
-
-def device_name(device: torch.device) -> str:
-    """What computes."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_processor()})"
-
-
-def _processor() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _categories(runs: list[Run]) -> list[str]:

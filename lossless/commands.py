@@ -139,10 +139,9 @@ def doctor(arguments: argparse.Namespace) -> int:
         ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
         ("model", f"{base.name}, {str(base.model.dtype).removeprefix('torch.')}, {base.model.device}, {torch.get_num_threads()} threads"),
         ("adapter", f"{name}, {fast.adapter.parameter_count():,} weights"),
-        ("drafts", f"{fast.schedule}, trees of at most {fast.tree_nodes} rows, none below a probability of {fast.tree_floor:.2g}"),
+        ("drafts", f"{fast.schedule}, trees of at most {fast.tree_nodes} rows"),
         ("exact", found.level),
         ("noise", f"{found.noise:.2g} logits between passes of different shapes" if found.noise else "not measured"),
-        ("row cost", f"{found.row_cost:.2f} passes for each further row" if found.row_cost else "not measured"),
         *((f"  {kind}", f"{rows} rows at a time keep their bits") for kind, rows in found.operations.items()),
     ):
         print(f"{key:<24}{value}")

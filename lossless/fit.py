@@ -1,6 +1,6 @@
-"""An adapter meets its base: whether they belong together, a fresh one that does, and the top layers' weights with it in them.
+"""An adapter meets its base: whether they belong together, a fresh one that does, and the layers that streams run through alone.
 
-Knows: shapes and names. Does not know: passes.
+Knows: shapes, names, and where weights are merged. Does not know: passes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from .adapter import StreamAdapter
 from .anatomy import find_projections
+from .base.packed import dense, draft_linear
+from .base.structure import structure_of
 from .config import StreamingConfig
 from .errors import NotOfThisBase, UsageError
 from .models import fingerprint
-
-_MERGED_BYTES = 64 * 2**20  # most that a copy of the top layers' projections may take
+from .passes import adapt, turn_values
 
 
 def check_fit(model: Any, adapter: StreamAdapter) -> None:
@@ -48,23 +49,26 @@ def check_fit(model: Any, adapter: StreamAdapter) -> None:
         )
 
 
-def merged_weights(adapter: StreamAdapter, projections: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """For each top layer, W + B A of its adapted projections, for streams that run alone; empty if not to be had.
+def stream_layers(top: nn.ModuleList, adapter: StreamAdapter) -> nn.ModuleList:
+    """Layers for streams that run alone: a copy of the base's top layers, each projection W + B A in one product where that is to be
+    had, else over the base's own weights, with the adapters hooked into it.
 
-    In a small model the many small products of the adapters take as long as the layers themselves, and a
-    copy of the top layers' weights is little. The base's own weights stay as they are.
+    In a small model the many small products of the adapters take as long as the layers themselves, and a copy of the top
+    layers' weights is little. Drafts may be wrong, so the products are the cheapest ones.
     """
-    if any(parameter.requires_grad for parameter in adapter.parameters()):
-        return []
-    if any(type(p) is not nn.Linear or p.weight.is_meta for p in projections.values()):  # quantized, offloaded
-        return []
-    if sum(p.weight.numel() * p.weight.element_size() for p in projections.values()) > _MERGED_BYTES:
-        return []
-    merged: list[dict[str, torch.Tensor]] = [{} for _ in range(adapter.config.num_msa_layers)]
+    layers = structure_of(top)
+    projections: dict[str, Any] = {name: layers.get_submodule(name) for name, _ in adapter.adapters()}
+    weights = {name: dense(module) for name, module in projections.items()}
+    learning = any(parameter.requires_grad for parameter in adapter.parameters())
+    if learning or any(found is None for found in weights.values()):
+        adapt(layers, adapter)
+        return layers
     for name, low_rank in adapter.adapters():
-        index, path = name.split(".", 1)
-        merged[int(index)][f"{path}.weight"] = low_rank.merged_into(projections[name].weight.detach())
-    return merged
+        weight, bias = weights[name]  # type: ignore[misc]
+        parent, _, own = name.rpartition(".")
+        setattr(layers.get_submodule(parent), own, draft_linear(low_rank.merged_into(weight), bias))
+    turn_values(layers, adapter)
+    return layers
 
 
 def new_adapter(

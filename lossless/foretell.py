@@ -132,7 +132,7 @@ def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_
         (both pairs within `TOLERANCE`); and the decoded acceptance length by category and by context length.
     """
     fast = AcceleratedModel(base.model, adapter, "off")
-    fast.recall, fast.tree_floor = False, 0.0
+    fast.recall = False
     runs, said = [], []
     for number in range(len(held_out)):
         record = held_out[number]
@@ -143,11 +143,10 @@ def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_
         context = ids.shape[1] + fast.stats.tokens // 2
         runs.append(Decoded(record["id"], record["category"], context, fast.stats.tokens, fast.stats.target_passes))
     runner, drafter = fast.runner, fast.drafter
-    with runner.installed():
-        store = FeatureStore(runner, Answers.of(said), affordable(feature_gb, base.model.device))
-        foretold = Foretold.of(walk_along(runner, drafter, store, fast.tree_nodes))
-        store = FeatureStore(runner, held_out, affordable(feature_gb, base.model.device))
-        read_back = Foretold.of(walk_along(runner, drafter, store, fast.tree_nodes)).acceptance_length
+    store = FeatureStore(runner, Answers.of(said), affordable(feature_gb, base.model.device))
+    foretold = Foretold.of(walk_along(runner, drafter, store, fast.tree_nodes))
+    store = FeatureStore(runner, held_out, affordable(feature_gb, base.model.device))
+    read_back = Foretold.of(walk_along(runner, drafter, store, fast.tree_nodes)).acceptance_length
     decoded = acceptance(runs)
     difference = abs(decoded - foretold.acceptance_length) / foretold.acceptance_length
     return {

@@ -19,16 +19,21 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter import StreamAdapter
 from .anatomy import as_decoding, device_of, input_device
+from .base.packed import packed_twin
+from .base.structure import state_of
 from .cache import RowCache
 from .config import StreamingConfig
 from .dice import FORESEEABLE, Dice, NoiseTape
 from .draft import Drafter
+from .drafting.costs import CostCurve
+from .drafting.policy import DraftPolicy
 from .errors import UsageError
 from .fit import new_adapter
+from .generation.measure import kept_curve
 from .lookup import TextMemory
-from .models import fingerprint
+from .models import device_name, fingerprint
 from .passes import PassOutput
-from .probe import check_served, find_guarantee, logit_scale
+from .probe import check_level, check_served, find_guarantee, logit_scale
 from .served import exactness, not_served, not_served_as_prepared, tokenizer_at_hand, turn_of
 from .stats import Stats
 from .streams import StreamRunner
@@ -36,7 +41,7 @@ from .text import Text, result
 from .tree import DraftTree
 from .verification import walk
 
-OVERRIDES = frozenset(("tree_nodes", "tree_floor", "schedule", "recall", "pruning_floor"))  # fields of an adapter's config that a session may change
+OVERRIDES = frozenset(("tree_nodes", "schedule", "recall", "pruning_floor"))  # fields of an adapter's config that a session may change
 
 
 class AcceleratedModel:
@@ -50,22 +55,35 @@ class AcceleratedModel:
     def __init__(self, model: PreTrainedModel, adapter: StreamAdapter, exact: str | None = None) -> None:
         self.base: Any = model
         self.adapter = adapter
-        compute_dtype: Any = model.get_input_embeddings().weight.dtype
-        self.runner = StreamRunner(model, adapter.copy_as(device_of(model.get_output_embeddings()), compute_dtype))
-        check_served(self.runner)
-        self.guarantee = find_guarantee(self.runner, exact)
-        self.runner.limits = self.guarantee.limits
-        ends = model.get_input_embeddings(), model.get_output_embeddings()
-        self.drafter = Drafter(self.runner.adapter, *ends, logit_scale(self.runner))
+        self.exact = exact
         self.tree_nodes = adapter.config.tree_nodes
-        self.tree_floor = self.probed_floor()
         self.schedule = adapter.config.schedule
         self.recall = adapter.config.recall
         self.pruning_floor = adapter.config.pruning_floor
         self.stats = Stats()
         self._turn = turn_of(model)
         self._warned: set[str] = set()
-        self._attached_to = self._place()
+        with self._turn.lock:
+            self._attach()
+
+    def _attach(self) -> None:
+        """Look at the base as it is now: what it can do, and how exactly."""
+        check_level(self.exact)
+        ends: Any = self.base.get_input_embeddings(), self.base.get_output_embeddings()
+        adapter = self.adapter.copy_as(device_of(ends[1]), ends[0].weight.dtype)
+        self.reader = self.runner = StreamRunner(self.base, adapter)  # passes with the base's own weights and kernels
+        check_served(self.reader)
+        twin = None
+        if self.exact != "bitwise" and (model := packed_twin(self.base)) is not None:
+            twin = StreamRunner(self.base, adapter, model)
+        self.guarantee = find_guarantee(self.reader, self.exact, twin)
+        if self.guarantee.limits is not None:
+            self.reader.keep_bits(self.guarantee.limits)
+        if twin is not None and (self.guarantee.twin or self.guarantee.level == "off"):
+            self.runner = twin
+        self.drafter = Drafter(adapter, *ends, logit_scale(self.reader))
+        self.curve: CostCurve | None = kept_curve(self.reader, self.runner, self.drafter, self.tree_nodes, device_name(input_device(self.base)))
+        self._attached_to, self._state = self._place(), state_of(self.base)
 
     def __getattr__(self, name: str) -> Any:
         if name == "base":  # not yet set: a broken copy must not recurse
@@ -79,10 +97,6 @@ class AcceleratedModel:
         """Where the base is, and in which dtype: what was probed at attach holds there."""
         ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         return tuple((str(device_of(end)), end.weight.dtype) for end in ends)
-
-    def probed_floor(self) -> float:
-        """The least probability of a path that is worth a row here: a row that costs more than it is likely to give is not."""
-        return max(self.adapter.config.tree_floor, min(self.guarantee.row_cost, 0.5))
 
     def detach(self) -> PreTrainedModel:
         """The base, as it was."""
@@ -102,6 +116,8 @@ class AcceleratedModel:
             self.stats = Stats()
             if self._place() != self._attached_to:
                 raise UsageError("the base has been moved or converted since the adapter was attached: call accelerate() again")
+            if state_of(self.base) != self._state:  # other weights, an adapter of the user's own switched on or off
+                self._attach()
             if reason := not_served(self.base, inputs, kwargs):
                 self._hand_over(reason)
                 return self.base.generate(inputs, **kwargs)
@@ -117,8 +133,7 @@ class AcceleratedModel:
             if reason := not_served_as_prepared(model, input_ids, streamer, ahead, exact, **prepared):
                 self._hand_over(reason)
                 return model._sample(input_ids, streamer=streamer, **prepared)
-            with self.runner.installed():
-                return self._decode(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
+            return self._decode(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
 
         return self.base.generate(inputs, custom_generate=decode, **kwargs)
 
@@ -164,29 +179,31 @@ class AcceleratedModel:
         cache.keep(range(width - cache.length))
         for text, logits in zip(texts, out.logits[:, -1], strict=True):
             text.remember(text.choose_alone(logits))
-        active, streams = self._go_on(texts, out, [out.entry.shape[1] - 1] * len(texts), cache)
+        policy = DraftPolicy(self.curve)
+        active, streams = self._go_on(texts, out, [out.entry.shape[1] - 1] * len(texts), cache, policy)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
 
-        with as_decoding(self.base):
+        with as_decoding(self.runner.model), as_decoding(self.reader.model):
             while active:
                 # 2. draft: under each certain token, a tree of likely continuations
                 roots, memories = [text.last for text in active], [text.memory for text in active]
-                depths, dice = [self._room(text) for text in active], self._foresee(active, out.logits)
-                trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, self.tree_floor, dice, depths)
+                depths, dice = [self._room(text) for text in active], self._foresee(active, out.logits) if policy.drafting else None
+                trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, dice, depths, self.curve)
                 # 3. verify: the base's own logits after every node, and the next streams, in one pass
-                out = self._read_trees(trees, active, cache, dice)
+                out = self._read_trees(trees, active, cache, dice, policy.drafting)
                 # 4. accept: follow the base's choices as far as they were drafted
-                walks = [walk(tree, text.choose_after(rows)) for tree, text, rows in zip(trees, active, out.logits, strict=True)]
+                walks = [walk(tree, text.choose_after(rows, self.runner is self.reader)) for tree, text, rows in zip(trees, active, out.logits, strict=True)]
                 for text, tree, accepted in zip(active, trees, walks, strict=True):
                     text.remember(accepted.tokens)
                     self.stats.count(len(tree) - 1, len(accepted.tokens))
+                policy.note(*self._cost(trees), sum(len(accepted.tokens) for accepted in walks) / len(walks))
                 # 5. keep the accepted rows; the last choice is the next root
                 cache.keep_each([accepted.path for accepted in walks])
                 rows = [accepted.path[-1] for accepted in walks]
                 if walks[0].open:  # too close to call: made again from rows read one by one, as the base reads them
                     out, rows = self._read_alone(active[0], cache), [0]
-                # 6. speculate: the streams of each last accepted node; finished texts leave the batch
-                active, streams = self._go_on(active, out, rows, cache)
+                # 6. speculate: the streams of each last accepted node, if drafts pay; finished texts leave the batch
+                active, streams = self._go_on(active, out, rows, cache, policy)
 
         self.stats.texts = len(texts)
         self.stats.tokens = sum(text.emitted for text in texts)
@@ -198,6 +215,11 @@ class AcceleratedModel:
     def _room(self, text: Text) -> int:
         """How deep a tree under this text may be: neither tokens nor places go on for ever."""
         return max(0, min(text.room, self.runner.places - text.position) - 1)
+
+    def _cost(self, trees: list[DraftTree]) -> tuple[int, int]:
+        """Rows and drafted levels of a step over these trees, of the largest of them."""
+        depth = max(max(tree.depths) for tree in trees)
+        return max(map(len, trees)), min(depth + 1, self.adapter.config.num_streams)
 
     def _streams_join(self, alone: bool) -> bool:
         """Whether streams run in the base's own pass: under near-tie not if its rows are to have the shapes of the base's own."""
@@ -231,7 +253,7 @@ class AcceleratedModel:
             # a padding row sees itself, so that its softmax has something to sum
             mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
         nodes = torch.tensor([rows - 1]) if self._streams_join(alone=True) else None
-        return self.runner.verify(prompt.to(device), positions.to(device), mask, cache, nodes, last_only=True)
+        return self.reader.verify(prompt.to(device), positions.to(device), mask, cache, nodes, last_only=True)
 
     def _foresee(self, texts: list[Text], logits: torch.Tensor) -> Dice | None:
         """How the dice will fall for the tokens of a tree under each text, if they are thrown at all."""
@@ -243,8 +265,8 @@ class AcceleratedModel:
         # drafts do not know for sure which tokens are the base's best few
         return Dice(foreseen, config.temperature or 1.0, max(config.top_k, self.adapter.config.tree_top_k) if config.top_k else 0)
 
-    def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache, dice: Dice | None) -> PassOutput:
-        """One target pass over a tree for each text; with the parallel schedule every node speculates."""
+    def _read_trees(self, trees: list[DraftTree], texts: list[Text], cache: RowCache, dice: Dice | None, drafting: bool) -> PassOutput:
+        """One target pass over a tree for each text; with the parallel schedule every node speculates, while drafts pay."""
         width, device = max(map(len, trees)), input_device(self.base)
         ids, positions = torch.zeros(len(trees), width, dtype=torch.long), torch.zeros(len(trees), width, dtype=torch.long)
         mask = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # what fills a smaller tree sees itself
@@ -252,7 +274,7 @@ class AcceleratedModel:
             ids[i, : len(tree)] = torch.tensor(tree.tokens)
             positions[i, : len(tree)] = torch.tensor(tree.depths) + text.position
             mask[i, : len(tree), : len(tree)] = tree.mask()
-        nodes = self._speculators(trees, width, dice) if self._streams_join(alone=width == 1) else None
+        nodes = self._speculators(trees, width, dice) if drafting and self._streams_join(alone=width == 1) else None
         chosen = None if width == 1 else mask.to(device)
         out = self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
         self.stats.speculated += len(trees) * len(out.nodes)
@@ -277,7 +299,7 @@ class AcceleratedModel:
         device = input_device(self.base)
         for place in range(text.sound, text.ids.shape[1]):
             position = torch.tensor([[place - text.start]], device=device)
-            out = self.runner.verify(text.ids[:, place : place + 1].to(device), position, None, cache, None)
+            out = self.reader.verify(text.ids[:, place : place + 1].to(device), position, None, cache, None)
             cache.keep([0])
         self.stats.count_alone(text.ids.shape[1] - text.sound)
         text.sound = text.ids.shape[1]
@@ -285,9 +307,10 @@ class AcceleratedModel:
         return out
 
     def _go_on(
-        self, texts: list[Text], out: PassOutput, rows: list[int], cache: RowCache
-    ) -> tuple[list[Text], torch.Tensor]:
-        """The texts that are not finished, and `[texts, num_streams, dim]`: the streams of their row of the pass.
+        self, texts: list[Text], out: PassOutput, rows: list[int], cache: RowCache, policy: DraftPolicy
+    ) -> tuple[list[Text], torch.Tensor | None]:
+        """The texts that are not finished, and `[texts, num_streams, dim]`: the streams of their row of the pass, None while drafts
+        do not pay.
 
         `rows` are by now the last certain ones in the cache; finished texts are dropped from it.
         """
@@ -295,8 +318,8 @@ class AcceleratedModel:
         active, chosen = [texts[i] for i in going], [rows[i] for i in going]
         if len(going) < len(texts) and going:
             cache.select(going)
-        if not going:
-            return [], out.entry
+        if not going or not policy.drafting or self.tree_nodes == 1:
+            return active, None
         if out.streams is not None and set(chosen) <= set(out.nodes):  # not if one was pruned
             return active, out.streams[going, [out.nodes.index(row) for row in chosen]]
         if out.streams is not None:
@@ -326,7 +349,7 @@ def accelerate(
             `near-tie`, passes of several rows may be rounded otherwise, but a choice that this could change is made
             again from rows read one by one; `off`, it is not. None: bitwise where the device gives it, near-tie where
             that would cost much and spare nothing (`fast.guarantee` says which). Texts of a batch of several are always `off`.
-        overrides: `tree_nodes`, `tree_floor`, `schedule`, `recall` or `pruning_floor` (see `StreamingConfig`), in place of the adapter's own.
+        overrides: `tree_nodes`, `schedule`, `recall` or `pruning_floor` (see `StreamingConfig`), in place of the adapter's own.
 
     Raises:
         UsageError: the adapter cannot be read, its shapes are another model's, the model cannot be served, or the

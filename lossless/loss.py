@@ -47,11 +47,10 @@ class StreamLoss(nn.Module):
         transition, gamma = self.adapter.transition, self.adapter.config.num_streams
         told = drafter.embed(block.tokens[:, :, 0])
         streams = runner.speculate(block.entry, block.positions, block.context, block.rows, told)  # [b, p, gamma, dim]
-        r, drafting = transition.begin(streams[:, :, 0]), []
-        for j in range(1, gamma + 1):
-            stream = streams[:, :, j - 1]
-            r = transition.advance(r, drafter.embed(block.tokens[:, :, j - 1]), stream, j)
-            drafting.append(transition.adjust(stream, r))
+        r, heard, drafting = transition.begin(streams[:, :, 0]), transition.hear(streams), []
+        for j in range(gamma):
+            r = transition.advance(r, drafter.embed(block.tokens[:, :, j]), heard[:, :, j])
+            drafting.append(transition.adjust(streams[:, :, j], r))
         sums = self._compare(torch.stack(drafting, dim=2), block.final, block.valid)  # [2, gamma]
         # none, if every answer of the block ends before
         each, agreement = sums / block.valid.sum(dim=(0, 1)).clamp_min(1)

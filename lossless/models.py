@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,20 @@ def processes() -> PartialState:
     for name in sharding:
         state.print(f"{name} of Accelerate's configuration is not used: nothing is sharded, every process holds the base and the adapter")
     return state
+
+
+def device_name(device: torch.device) -> str:
+    """What computes."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_processor()})"
+
+
+def _processor() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def free_memory(device: torch.device) -> float:

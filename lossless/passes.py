@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .rows import in_pieces, one_by_one
-from .sight import Reach, Sight, as_mask
+from .sight import Reach, Sight
 
 ATTENTION = "lossless_streams"
 
@@ -72,7 +73,6 @@ class Pass:
     cache: Any = None
     keeps_bits: bool = False  # main rows are to have the bits of the base's own passes
     paths: list[list[int]] | None = None  # rows from the root to each main row, if those would be passes of one row
-    merged: bool = False  # the projections hold the MSA adapters already
     rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window
     entry: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] at layer N - N_s
@@ -138,21 +138,38 @@ def _attend(
     plan = PASS.get()
     if plan is None:
         raise RuntimeError("lossless attention was called outside a pass")
-    attention = _base_attention(module, plan.implementation)
     reach = _reach(module, kwargs)
     rows, outputs = plan.main_rows, []
     if plan.main is not None:
         keys = key.shape[2] - (query.shape[2] - rows)
-        main = query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]
+        main = (query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]) if query.shape[2] > rows else (query, key, value)
         if plan.paths is not None:
-            alone = partial(_alone, attention, module, kwargs)
+            alone = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
             outputs.append(one_by_one(alone, *main, plan.paths, lambda length: reach.first(length - 1)))
         else:
-            outputs.append(attention(module, *main, as_mask(plan.main.within(reach), query, plan.implementation), **kwargs)[0])
+            outputs.append(_masked(plan, plan.main, reach, module, kwargs, *main))
     if plan.stream is not None and query.shape[2] > rows:  # not in the lower layers
-        seen = as_mask(plan.stream.within(reach), query, plan.implementation)
-        outputs.append(attention(module, query[:, :, rows:], key, value, seen, **kwargs)[0])
+        outputs.append(_masked(plan, plan.stream, reach, module, kwargs, query[:, :, rows:], key, value))
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
+
+
+def _masked(
+    plan: Pass, sight: Sight, reach: Reach, module: nn.Module, kwargs: dict[str, Any],
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The base's attention of some rows over the keys that they may see: `[batch, rows, heads, head_dim]`.
+
+    With a mask, HF's own way with grouped heads is to copy each key and value for every head of its group. The heads of a
+    group stand side by side as rows instead.
+    """
+    groups = query.shape[1] // key.shape[1]
+    seen = sight.as_mask(reach, query, plan.implementation, groups)
+    if seen is None or plan.implementation != "sdpa" or kwargs.get("position_bias") is not None:
+        return _base_attention(module, plan.implementation)(module, query, key, value, seen, **kwargs)[0]
+    batch, heads, rows, _ = query.shape
+    folded = query.reshape(batch, key.shape[1], groups * rows, -1)
+    out = sdpa(folded, key, value, attn_mask=seen, scale=kwargs.get("scaling"))
+    return out.view(batch, heads, rows, -1).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -191,8 +208,21 @@ def running(plan: Pass) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_bits(limits: dict[nn.Module, int]) -> Iterator[None]:
-    """Projections see no more main rows at a time than keep their bits, in passes that ask for it."""
+    """`keep_bits`, for the time of a context."""
     before = {module: module.__dict__.get("forward") for module in limits}  # Accelerate may have put one there
+    try:
+        keep_bits(limits)
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def keep_bits(limits: dict[nn.Module, int]) -> None:
+    """From now on these projections see no more main rows at a time than keep their bits, in passes that ask for it."""
 
     def careful(forward: Any, most: int) -> Any:
         def run(rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -203,16 +233,8 @@ def keeping_bits(limits: dict[nn.Module, int]) -> Iterator[None]:
 
         return run
 
-    try:
-        for module, most in limits.items():
-            module.forward = careful(module.forward, most)
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
+    for module, most in limits.items():
+        module.forward = careful(module.forward, most)
 
 
 def adapting(low_rank: nn.Module) -> Any:
@@ -220,7 +242,7 @@ def adapting(low_rank: nn.Module) -> Any:
 
     def add(projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         plan = PASS.get()
-        if plan is None or plan.merged:
+        if plan is None or (plan.nodes is None and plan.main is not None):
             return None
         if plan.main_rows == 0:
             return output + low_rank(args[0])
@@ -249,3 +271,17 @@ def turning(num_streams: int) -> Any:
         return torch.cat([main, turned], dim=1)
 
     return turn
+
+
+def adapt(layers: nn.ModuleList, adapter: Any) -> None:
+    """Hook the MSA adapters into the projections of some top layers, for their stream rows."""
+    for name, low_rank in adapter.adapters():
+        layers.get_submodule(name).register_forward_hook(adapting(low_rank))
+    turn_values(layers, adapter)
+
+
+def turn_values(layers: nn.ModuleList, adapter: Any) -> None:
+    """The same for the turned values, if the adapter has them in place of stream embeddings."""
+    if adapter.config.rotate_values:
+        for name in (name for name, _ in adapter.adapters() if name.endswith("v_proj")):
+            layers.get_submodule(name).register_forward_hook(turning(adapter.config.num_streams))

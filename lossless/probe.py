@@ -11,8 +11,6 @@ takes without rounding otherwise, and what level of exactness follows. Does not 
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +20,10 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .anatomy import as_decoding, decoder, device_of, features, input_device, is_projection
+from .base.packed import product_dtype
 from .cache import RowCache
 from .errors import UsageError
+from .passes import keeping_bits
 from .streams import StreamRunner
 from .tree import DraftTree
 
@@ -40,23 +40,22 @@ def check_served(runner: StreamRunner) -> None:
     Raises:
         UsageError: the base's layers cannot carry the rows of a tree, or give other logits with them.
     """
-    model, name = runner.model, type(runner.model).__name__
+    model, name = runner.base, type(runner.base).__name__
     tokens = [1 + i % (runner.text_config.vocab_size - 1) for i in range(7)]
     tree, branches = DraftTree((*tokens[3:5], tokens[6], tokens[5]), (-1, 0, 0, 1)), ((0, 1, 3), (0, 2))
     fine = model.get_input_embeddings().weight.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     far = _FAR_FLOAT32 if fine else _FAR_COARSER
     try:
-        with runner.installed():
-            cache, device = RowCache(len(runner.layers)), input_device(model)
-            runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None)
-            cache.keep(range(3))
-            places = torch.tensor([tree.depths], device=device) + 3
-            nodes = torch.arange(len(tree))
-            out = runner.verify(torch.tensor([tree.tokens], device=device), places, tree.mask()[None].to(device), cache, nodes)
-            cache.keep([0])
-            context = torch.ones(1, 1, 4, dtype=torch.bool, device=device)
-            there = out.entry.device
-            runner.speculate(out.entry[:, :1], places[:, :1].to(there), context.to(there), cache)
+        cache, device = RowCache(len(runner.layers)), input_device(model)
+        runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None)
+        cache.keep(range(3))
+        places = torch.tensor([tree.depths], device=device) + 3
+        nodes = torch.arange(len(tree))
+        out = runner.verify(torch.tensor([tree.tokens], device=device), places, tree.mask()[None].to(device), cache, nodes)
+        cache.keep([0])
+        context = torch.ones(1, 1, 4, dtype=torch.bool, device=device)
+        there = out.entry.device
+        runner.speculate(out.entry[:, :1], places[:, :1].to(there), context.to(there), cache)
         for branch in branches:
             text = torch.tensor([[*tokens[:3], *(tree.tokens[node] for node in branch)]], device=device)
             plain = model(input_ids=text, use_cache=False).logits[0, 3:].float()
@@ -75,7 +74,7 @@ def check_served(runner: StreamRunner) -> None:
 
 def logit_scale(runner: StreamRunner) -> float:
     """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad():
         plan, logits = runner.observe_anything()
         bare = runner.lm_head(plan.final[:, -1:]).float().to(logits.device)
     found = float((bare * logits.float()).sum() / (bare * bare).sum())
@@ -98,49 +97,56 @@ class Guarantee:
         limits: rows at a time that keep their bits, for each projection; None if the level is not bitwise.
         operations: the same by kind of projection, to be read: `in x out` -> rows.
         noise: how far differences between logits move with the shape of a pass, in logits.
-        row_cost: what a further row adds to a pass, in passes of one row; 0 if it was not measured.
+        twin: passes over trees run through packed copies of the weights.
     """
 
     level: str
     limits: dict[nn.Module, int] | None = field(default=None, repr=False)
     operations: dict[str, int] = field(default_factory=dict)
     noise: float = 0.0
-    row_cost: float = 0.0
+    twin: bool = False
 
     def describe(self) -> dict[str, Any]:
         """For JSON."""
-        return {"exact": self.level, "rows_that_keep_bits": self.operations, "noise": self.noise,
-                "row_cost": round(self.row_cost, 3)}  # fmt: skip
+        return {"exact": self.level, "rows_that_keep_bits": self.operations, "noise": self.noise}
 
 
 @torch.no_grad()
-def find_guarantee(runner: StreamRunner, wanted: str | None) -> Guarantee:
+def find_guarantee(runner: StreamRunner, wanted: str | None, twin: StreamRunner | None = None) -> Guarantee:
     """Probe the base, in a second or two.
 
     Args:
+        runner: passes in the base's own weights and kernels; twin: passes through packed copies, where there are any.
         wanted: a level; None for the strongest that pays: bitwise where it is to be had, unless most weights would
             take one row at a time for it and the noise is so small that a choice is hardly ever within it (float32).
 
     Raises:
         UsageError: there is no such level, or the device does not give it.
     """
-    if wanted is not None and wanted not in EXACTNESS:
-        raise UsageError(f"exact must be one of {', '.join(EXACTNESS)}, got {wanted!r}")
+    check_level(wanted)
     if wanted == "off":
         return Guarantee("off")
+    if twin is not None and wanted in (None, "near-tie") and (noise := _compare(twin, None)[1]) < _QUIET:
+        return Guarantee("near-tie", noise=noise, twin=True)
     limits, operations, together = find_limits(runner.model)
     # attention that is not called through transformers' interface takes the rows of a pass together
     apart = wanted != "near-tie" and not runner.own_attention
     bits, noise = _compare(runner, limits if apart else None)
     enough = wanted is None and together < 0.5 and noise < _QUIET
     if bits and not enough:
-        return Guarantee("bitwise", limits, operations, noise, _row_cost(runner, limits))
+        return Guarantee("bitwise", limits, operations, noise)
     if wanted == "bitwise":
         raise UsageError(
-            f"exact='bitwise' is not to be had for {type(runner.model).__name__} in {runner.model.dtype} on "
-            f"{input_device(runner.model)}: something besides its projections and attention depends on the rows of a pass"
+            f"exact='bitwise' is not to be had for {type(runner.base).__name__} in {runner.base.dtype} on "
+            f"{input_device(runner.base)}: something besides its projections and attention depends on the rows of a pass"
         )
     return Guarantee("near-tie", None, operations, noise)
+
+
+def check_level(wanted: str | None) -> None:
+    """Raises UsageError if there is no such level."""
+    if wanted is not None and wanted not in EXACTNESS:
+        raise UsageError(f"exact must be one of {', '.join(EXACTNESS)}, got {wanted!r}")
 
 
 def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float]:
@@ -155,7 +161,7 @@ def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float
     kinds: dict[tuple[Any, ...], int] = {}
     weights = several = 0
     for module in [*modules, *([] if head in modules else [head])]:
-        kind = (type(module).__name__, *features(module), module.weight.dtype)
+        kind = (type(module).__name__, *features(module), product_dtype(module))
         if kind not in kinds:
             kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, device_of(module))
         limits[module] = kinds[kind]
@@ -188,17 +194,16 @@ def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> i
 
 def _compare(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> tuple[bool, float]:
     """Over one tree: whether rows have the bits of one-row passes under `limits`, and the noise without."""
-    model = runner.model
+    model = runner.base
     vocab = runner.text_config.vocab_size
     prompt = torch.randint(0, vocab, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     parents = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 6, 9)
     tree = DraftTree(tuple(i % vocab for i in range(len(parents))), parents)
-    with runner.installed():
-        read = _behind(runner, prompt)
-        with as_decoding(model):
-            native = read(tree)
-    with as_decoding(model), _limited(runner, limits), runner.installed():
-        apart = native if limits is None else read(tree)
+    read = _behind(runner, prompt)
+    with as_decoding(runner.model):
+        native = read(tree)
+        with _limited(runner, limits):
+            apart = native if limits is None else read(tree)
     bits, noise = limits is not None, _rounding(model, native)
     for leaf in (4, 8, 11):
         path = [node for node, seen in enumerate(tree.mask()[leaf].tolist()) if seen]
@@ -243,23 +248,7 @@ def _behind(runner: StreamRunner, prompt: list[int]) -> Callable[[DraftTree], to
 def _limited(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> Iterator[None]:
     before, runner.limits = runner.limits, limits
     try:
-        yield
+        with keeping_bits(limits or {}):
+            yield
     finally:
         runner.limits = before
-
-
-def _row_cost(runner: StreamRunner, limits: dict[nn.Module, int]) -> float:
-    """Time that a further row adds to a bitwise pass, in passes of one row."""
-    vocab = runner.text_config.vocab_size
-    bushes = [DraftTree(tuple(i % vocab for i in range(rows)), (-1, 0, 0, 1, 1)[:rows]) for rows in (1, 5)]
-    times: list[list[float]] = [[], []]
-    with _limited(runner, limits), runner.installed():
-        read = _behind(runner, [i % vocab for i in range(64)])
-        with as_decoding(runner.model):
-            for _ in range(4):
-                for bush, seen in zip(bushes, times, strict=True):
-                    started = time.perf_counter()
-                    read(bush).sum().item()  # waits for a device that works on its own
-                    seen.append(time.perf_counter() - started)
-    one, five = (statistics.median(seen[1:]) for seen in times)
-    return max(0.0, (five - one) / 4 / one)

@@ -50,7 +50,7 @@ class Sight:
     allowed: torch.Tensor | None
     rows: torch.Tensor
     keys: torch.Tensor
-    _found: dict[Reach, torch.Tensor | None] = field(default_factory=dict)
+    _found: dict[Any, torch.Tensor | None] = field(default_factory=dict)
 
     def within(self, reach: Reach) -> torch.Tensor | None:
         """`[batch, 1, rows, keys]`, True where a row may attend in a layer of this reach."""
@@ -61,6 +61,15 @@ class Sight:
                 seen = near & (self.keys[:, None] <= self.rows[:, :, None]) if seen is None else near & seen
             self._found[reach] = None if seen is None else seen[:, None]
         return self._found[reach]
+
+    def as_mask(self, reach: Reach, query: torch.Tensor, implementation: str, groups: int) -> torch.Tensor | None:
+        """What `within` finds in the form that an attention takes, made once for all layers of a pass; for sdpa
+        `[batch, 1, groups * rows, keys]`, the rows once for every head of a group."""
+        form = (reach, implementation, query.dtype, query.device, groups)
+        if form not in self._found:
+            seen = as_mask(self.within(reach), query, implementation)
+            self._found[form] = seen.repeat(1, 1, groups, 1) if seen is not None and implementation == "sdpa" else seen
+        return self._found[form]
 
 
 def behind_the_past(own: torch.Tensor, cache: Any, batch: int) -> torch.Tensor:

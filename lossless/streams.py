@@ -3,11 +3,11 @@
 Knows: where stream rows enter the base, which rows they may attend to, and how one pass carries main
 rows and stream rows. Does not know: how a tree is grown, what is accepted, or how weights are trained.
 
-Nothing of the base is replaced. While `StreamRunner.installed()` holds, hooks insert the stream rows
-before layer N - N_s, add the MSA adapters to the projections of stream rows, and take stream rows out
-behind the last layer; and attention goes through `passes.py`, which gives main rows and stream rows a call of their
-own. Main rows see main keys only, so their results do not depend on the streams. Between passes the base is its
-own: a logits processor may call it. When the context ends, so does every trace of it.
+The base itself is never touched: passes run through a copy of its structure over the same tensors (base/structure.py), or
+through a twin with packed weights. Hooks of the copy insert the stream rows before layer N - N_s, add the MSA adapters to the
+projections of stream rows, and take stream rows out behind the last layer; and attention goes through `passes.py`, which gives
+main rows and stream rows a call of their own. Main rows see main keys only, so their results do not depend on the
+streams. Streams that run alone have layers of their own, with the adapters merged into their weights.
 
 Row order in the top layers: main rows, then the streams of the first speculating node (1..gamma), of
 the second, and so on. Keys: past rows, main rows, stream rows.
@@ -15,10 +15,9 @@ the second, and so on. Keys: past rows, main rows, stream rows.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -40,7 +39,8 @@ from .anatomy import (
     uses_attention_interface,
 )
 from .cache import RowCache
-from .fit import check_fit, merged_weights
+from .base.structure import structure_of
+from .fit import check_fit, stream_layers
 from .passes import (
     ATTENTION,
     PASS,
@@ -49,12 +49,11 @@ from .passes import (
     PassOutput,
     RotaryCall,
     Slot,
-    adapting,
-    keeping_bits,
+    adapt,
+    keep_bits,
     named,
     note_rotary,
     running,
-    turning,
 )
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
 
@@ -63,35 +62,43 @@ class StreamRunner:
     """A frozen base and an adapter that fits it.
 
     Args:
-        model: any decoder-only causal LM whose decoder layers stand in one list.
+        base: any decoder-only causal LM whose decoder layers stand in one list.
         adapter: its weights.
+        model: a copy of the base's structure to run through, a packed twin for example; None makes one over the same tensors.
 
     Raises:
         UsageError: the model has no such layers, or the adapter's shapes are of another model.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: StreamAdapter) -> None:
-        self.model: Any = model
+    def __init__(self, base: PreTrainedModel, adapter: StreamAdapter, model: Any = None) -> None:
+        self.base: Any = base
+        check_fit(base, adapter)
+        self.model: Any = structure_of(base) if model is None else model
         self.adapter = adapter
-        self.text_config = model.config.get_text_config()
-        self.layers = decoder_layers(model)
+        self.text_config = self.model.config.get_text_config()
+        self.layers = decoder_layers(self.model)
         self.top = self.layers[len(self.layers) - adapter.config.num_msa_layers :]
-        self._rotaries = [m for m in decoder(model).children() if "Rotary" in type(m).__name__]
-        self.own_attention = not uses_attention_interface(model)
-        self._after = after_layers(model)
+        self.lm_head = self.model.get_output_embeddings()
+        self.own_attention = not uses_attention_interface(base)
+        self.implementation = self.text_config._attn_implementation  # the base's own attention
+        self._rotaries = [m for m in decoder(self.model).children() if "Rotary" in type(m).__name__]
+        self._after = after_layers(self.model)
         self._names = [list(inspect.signature(layer.forward).parameters) for layer in self.layers]
         self._reaches = [Reach(own_window(layer)) for layer in self.layers] if self.own_attention else []
-        self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits; None: nobody cares
-        self._habits: dict[int, Habit] = {}  # of the top layers, by their number
-        self._masks: list[tuple[Any, Any]] = []  # of a base that masks by column, and who holds them
+        self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits, by module; None: as many as come
+        self._habits: dict[int, Habit] = {}  # of the top layers, by their number; learnt in the first pass
         # rotary positions go on for ever, a table of positions ends
         self.places = 2**31 if self._rotaries else getattr(self.text_config, "max_position_embeddings", None) or 2**31
         self._stream_sight = partial(stream_sight, gamma=adapter.config.num_streams, last=self.places - 1)
-        self.lm_head = model.get_output_embeddings()
-        check_fit(model, adapter)
         for name, low_rank in adapter.adapters():
             low_rank.to(device_of(self._projection(name)))
-        self._merged = merged_weights(adapter, {name: self._projection(name) for name, _ in adapter.adapters()})
+        if self.own_attention:  # rows of a tree do not stand in columns of their own place
+            for module in (module for layer in self.layers for module in column_masks(layer)):
+                module.bias = module.bias.new_ones(1, 1, 1, 1).expand_as(module.bias)  # type: ignore[operator]
+        else:
+            self.text_config._attn_implementation = ATTENTION
+        self._unhooked = structure_of(self.top)
+        self._hook()
 
     @property
     def first_top(self) -> int:
@@ -103,47 +110,27 @@ class StreamRunner:
         index, path = name.split(".", 1)
         return self.top[int(index)].get_submodule(path)
 
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Hooks in place, for the time of the context; they do nothing but in passes of this runner's."""
-        self._implementation = self.text_config._attn_implementation
+    @cached_property
+    def stream_layers(self) -> nn.ModuleList:
+        """The layers that streams run through alone."""
+        return stream_layers(self._unhooked, self.adapter)
+
+    def keep_bits(self, limits: dict[nn.Module, int]) -> None:
+        """From now on every row of a pass is to have the bits of a pass of its own."""
+        self.limits = limits
+        keep_bits(limits)
+
+    def _hook(self) -> None:
+        """What makes the copy's layers carry streams. It stays: nobody else calls them."""
         entered = self.layers if self.own_attention else self.top
         first = len(self.layers) - len(entered)
-        handles = [
+        for number, layer in enumerate(entered, first):
             layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
-            for number, layer in enumerate(entered, first)
-        ]
-        handles += [module.register_forward_hook(note_rotary, with_kwargs=True) for module in self._rotaries]
-        handles.append(self.top[-1].register_forward_hook(self._part))
-        handles.append(self.lm_head.register_forward_pre_hook(self._leave))
-        for name, low_rank in self.adapter.adapters():
-            handles.append(self._projection(name).register_forward_hook(adapting(low_rank)))
-            if self.adapter.config.rotate_values and name.endswith("v_proj"):
-                handles.append(self._projection(name).register_forward_hook(turning(self.adapter.config.num_streams)))
-        if self.own_attention:
-            self._masks = [(module, module.bias) for layer in self.layers for module in column_masks(layer)]
-        try:
-            with keeping_bits(self.limits or {}):
-                yield
-        finally:
-            self._habits, self._masks = {}, []
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
-    def _passing(self, plan: Pass) -> Iterator[None]:
-        """Attention goes by the plan, for the time of one pass."""
-        for module, mask in self._masks:  # rows of a tree do not stand in columns of their own place
-            module.bias = mask.new_ones(1, 1, 1, 1).expand_as(mask)
-        if not self.own_attention:
-            self.text_config._attn_implementation = ATTENTION
-        try:
-            with running(plan):
-                yield
-        finally:
-            self.text_config._attn_implementation = self._implementation
-            for module, mask in self._masks:
-                module.bias = mask
+        for module in self._rotaries:
+            module.register_forward_hook(note_rotary, with_kwargs=True)
+        self.top[-1].register_forward_hook(self._part)
+        self.lm_head.register_forward_pre_hook(self._leave)
+        adapt(self.top, self.adapter)
 
     def verify(
         self,
@@ -176,7 +163,7 @@ class StreamRunner:
         alone = count == 1 or (cache.length == 0 and self._knows_causal())
         plain = tree_mask is None and alone and cache.visible() is None
         allowed = None if plain else behind_the_past(own(torch.arange(count)), cache, len(ids))
-        plan = Pass(self._implementation, len(ids), count, Sight(allowed, positions, keys), last_only=last_only)
+        plan = Pass(self.implementation, len(ids), count, Sight(allowed, positions, keys), last_only=last_only)
         plan.keeps_bits = self.limits is not None and len(ids) == 1 and cache.visible() is None
         if plan.keeps_bits and not last_only:
             plan.paths = [[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()]
@@ -208,7 +195,7 @@ class StreamRunner:
         allowed = None
         if not self._knows_causal():
             allowed = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        plan = Pass(self._implementation, len(ids), ids.shape[1], Sight(allowed, positions, positions), last_only=True)
+        plan = Pass(self.implementation, len(ids), ids.shape[1], Sight(allowed, positions, positions), last_only=True)
         return plan, self._run(plan, ids, positions, cache)
 
     def observe_anything(self) -> tuple[Pass, torch.Tensor]:
@@ -218,12 +205,12 @@ class StreamRunner:
 
     def _knows_causal(self) -> bool:
         """Whether the base's attention is causal by itself over rows that are all of its keys."""
-        return self._implementation == "sdpa" and not self.own_attention
+        return self.implementation == "sdpa" and not self.own_attention
 
     def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
-        self._habits, plan.cache = {}, cache
-        with self._passing(plan):
+        plan.cache = cache
+        with running(plan):
             given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
             return self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
@@ -245,24 +232,18 @@ class StreamRunner:
             told: `[batch, nodes, dim]`, embeddings of the token after each node, for an adapter that is told it.
 
         Returns:
-            `[batch, nodes, num_streams, dim]` after the final norm. The layers are called as the base called
-            them last.
+            `[batch, nodes, num_streams, dim]` after the final norm. The layers are called as the base calls its own.
         """
-        if not self._habits:  # no main rows have passed since this was installed
+        if not self._habits:  # no main rows have passed yet
             with torch.no_grad():
                 self.observe_anything()
         keys = cache.places().to(entry.device).expand(len(entry), -1)
         sight = self._stream_sight(context, positions, keys)
-        plan = Pass(self._implementation, len(entry), 0, stream=sight, cache=cache, merged=bool(self._merged))
+        plan = Pass(self.implementation, len(entry), 0, stream=sight, cache=cache)
         hidden = self.adapter.start_streams(entry, told)
-        with self._passing(plan):
-            for number, habit in self._habits.items():
-                i = number - self.first_top
-                given = self._filled(number, habit, plan, hidden)
-                if plan.merged:
-                    hidden = torch.func.functional_call(self.top[i], self._merged[i], (hidden,), given)
-                else:
-                    hidden = self.top[i](hidden, **given)
+        with running(plan):
+            for number, layer in enumerate(self.stream_layers, self.first_top):
+                hidden = layer(hidden, **self._filled(number, self._habits[number], plan, hidden))
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return self.finish(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
 
@@ -277,18 +258,21 @@ class StreamRunner:
         plan = PASS.get()
         if plan is None or plan.main is None:
             return None
+        shared = self.own_attention or plan.nodes is not None or plan.begin is not None  # one call for main rows and streams
+        if number in self._habits and not shared:
+            if layer is self.top[0]:
+                plan.entry = args[0] if args else kwargs[self._names[number][0]]
+            return None
         given = dict(zip(self._names[number], args, strict=False)) | kwargs
         hidden = given.pop(self._names[number][0])
-        habit = Habit({name: named(name, value, plan) for name, value in given.items()})
+        self._habits[number] = habit = Habit({name: named(name, value, plan) for name, value in given.items()})
         if layer is self.top[0]:
             hidden = hidden.to(self.adapter.device)  # another than the layer's below, perhaps
             plan.entry = hidden
             if plan.begin is not None:
                 plan.begin(hidden)
                 hidden = torch.cat([hidden, self.adapter.start_streams(hidden[:, plan.nodes])], dim=1)
-        if number >= self.first_top:
-            self._habits[number] = habit
-        if self.own_attention or plan.nodes is not None:
+        if shared:
             given = self._filled(number, habit, plan, hidden)
         return (hidden,), given
 

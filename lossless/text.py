@@ -145,12 +145,13 @@ class Text:
         self.choose(logits)
         return (self.last,)
 
-    def choose_after(self, logits: torch.Tensor) -> Callable[[int], tuple[int, bool] | None]:
+    def choose_after(self, logits: torch.Tensor, native: bool) -> Callable[[int], tuple[int, bool] | None]:
         """For a walk: node -> the choice after it, given `[nodes, vocab]`; None if it is too close to call.
 
-        A pass of one row is as good as the base's own only if the rows that it looks back at are.
+        A pass of one row, in the base's own weights (`native`), is as good as the base's own only if the rows that it looks
+        back at are.
         """
-        alone = len(logits) == 1 and self.sound == self.ids.shape[1] - 1
+        alone = native and len(logits) == 1 and self.sound == self.ids.shape[1] - 1
         self.sound += alone
         return lambda node: self.choose(logits[node], alone)
 

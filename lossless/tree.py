@@ -72,16 +72,6 @@ class DraftTree:
         return allowed
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A token that might become a node: its parent among the candidates (-1: the root), the log
-    probability of the whole path to it."""
-
-    token: int
-    parent: int
-    score: float
-
-
 def blend(drafted: dict[int, float], recalled: tuple[int, float] | None) -> dict[int, float]:
     """Mix a recalled token, trusted with some probability, into drafted tokens and their log probabilities.
 
@@ -93,22 +83,3 @@ def blend(drafted: dict[int, float], recalled: tuple[int, float] | None) -> dict
     mixed = {other: score + math.log1p(-trust) for other, score in drafted.items()}
     mixed[token] = math.log(trust + (1 - trust) * math.exp(drafted.get(token, -math.inf)))
     return mixed
-
-
-def most_likely(candidates: Sequence[Candidate], among: range, count: int) -> list[int]:
-    """Numbers of the `count` best candidates of a range, best first; of equals the first drafted wins."""
-    return sorted(among, key=lambda i: (-candidates[i].score, i))[:count]
-
-
-def plant(root: int, candidates: Sequence[Candidate], max_nodes: int) -> DraftTree:
-    """The tree of the root and the most likely candidates.
-
-    A path's score never exceeds its parent's and parents stand first, so that the best candidates
-    always come with their parents.
-    """
-    chosen = sorted(most_likely(candidates, range(len(candidates)), max_nodes - 1))
-    node_of = {-1: 0} | {candidate: node for node, candidate in enumerate(chosen, start=1)}
-    return DraftTree(
-        tokens=(root, *(candidates[i].token for i in chosen)),
-        parents=(-1, *(node_of[candidates[i].parent] for i in chosen)),
-    )

@@ -62,10 +62,9 @@ def test_every_part_has_a_gradient_and_the_base_has_none(part: str, tmp_path: Pa
     runner = StreamRunner(model, adapter)
     drafter = Drafter(adapter, model.get_input_embeddings(), model.get_output_embeddings())
     stored = Answers.of([answer(prompt_ids(5, i)[0].tolist(), prompt_ids(14, 9 + i)[0].tolist()) for i in range(3)])
-    with runner.installed():
-        features = FeatureStore(runner, stored, memory_gb=1).get([0, 1, 2])
-        block = make_block(features, [f.prompt - 1 for f in features], 6, 4, runner.first_top, torch.float32)
-        StreamLoss(runner, drafter, 1.0)(block)[0].backward()
+    features = FeatureStore(runner, stored, memory_gb=1).get([0, 1, 2])
+    block = make_block(features, [f.prompt - 1 for f in features], 6, 4, runner.first_top, torch.float32)
+    StreamLoss(runner, drafter, 1.0)(block)[0].backward()
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -81,7 +80,7 @@ def test_hard_labels_are_cross_entropy_to_the_base_s_best() -> None:
     fast = attach("f")
     runner, drafter = StreamRunner(fast.base, fast.adapter), fast.drafter
     stored = Answers.of([answer(prompt_ids(5)[0].tolist(), prompt_ids(14, 9)[0].tolist())])
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad():
         features = FeatureStore(runner, stored, memory_gb=1).get([0])
         block = make_block(features, [4], 6, 4, runner.first_top, torch.float32)
         _, soft, same = StreamLoss(runner, drafter, 1.0)(block)
@@ -111,7 +110,7 @@ def test_turned_values_tell_streams_apart_where_embeddings_do_not() -> None:
         if not rotate:
             torch.nn.init.zeros_(adapter.stream_embeddings)  # type: ignore[arg-type]
         runner = StreamRunner(model, adapter)
-        with torch.no_grad(), runner.installed():
+        with torch.no_grad():
             nodes = torch.tensor([6])
             out = runner.verify(prompt_ids(), torch.arange(7)[None], None, fresh_cache(), nodes)
         drawn[rotate] = out.streams[0, 0]  # [gamma, dim]

@@ -57,8 +57,7 @@ def test_a_mask_of_ones_pads_nothing() -> None:
     fast, ids = attach("bitwise", torch.bfloat16), prompt_ids(9)
 
     def decode(model: object, input_ids: torch.Tensor, **prepared: object) -> object:
-        with fast.runner.installed():
-            return fast._decode(input_ids, **prepared | {"attention_mask": torch.ones_like(input_ids)})  # type: ignore[arg-type]
+        return fast._decode(input_ids, **prepared | {"attention_mask": torch.ones_like(input_ids)})  # type: ignore[arg-type]
 
     options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 20, "do_sample": False}
     expected = fast.base.generate(ids, attention_mask=torch.ones_like(ids), **options)

@@ -21,7 +21,7 @@ TREE = DraftTree((11, 12, 13, 14, 15), (-1, 0, 0, 1, 3))
 
 def verify_after_prompt(runner: StreamRunner, ids: torch.Tensor, nodes: list[int] | None):  # type: ignore[no-untyped-def]
     cache = RowCache(4)
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad():
         runner.verify(ids, torch.arange(ids.shape[1])[None], None, cache, None)
         cache.keep(range(ids.shape[1]))
         positions = torch.tensor([TREE.depths]) + ids.shape[1]
@@ -61,13 +61,13 @@ def test_streams_of_a_node_depend_on_its_path_alone(fast: AcceleratedModel) -> N
 
 def test_deferred_streams_are_the_parallel_ones(fast: AcceleratedModel) -> None:
     runner, ids, cache = fast.runner, prompt_ids(), RowCache(4)
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad():
         out = runner.verify(ids, torch.arange(7)[None], None, cache, torch.tensor([6]))
         cache.keep(range(7))
         context = torch.ones(1, 1, 7, dtype=torch.bool)
         later = runner.speculate(out.entry[:, 6:7], torch.tensor([[6]]), context, cache)
     torch.testing.assert_close(later[0, 0], out.streams[0, 0], rtol=0, atol=2e-5)
-    with torch.no_grad(), runner.installed():  # anew: no main rows have shown how the base calls its layers
+    with torch.no_grad():  # anew: no main rows have shown how the base calls its layers
         torch.testing.assert_close(runner.speculate(out.entry[:, 6:7], torch.tensor([[6]]), context, cache), later, rtol=0, atol=0)
 
 

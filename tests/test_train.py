@@ -167,16 +167,15 @@ def test_logits_in_pieces_are_the_same_loss(taught: Base, answers: Path, monkeyp
 
     monkeypatch.setattr(Drafter, "logits", noted)
     found = []
-    with runner.installed():
-        features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1, 2, 3])
-        block = make_block(features, [f.prompt - 1 for f in features], 12, 4, 2, torch.float32)
-        for gigabytes in (1.0, 1e-9):
-            seen.clear()
-            loss, each, agreement = StreamLoss(runner, drafter, gigabytes)(block)
-            adapter.zero_grad()
-            loss.backward()
-            found.append((loss.detach(), each, agreement, *(p.grad.clone() for p in adapter.parameters() if p.grad is not None)))
-            most = max(seen)
+    features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1, 2, 3])
+    block = make_block(features, [f.prompt - 1 for f in features], 12, 4, 2, torch.float32)
+    for gigabytes in (1.0, 1e-9):
+        seen.clear()
+        loss, each, agreement = StreamLoss(runner, drafter, gigabytes)(block)
+        adapter.zero_grad()
+        loss.backward()
+        found.append((loss.detach(), each, agreement, *(p.grad.clone() for p in adapter.parameters() if p.grad is not None)))
+        most = max(seen)
     assert most == 12 + 3  # one answer at a time: its positions, and the targets beyond them
     for whole, pieces in zip(*found, strict=True):
         torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-5)
@@ -229,12 +228,11 @@ def test_accumulated_steps_are_steps_of_larger_batches(
     runner = StreamRunner(taught.model, adapter)
     drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings(), logit_scale(runner))
     order = Order(rest, config)
-    with runner.installed():
-        store = FeatureStore(runner, rest, memory_gb=1)
-        for part in range(2):
-            visit = order.visit(part)
-            visited = block(store.get([number for number, _ in visit.stretches]), visit, config, 4, runner)
-            (StreamLoss(runner, drafter, 1.0)(visited)[0] / 2).backward()
+    store = FeatureStore(runner, rest, memory_gb=1)
+    for part in range(2):
+        visit = order.visit(part)
+        visited = block(store.get([number for number, _ in visit.stretches]), visit, config, 4, runner)
+        (StreamLoss(runner, drafter, 1.0)(visited)[0] / 2).backward()
     for ours, theirs in zip(seen[0], adapter.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.grad, rtol=1e-3, atol=1e-6)
 
@@ -347,16 +345,15 @@ def test_walks_along_answers_are_the_same_however_they_are_made(taught: Base, an
     fast, counts = AcceleratedModel(taught.model, adapter, "off"), []
     real = foretelling.make_block
     monkeypatch.setattr(foretelling, "make_block", lambda *given: counts.append(given[2]) or real(*given))
-    with fast.runner.installed():
-        store = FeatureStore(fast.runner, Answers.read(answers).select(range(10)), memory_gb=1)
-        found = [foretelling.walk_along(fast.runner, fast.drafter, store, 8)]
-        monkeypatch.setattr(foretelling, "_RUN", 7)
-        monkeypatch.setattr(foretelling, "_TOGETHER", 1)
-        counts.clear()
-        found.append(foretelling.walk_along(fast.runner, fast.drafter, store, 8))
-        assert max(counts) == 7
-        monkeypatch.setattr(foretelling, "_TOGETHER", 2)
-        parts = [foretelling.walk_along(fast.runner, fast.drafter, store, 8, process, 3) for process in range(3)]
+    store = FeatureStore(fast.runner, Answers.read(answers).select(range(10)), memory_gb=1)
+    found = [foretelling.walk_along(fast.runner, fast.drafter, store, 8)]
+    monkeypatch.setattr(foretelling, "_RUN", 7)
+    monkeypatch.setattr(foretelling, "_TOGETHER", 1)
+    counts.clear()
+    found.append(foretelling.walk_along(fast.runner, fast.drafter, store, 8))
+    assert max(counts) == 7
+    monkeypatch.setattr(foretelling, "_TOGETHER", 2)
+    parts = [foretelling.walk_along(fast.runner, fast.drafter, store, 8, process, 3) for process in range(3)]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], sum(parts))
     tokens, passes, *reached = found[0].tolist()
@@ -369,15 +366,14 @@ def test_a_pruning_layer_learns_nothing_from_a_block_of_one_position(taught: Bas
     adapter = new_adapter(taught.model, tiny_config(pruning_rank=4)).randomize(0)
     runner = StreamRunner(taught.model, adapter)
     drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings())
-    with runner.installed():
-        features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1])
-        for count, learns in ((1, False), (2, True)):
-            found = make_block(features, [f.prompt - 1 for f in features], count, 4, runner.first_top, torch.float32)
-            adapter.zero_grad()
-            StreamLoss(runner, drafter, 1.0)(found)[0].backward()
-            gradients = [parameter.grad for parameter in adapter.pruning.parameters()]
-            assert all(gradient is not None for gradient in gradients), "processes wait for each other's gradients"
-            assert any(gradient.abs().max() > 0 for gradient in gradients) == learns
+    features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1])
+    for count, learns in ((1, False), (2, True)):
+        found = make_block(features, [f.prompt - 1 for f in features], count, 4, runner.first_top, torch.float32)
+        adapter.zero_grad()
+        StreamLoss(runner, drafter, 1.0)(found)[0].backward()
+        gradients = [parameter.grad for parameter in adapter.pruning.parameters()]
+        assert all(gradient is not None for gradient in gradients), "processes wait for each other's gradients"
+        assert any(gradient.abs().max() > 0 for gradient in gradients) == learns
 
 
 def test_an_interrupted_evaluation_is_made_again(
@@ -522,11 +518,10 @@ def test_gradients_reach_the_adapter_alone(taught: Base, answers: Path) -> None:
     drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings())
     stored = Answers.read(answers)
     stored = stored.select([i for i, length in enumerate(stored.lengths("answer_ids")) if length > 8][:3])
-    with runner.installed():
-        features = FeatureStore(runner, stored, memory_gb=1).get([0, 1, 2])
-        block = make_block(features, [f.prompt - 1 for f in features], 4, 4, 2, torch.float32)
-        loss, _, _ = StreamLoss(runner, drafter, 1.0)(block)
-        loss.backward()
+    features = FeatureStore(runner, stored, memory_gb=1).get([0, 1, 2])
+    block = make_block(features, [f.prompt - 1 for f in features], 4, 4, 2, torch.float32)
+    loss, _, _ = StreamLoss(runner, drafter, 1.0)(block)
+    loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
     assert all(p.grad is None for p in taught.model.parameters())
 
@@ -536,7 +531,7 @@ def test_training_streams_are_the_decoding_streams(taught: Base) -> None:
     runner = StreamRunner(taught.model, new_adapter(taught.model, tiny_config()).randomize(0))
     ids = prompt_ids(12)
     record = answer(ids[0, :4].tolist(), ids[0, 4:].tolist())
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad():
         features = FeatureStore(runner, Answers.of([record]), memory_gb=0).get([0])
         block = make_block(features, [3], 6, 4, 2, torch.float32)
         trained = runner.speculate(block.entry, block.positions, block.context, block.rows)[0]
@@ -555,7 +550,7 @@ def test_every_position_is_visited_once_an_epoch(taught: Base) -> None:
     runner = StreamRunner(taught.model, new_adapter(taught.model, tiny_config()))
     order, again, other = Order(stored, config), Order(stored, config), Order(stored, replace(config, seed=1))
     visited, number = Counter[tuple[int, int]](), 0
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad():
         store = FeatureStore(runner, stored, memory_gb=1)
         while visited.total() < sum(lengths) - len(lengths):
             visit = order.visit(number)
@@ -605,7 +600,7 @@ def test_processes_visit_different_answers() -> None:
 def test_features_that_do_not_fit_make_room(taught: Base, answers: Path) -> None:
     runner = StreamRunner(taught.model, new_adapter(taught.model, tiny_config()))
     stored = Answers.read(answers)
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad():
         plenty = FeatureStore(runner, stored, memory_gb=1)
         wanted = plenty.get(list(range(6)))
         scarce = FeatureStore(runner, stored, memory_gb=sum(f.bytes for f in wanted[:3]) / 2**30)
@@ -645,7 +640,7 @@ def test_long_answers_are_read_a_few_at_a_time(taught: Base, answers: Path, monk
         return found
 
     real = runner.observe
-    with torch.no_grad(), runner.installed():
+    with torch.no_grad():
         whole = FeatureStore(runner, stored, memory_gb=1).get(list(range(12)))
         monkeypatch.setattr(features, "_PASS_TOKENS", 3 * max(lengths))
         monkeypatch.setattr(runner, "observe", note)

@@ -15,7 +15,7 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Seconds, each a median.
+    """Seconds, each the least of some runs.
 
     Attributes:
         plain_s: one token of the base's own loop (a pass of one row, the choice, the loop around it).

@@ -1,0 +1,224 @@
+"""A base with packed weights: in place, or in a copy of its structure (a twin).
+
+Knows: which modules are plain products, what packing takes and gives back, and how it is undone. Does not know: passes, drafts,
+or when packed products pay.
+
+    pack(model)     the model itself computes with packed weights, and has no others: it is a little faster by itself, and a
+                    row has the same bits however many stand beside it. What `accelerate` then promises, it promises
+                    against this model. Logits differ from those of the unpacked one by rounding.
+    packed_twin     a second model of the same structure beside it. The base keeps its own weights and its own bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UsageError
+from ..models import free_memory
+from . import products
+from .structure import structure_of
+
+_TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much
+
+
+class PackedLinear(nn.Module):
+    """Stands in for an `nn.Linear` (or a Conv1D, or 4-bit weights): the same product, from a packed weight.
+
+    Args:
+        weight: `[out, in]`, dense; it is not kept.
+        bias: `[out]` or None.
+        origin: the class that it stands in for.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, origin: type = nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.origin = origin
+        self.packed, self.dtype = products.pack(weight), weight.dtype
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.least = products.least_rows(self.in_features, self.out_features, weight.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[out, in]`, dense: a copy, made at each call."""
+        return products.unpack(self.packed)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        if self.least == 1 or rows.numel() > rows.shape[-1]:
+            return products.multiply(rows, self.packed, self.bias)
+        both = products.multiply(rows.reshape(1, -1).expand(self.least, -1), self.packed, self.bias)
+        return both[:1].reshape(*rows.shape[:-1], -1)
+
+    def alike(self) -> Self:
+        """Another module with the same packed weight: hooks of the one are not hooks of the other."""
+        other = type(self).__new__(type(self))
+        nn.Module.__init__(other)
+        for name in ("in_features", "out_features", "packed", "dtype", "bias", "least", "origin"):
+            setattr(other, name, getattr(self, name))
+        return other.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a packed weight cannot be written down, a dense one can."""
+        return {**self.__dict__, "packed": self.weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "packed": products.pack(state["packed"])})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        probe = torch.empty(0, dtype=self.dtype)
+        if (moved := fn(probe)).dtype != probe.dtype or moved.device != probe.device:
+            raise UsageError("packed weights stay in their dtype and on the CPU: call lossless.unpack(model) before it is moved or converted")
+        return super()._apply(fn, recurse)
+
+
+class Int8Linear(nn.Module):
+    """An `nn.Linear` whose weight was rounded to 8 bits: for drafts.
+
+    Args:
+        weight: `[out, in]`, dense; it is not kept.
+        bias: `[out]` or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.packed, self.bias = products.pack_int8(weight), None if bias is None else bias.detach().float()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
+        out = products.multiply_int8(rows.float(), self.packed)
+        return (out if self.bias is None else out + self.bias).to(rows.dtype)
+
+
+def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """The cheapest product with this weight that is to be had here, for drafts: they cost time if they are wrong, never a token."""
+    if weight.device.type == "cpu" and products.int8_packable():
+        return Int8Linear(weight, bias)
+    if weight.device.type == "cpu" and products.packable(weight.dtype):
+        return PackedLinear(weight, bias)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def dense(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight `[out, in]` and bias of a module that is a product and nothing else; None for any other, or if they are not at hand."""
+    dtype, weight = product_dtype(module), getattr(module, "weight", None)
+    bias: Any = getattr(module, "bias", None)
+    if dtype is None:
+        return None
+    if type(module) is Conv1D:
+        return weight.t(), bias  # type: ignore[union-attr]
+    if type(module).__name__ == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype), bias  # type: ignore[union-attr]
+    return weight, bias  # type: ignore[return-value]
+
+
+def product_dtype(module: nn.Module) -> torch.dtype | None:
+    """In what a module computes that is a product and nothing else, and whose weight can be had; None for any other."""
+    if isinstance(module, PackedLinear):
+        return module.dtype
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.is_meta:
+        return None
+    if type(module) is nn.Linear or type(module) is Conv1D:
+        return weight.dtype
+    state = getattr(weight, "quant_state", None)
+    # once it has answered on some CPUs, bitsandbytes keeps 4-bit weights in the order of its own kernel
+    if type(module).__name__ == "Linear4bit" and state is not None and not getattr(state, "packing_format_for_cpu", False):
+        computed: Any = module.compute_dtype
+        return computed or torch.float32
+    return None
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """What a twin's packed weights take."""
+    return sum(module.in_features * module.out_features * dtype.itemsize if type(module) is not Conv1D else module.weight.nbytes  # type: ignore[operator, union-attr]
+               for module, dtype in _products(model).values())  # fmt: skip
+
+
+def _products(model: nn.Module) -> dict[str, tuple[nn.Module, torch.dtype]]:
+    """The modules that can be packed here, by name, and in what they compute."""
+    found = {name: (module, product_dtype(module)) for name, module in model.named_modules() if not isinstance(module, PackedLinear)}
+    on_cpu = {name: (module, dtype) for name, (module, dtype) in found.items() if dtype is not None and module.weight.device.type == "cpu"}  # type: ignore[union-attr]
+    return {name: (module, dtype) for name, (module, dtype) in on_cpu.items() if products.packable(dtype)}
+
+
+def _replace(model: nn.Module, kinds: tuple[type, ...] | None = None) -> int:
+    """Packed modules in the places of plain ones (of these kinds); returns how many."""
+    names = [name for name, (module, _) in _products(model).items() if kinds is None or type(module) in kinds]
+    for name in names:
+        module = model.get_submodule(name)
+        weight, bias = dense(module)  # type: ignore[misc]
+        _put(model, name, PackedLinear(weight, bias, type(module)).train(module.training))
+    return len(names)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
+def pack(model: Any) -> Any:
+    """Pack the weights of a frozen model in place; returns it.
+
+    Each weight is packed and let go in turn, so that no second copy of the model is ever held (tied embeddings stay as they
+    are beside the packed head). Undone by `unpack`.
+
+    Raises:
+        UsageError: the model holds weights that ask for gradients, or nothing that can be packed here.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("pack() takes a frozen model: call model.requires_grad_(False) first")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        return model
+    if not _replace(model, (nn.Linear, Conv1D)):
+        dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+        raise UsageError(f"{type(model).__name__} in {dtype} on {getattr(model, 'device', 'its device')} has no weight that can be packed: "
+                         "packing takes a CPU and a dtype that its oneDNN knows (float32; bfloat16 from AVX-512 on)")  # fmt: skip
+    return model
+
+
+def unpack(model: Any) -> Any:
+    """Dense weights again, bit for bit those that were packed; returns the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            weight = module.weight.t().contiguous() if module.origin is Conv1D else module.weight
+            plain: Any = Conv1D(0, 0) if module.origin is Conv1D else nn.Linear(0, 0, bias=False)
+            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
+            if module.origin is Conv1D:
+                plain.nx, plain.nf = module.in_features, module.out_features
+            else:
+                plain.in_features, plain.out_features = module.in_features, module.out_features
+            _put(model, name, plain.train(module.training))
+    model.tie_weights()
+    return model
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def packed_twin(model: Any) -> Any | None:
+    """A model of the same structure that computes with packed copies of the weights; None if there is no memory for them, or
+    nothing to pack."""
+    needed = packed_bytes(model)
+    if not needed or needed > _TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
+        return None
+    twin = structure_of(model)
+    _replace(twin)
+    return twin

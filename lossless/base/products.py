@@ -1,0 +1,97 @@
+"""Products of rows with a weight that was packed once.
+
+Knows: torch's private operators for packed weights, how to look for them, and whether what they give is right here. Nothing
+else in the project names them: torch has no public way to pack in eager mode. Does not know: modules, or models.
+
+    pack, multiply            oneDNN's blocked layout. A row has the same bits in a product of any number of rows from 2 on,
+                              and mostly from 1 on (`least_rows` says which): what it multiplies is laid out once, so that
+                              sums run in one order.
+    pack_int8, multiply_int8  8-bit weights, a scale for each output, rows rounded as they come: for drafts, which may be wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+_HINT = 8  # rows that the layout is chosen for: with 1, rows would not keep their bits
+_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the spread of a product
+_CLOSE_INT8 = 0.2
+_FAILURES = (RuntimeError, AttributeError, NotImplementedError, TypeError)  # an operator that is not there, or refuses
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """`[out, in]` in torch's layout -> the same numbers in oneDNN's; `unpack` gives them back."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _HINT)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """What was packed, `[out, in]`."""
+    return packed.to_dense()
+
+
+def multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`[..., in]` -> `[..., out]`."""
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+
+
+@functools.cache
+def packable(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype can be packed here, and their products are right; tested at the first call."""
+    if dtype not in _CLOSE:
+        return False
+    try:
+        return _right(dtype, _CLOSE[dtype], lambda rows, weight: multiply(rows, pack(weight), None))
+    except _FAILURES:
+        return False
+
+
+def pack_int8(weight: torch.Tensor) -> Any:
+    """`[out, in]` -> 8-bit numbers, packed, a scale for each output."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1).clamp_min(1e-12).double() / 127
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to move quantization elsewhere; until then this is where it is
+        quantized = torch.quantize_per_channel(weight, scale, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def multiply_int8(rows: torch.Tensor, packed: Any) -> torch.Tensor:
+    """`[..., in]` float32 -> `[..., out]` float32."""
+    return torch.ops.quantized.linear_dynamic(rows, packed)
+
+
+@functools.cache
+def int8_packable() -> bool:
+    """Whether 8-bit products are to be had here, and about right; tested at the first call."""
+    try:
+        return _right(torch.float32, _CLOSE_INT8, lambda rows, weight: multiply_int8(rows, pack_int8(weight)))
+    except _FAILURES:
+        return False
+
+
+def _right(dtype: torch.dtype, close: float, product: Any) -> bool:
+    """Whether a product is that of torch, for one row and for several."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 64, generator=generator).to(dtype)
+    for count in (1, 2, 5):
+        rows = torch.randn(count, 64, generator=generator).to(dtype)
+        expected = F.linear(rows.float(), weight.float())
+        if not float((product(rows, weight).float() - expected).abs().max()) < close * float(expected.std()):
+            return False
+    return True
+
+
+@functools.cache
+def least_rows(ins: int, outs: int, dtype: torch.dtype) -> int:
+    """The fewest rows of a product in which each has the bits that it has in a larger one: 1, or 2 where oneDNN goes about one
+    row in a way of its own (some processors, long rows). A single row is then multiplied beside a copy of itself."""
+    generator = torch.Generator().manual_seed(0)
+    packed = pack(torch.randn(min(outs, 1024), ins, generator=generator).to(dtype))
+    rows = torch.randn(16, ins, generator=generator).to(dtype)
+    alone = torch.cat([multiply(row[None], packed, None) for row in rows])
+    return 1 if torch.equal(alone, multiply(rows, packed, None)) else 2

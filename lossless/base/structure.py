@@ -1,0 +1,48 @@
+"""A model's structure, copied, over the same tensors.
+
+Knows: how to make modules of our own that compute what the base's modules compute, with its weights, so that what is hooked
+into them is not hooked into the base; and what tells that the base has changed since. Does not know: what the copies are for.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class _SharedTensors(TorchFunctionMode):
+    """Tensors are not copied but shared."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
+def structure_of(model: Module) -> Module:
+    """The same modules, configuration and hooks, once more; every tensor in them is the model's own."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    shared |= {id(module): module.alike() for module in model.modules() if hasattr(module, "alike")}
+    with _SharedTensors():
+        return copy.deepcopy(model, shared)
+
+
+def state_of(model: nn.Module) -> int:
+    """A number that changes when a copy of the structure is no longer the model's: other modules, other tensors, tensors written
+    to, hooks, patched forwards, switches (an adapter of the user's turned off, for example)."""
+    parts: list[Any] = []
+    for module in model.modules():
+        parts += [id(module), len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                parts += [id(tensor), tensor.data_ptr(), tensor._version]
+        if "Rotary" not in type(module).__name__:  # some count how far they have come
+            parts += [(name, value) for name, value in module.__dict__.items() if isinstance(value, bool | int | float | str)]
+            active = module.__dict__.get("_active_adapter")  # of PEFT
+            parts.append(tuple(active) if isinstance(active, list) else active)
+    return hash(tuple(parts))

@@ -1,0 +1,119 @@
+"""The cost curve of a base on this machine: measured once, kept on disk by all that it depends on.
+
+Knows: how to time passes, streams and levels of a tree, and where the times are kept. Does not know: trees' worth, or texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..anatomy import as_decoding, input_device
+from ..cache import RowCache
+from ..draft import Drafter
+from ..drafting.costs import CostCurve
+from ..models import cache_dir, precision
+from ..storage import versions, write_json
+from ..streams import StreamRunner
+from ..tree import DraftTree
+
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of the passes that are measured
+_CONTEXT = 128  # tokens behind which they are
+_REPEATS = 5
+_SECONDS = 8.0  # a large model is measured less often, and at fewer points
+
+
+@torch.no_grad()
+def measure(reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_nodes: int) -> CostCurve:
+    """Time every part of a step, each the least of some runs, in a few seconds: what disturbs a run only adds to it.
+
+    Args:
+        reader: passes as the base makes them; runner: passes over trees; max_nodes: the most rows of one.
+    """
+    gamma, device = runner.adapter.config.num_streams, input_device(runner.base)
+    context = [1 + 7 * i % (runner.text_config.vocab_size - 1) for i in range(_CONTEXT)]
+    cache = RowCache(len(runner.layers))
+    places = torch.arange(_CONTEXT, device=device)[None]
+    reader.verify(torch.tensor([context], device=device), places, None, cache, None, last_only=True)
+    cache.keep(range(_CONTEXT))
+
+    def read(by: StreamRunner, rows: int) -> Any:
+        tree = DraftTree(tuple(context[:rows]), (-1, *((i - 1) // 2 for i in range(1, rows))))  # two children each
+        mask = tree.mask()[None].to(device) if rows > 1 else None
+        depths = torch.tensor([tree.depths], device=device) + _CONTEXT
+        out = by.verify(torch.tensor([tree.tokens], device=device), depths, mask, cache, None)
+        out.logits.argmax(-1).tolist()  # waits for a device that works on its own
+        return out
+
+    with as_decoding(reader.model), as_decoding(runner.model):
+        plain = _time(lambda: read(reader, 1), _REPEATS)
+        affordable = max(1.0, _SECONDS / plain / 3)  # passes, each taken for as much as three plain ones
+        repeats = int(min(_REPEATS, max(1, affordable // len(_ROWS))))
+        rows = [n for n in _ROWS if n <= max(2, max_nodes)]
+        rows = rows if affordable >= len(rows) else rows[:: -(-len(rows) // int(affordable))]
+        passes = [_time(lambda n=n: read(runner, n), repeats) for n in rows]  # type: ignore[misc]
+    entry = read(runner, 1).entry[:, :1]
+    there = entry.device
+    positions = torch.tensor([[_CONTEXT - 1]], device=there)
+    seen = torch.ones(1, 1, cache.length, dtype=torch.bool, device=there)
+    told = drafter.embed(torch.tensor([[context[0]]], device=there)) if runner.adapter.told is not None else None
+
+    def speculate() -> torch.Tensor:
+        streams = runner.speculate(entry, positions, seen, cache, told)[:, 0]
+        streams.sum().item()
+        return streams
+
+    streams = speculate()
+    whole = _time(lambda: drafter.trees(streams, [context[0]], 32, [None]), repeats)
+    return CostCurve(plain, tuple(rows), tuple(_rising(passes)), _time(speculate, repeats), whole / gamma)
+
+
+def _time(run: Callable[[], Any], repeats: int) -> float:
+    """The least of some runs, after one that is not counted."""
+    run()
+    seen = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seen.append(time.perf_counter() - started)
+    return min(seen)
+
+
+def _rising(seconds: list[float]) -> list[float]:
+    """More rows never take less: where they seem to, the fewer were disturbed."""
+    return [min(seconds[i:]) for i in range(len(seconds))]
+
+
+def kept_curve(
+    reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_nodes: int, device_name: str, refresh: bool = False
+) -> CostCurve:
+    """The curve that was measured before under the same circumstances, or a new one, which is then kept.
+
+    A file that cannot be read, or be written, costs a measurement, nothing else.
+    """
+    config = runner.text_config.to_dict()
+    shape = {key: value for key, value in sorted(config.items()) if isinstance(value, int | str | float) and not key.startswith("_")}
+    depends = {
+        "base": type(runner.base).__name__, "shape": shape, "precision": precision(runner.base), "device": device_name,
+        "threads": torch.get_num_threads(), "attention": runner.implementation, "twin": runner is not reader,
+        "bitwise": runner.limits is not None, "max_nodes": max_nodes, "adapter": runner.adapter.config.to_dict(),
+        "versions": versions(), "modules": len(list(runner.model.modules())),
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    path = cache_dir() / "costs" / f"{name}.json"
+    if not refresh:
+        try:
+            return CostCurve.from_dict(json.loads(path.read_text(encoding="utf-8"))["curve"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not there yet, or broken: it is measured
+    curve = measure(reader, runner, drafter, max_nodes)
+    try:
+        write_json(path, {"curve": curve.to_dict(), "depends_on": depends})
+    except OSError:
+        pass  # a cache that cannot be written to
+    return curve
