@@ -182,7 +182,8 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--exact", help="bitwise, near-tie or off; by default what a probe finds: bitwise if it can be had and is worth it")
     command.add_argument("--tree-nodes", type=int, help="most rows of a verification pass; the adapter's own choice by default")
-    command.add_argument("--tree-floor", type=float, help="least probability of a path that is worth a row; the same")
+    command.add_argument("--adaptive", action=argparse.BooleanOptionalAction,
+                         help="trees that fit what rows cost here, and none while drafts do not pay; or full trees; the same")  # fmt: skip
     command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
     command.add_argument("--pruning-floor", type=float, help="least probability, by the pruning layer, of a node that speculates; the same")
     command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from the text itself too, or not")

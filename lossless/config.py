@@ -36,7 +36,8 @@ class StreamingConfig:
         pruning_floor: least probability, by the early exit, of a path whose nodes speculate in a parallel pass.
         draft_vocab_size: tokens that may be drafted, 0 for all of them. Costs coverage, never exactness.
         tree_nodes: most nodes of a draft tree, the root counted: the rows of a verification pass.
-        tree_floor: least probability of a path that is worth a row; 0 always fills the tree.
+        adaptive: draw the tree that fits what rows cost on this machine, and leave drafts out while they do not pay; else every
+            tree has `tree_nodes` nodes.
         tree_top_k: most children of one node.
         schedule: `parallel` verifies a tree and speculates from every node of it in one pass, as in
             the paper; `deferred` speculates after the walk, from the accepted node only.
@@ -54,7 +55,7 @@ class StreamingConfig:
     pruning_floor: float = 0.01
     draft_vocab_size: int = 0
     tree_nodes: int = 16
-    tree_floor: float = 0.0
+    adaptive: bool = True
     tree_top_k: int = 8
     schedule: str = "parallel"
     recall: bool = True
@@ -62,9 +63,8 @@ class StreamingConfig:
     def __post_init__(self) -> None:
         require_at_least(1, self, "num_streams", "num_msa_layers", "lora_rank", "tree_nodes", "tree_top_k")
         require_at_least(0, self, "transition_rank", "start_rank", "told_rank", "pruning_rank", "draft_vocab_size")
-        for name in ("tree_floor", "pruning_floor"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= self.pruning_floor < 1:
+            raise UsageError(f"pruning_floor must be at least 0 and below 1, got {self.pruning_floor}")
         if self.told_rank and self.schedule == "parallel":
             raise UsageError(
                 f"schedule must be deferred where streams are told the next token (told_rank={self.told_rank}), got 'parallel'"
@@ -78,6 +78,7 @@ class StreamingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StreamingConfig:
         """Raises UsageError for a field that no version of this class has."""
+        values = {name: value for name, value in values.items() if name != "tree_floor"}  # measured costs stand in its place
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise UsageError(f"an adapter's config has no field {', '.join(unknown)}")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adapter import StreamAdapter
-from .base.packed import draft_linear
+from .base.packed import Int8Linear, draft_linear
 from .dice import Dice
 from .drafting.builder import TreeBuilder
 from .drafting.costs import CostCurve
@@ -37,7 +37,6 @@ class Drafter:
 
     def __init__(self, adapter: StreamAdapter, embeddings: Any, head: nn.Module, scale: float = 1.0) -> None:
         self.adapter, self.embeddings, self.head, self.scale = adapter, embeddings, head, scale
-        self._cheap = not any(parameter.requires_grad for parameter in adapter.parameters())  # drafts need no bits
         self._rows: torch.Tensor | None = None
         self._head: nn.Module | None = None
         self._numbers: torch.Tensor | None = None  # [vocab], places in the draft vocabulary
@@ -45,7 +44,8 @@ class Drafter:
             weight = getattr(head, "weight", None)
             if adapter.draft_ids is not None and weight is not None and weight.is_floating_point():
                 self._rows = weight.detach()[adapter.draft_ids].contiguous()  # [draft vocabulary, dim]
-        if self._rows is not None and self._cheap:
+        learning = any(parameter.requires_grad for parameter in adapter.parameters())
+        if self._rows is not None and not learning:  # drafts need no bits
             self._head, self._rows = draft_linear(self._rows, None), None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,8 @@ class Drafter:
         ids = self.adapter.draft_ids
         hidden = hidden.contiguous()  # of a slice torch would multiply each text with a copy of the weight
         if self._head is not None:
-            return self._scaled(self._head(hidden).float())
+            rows = hidden.float() if isinstance(self._head, Int8Linear) else hidden
+            return self._scaled(self._head(rows).float())
         if self._rows is not None:
             return self._scaled(F.linear(hidden.to(self._rows.dtype), self._rows).float())
         full = self.head(hidden)
@@ -110,7 +111,7 @@ class Drafter:
         depths = depths or [_ANY_DEPTH] * len(roots)
         builders = [TreeBuilder(max_nodes, memory, depth, curve) for memory, depth in zip(memories, depths, strict=True)]
         if streams is not None:
-            self._grow(builders, streams.float() if self._cheap else streams, roots, dice)
+            self._grow(builders, streams, roots, dice)
         return [builder.finish(root) for builder, root in zip(builders, roots, strict=True)]
 
     def _grow(self, builders: list[TreeBuilder], streams: torch.Tensor, roots: Sequence[int], dice: Dice | None) -> None:

@@ -121,7 +121,7 @@ class Decoded:
 def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_gb: float, trained: float) -> dict[str, Any]:
     """Run the real decode loop on held-out prompts, greedily, and foretell its acceptance on what it said.
 
-    Trees are the adapter's own, without a floor and without recall: those that training foretells with.
+    Trees are full and without recall: those that training foretells with.
 
     Args:
         held_out: the answers that training foretold along, and `trained`, the acceptance length that it saw there.
@@ -132,7 +132,7 @@ def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_
         (both pairs within `TOLERANCE`); and the decoded acceptance length by category and by context length.
     """
     fast = AcceleratedModel(base.model, adapter, "off")
-    fast.recall = False
+    fast.recall = fast.adaptive = False
     runs, said = [], []
     for number in range(len(held_out)):
         record = held_out[number]

@@ -7,9 +7,10 @@ logits processors, the stopping criteria and the inputs, and calls the loop in p
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter import StreamAdapter
-from .anatomy import as_decoding, device_of, input_device
+from .anatomy import as_decoding, device_of, input_device, random_numbers_kept
 from .base.packed import packed_twin
 from .base.structure import state_of
 from .cache import RowCache
@@ -41,7 +42,7 @@ from .text import Text, result
 from .tree import DraftTree
 from .verification import walk
 
-OVERRIDES = frozenset(("tree_nodes", "schedule", "recall", "pruning_floor"))  # fields of an adapter's config that a session may change
+OVERRIDES = frozenset(("tree_nodes", "adaptive", "schedule", "recall", "pruning_floor"))  # fields of an adapter's config that a session may change
 
 
 class AcceleratedModel:
@@ -59,6 +60,7 @@ class AcceleratedModel:
         self.tree_nodes = adapter.config.tree_nodes
         self.schedule = adapter.config.schedule
         self.recall = adapter.config.recall
+        self.adaptive = adapter.config.adaptive
         self.pruning_floor = adapter.config.pruning_floor
         self.stats = Stats()
         self._turn = turn_of(model)
@@ -66,8 +68,9 @@ class AcceleratedModel:
         with self._turn.lock:
             self._attach()
 
+    @random_numbers_kept
     def _attach(self) -> None:
-        """Look at the base as it is now: what it can do, and how exactly."""
+        """Look at the base as it is now: what it can do, how exactly, and what that costs."""
         check_level(self.exact)
         ends: Any = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         adapter = self.adapter.copy_as(device_of(ends[1]), ends[0].weight.dtype)
@@ -81,8 +84,9 @@ class AcceleratedModel:
             self.reader.keep_bits(self.guarantee.limits)
         if twin is not None and (self.guarantee.twin or self.guarantee.level == "off"):
             self.runner = twin
-        self.drafter = Drafter(adapter, *ends, logit_scale(self.reader))
-        self.curve: CostCurve | None = kept_curve(self.reader, self.runner, self.drafter, self.tree_nodes, device_name(input_device(self.base)))
+        self.drafter = Drafter(adapter, ends[0], ends[1], logit_scale(self.reader))
+        device = device_name(input_device(self.base))
+        self.costs: CostCurve = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, device)
         self._attached_to, self._state = self._place(), state_of(self.base)
 
     def __getattr__(self, name: str) -> Any:
@@ -179,16 +183,17 @@ class AcceleratedModel:
         cache.keep(range(width - cache.length))
         for text, logits in zip(texts, out.logits[:, -1], strict=True):
             text.remember(text.choose_alone(logits))
-        policy = DraftPolicy(self.curve)
+        curve = self.costs if self.adaptive else None
+        policy = DraftPolicy(curve)
         active, streams = self._go_on(texts, out, [out.entry.shape[1] - 1] * len(texts), cache, policy)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
 
-        with as_decoding(self.runner.model), as_decoding(self.reader.model):
+        with self._as_decoding():
             while active:
                 # 2. draft: under each certain token, a tree of likely continuations
                 roots, memories = [text.last for text in active], [text.memory for text in active]
                 depths, dice = [self._room(text) for text in active], self._foresee(active, out.logits) if policy.drafting else None
-                trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, dice, depths, self.curve)
+                trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, dice, depths, curve)
                 # 3. verify: the base's own logits after every node, and the next streams, in one pass
                 out = self._read_trees(trees, active, cache, dice, policy.drafting)
                 # 4. accept: follow the base's choices as far as they were drafted
@@ -211,6 +216,14 @@ class AcceleratedModel:
         if passed_in or generation_config.return_dict_in_generate:
             cache.pass_on(past_key_values)
         return result(texts, past_key_values)
+
+    @contextlib.contextmanager
+    def _as_decoding(self) -> Iterator[None]:
+        """What HF's own loop enters behind the prefill, for every model that passes run through."""
+        with contextlib.ExitStack() as entered:
+            for model in {id(by.model): by.model for by in (self.reader, self.runner)}.values():
+                entered.enter_context(as_decoding(model))
+            yield
 
     def _room(self, text: Text) -> int:
         """How deep a tree under this text may be: neither tokens nor places go on for ever."""
@@ -349,7 +362,7 @@ def accelerate(
             `near-tie`, passes of several rows may be rounded otherwise, but a choice that this could change is made
             again from rows read one by one; `off`, it is not. None: bitwise where the device gives it, near-tie where
             that would cost much and spare nothing (`fast.guarantee` says which). Texts of a batch of several are always `off`.
-        overrides: `tree_nodes`, `schedule`, `recall` or `pruning_floor` (see `StreamingConfig`), in place of the adapter's own.
+        overrides: `tree_nodes`, `adaptive`, `schedule`, `recall` or `pruning_floor` (see `StreamingConfig`), in place of the adapter's own.
 
     Raises:
         UsageError: the adapter cannot be read, its shapes are another model's, the model cannot be served, or the

@@ -59,7 +59,8 @@ def check_served(runner: StreamRunner) -> None:
         for branch in branches:
             text = torch.tensor([[*tokens[:3], *(tree.tokens[node] for node in branch)]], device=device)
             plain = model(input_ids=text, use_cache=False).logits[0, 3:].float()
-            off = float((out.logits[0, list(branch)].float() - plain).abs().max() / plain.std())
+            apart = (out.logits[0, list(branch)].float() - plain).abs().max()
+            off = float(apart / plain.std()) if apart else 0.0
             if not off < far:
                 raise UsageError(
                     f"{name} cannot be accelerated: over a draft tree it gives other logits than in a pass of its "
@@ -78,7 +79,7 @@ def logit_scale(runner: StreamRunner) -> float:
         plan, logits = runner.observe_anything()
         bare = runner.lm_head(plan.final[:, -1:]).float().to(logits.device)
     found = float((bare * logits.float()).sum() / (bare * bare).sum())
-    return 1.0 if abs(found - 1) < 0.02 else found
+    return found if abs(found - 1) >= 0.02 else 1.0  # also if there is nothing to scale
 
 
 _PIECES = range(2, 33)  # rows at a time that are tried: a pass of any of them may come

@@ -38,8 +38,8 @@ from .anatomy import (
     shares_position_bias,
     uses_attention_interface,
 )
-from .cache import RowCache
 from .base.structure import structure_of
+from .cache import RowCache
 from .fit import check_fit, stream_layers
 from .passes import (
     ATTENTION,
@@ -93,8 +93,9 @@ class StreamRunner:
         for name, low_rank in adapter.adapters():
             low_rank.to(device_of(self._projection(name)))
         if self.own_attention:  # rows of a tree do not stand in columns of their own place
-            for module in (module for layer in self.layers for module in column_masks(layer)):
-                module.bias = module.bias.new_ones(1, 1, 1, 1).expand_as(module.bias)  # type: ignore[operator]
+            mask: Any
+            for mask in (module for layer in self.layers for module in column_masks(layer)):
+                mask.bias = mask.bias.new_ones(1, 1, 1, 1).expand_as(mask.bias)
         else:
             self.text_config._attn_implementation = ATTENTION
         self._unhooked = structure_of(self.top)

@@ -9,7 +9,6 @@ Node 0 is the root, the token that is already certain. Every parent stands befor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -16,12 +16,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lossless.base import products
 from lossless.config import StreamingConfig
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel, accelerate
 from lossless.models import cache_dir, freeze
 
 VOCAB = 96
+
+torch.set_num_threads(1)  # tiny products are not worth a second thread, and the other core has a worker of its own
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,12 @@ def build_tiny(seed: int = 0, attention: str = "sdpa", layers: int = 4, hidden: 
 def tiny_config(**changes: object) -> StreamingConfig:
     values = {"num_msa_layers": 2, "lora_rank": 4, "transition_rank": 8, "tree_nodes": 20, **changes}
     return StreamingConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def float_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts in the base's dtype: rows of one 8-bit product share a scale, so that each depends a little on the others."""
+    monkeypatch.setattr(products, "int8_packable", lambda: False)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_overrides_are_checked(tiny: LlamaForCausalLM) -> None:
     assert accelerate(tiny, adapter, tree_nodes=3, schedule="deferred").tree_nodes == 3
     for override, rule in (
         ({"tree_nodes": 0}, "tree_nodes must be at least 1"),
-        ({"tree_floor": 1.0}, "tree_floor must be at least 0 and below 1, got 1.0"),
+        ({"pruning_floor": 1.0}, "pruning_floor must be at least 0 and below 1, got 1.0"),
         ({"schedule": "x"}, "schedule must be one of"),
         ({"speed": 2}, "got speed"),
     ):

@@ -97,7 +97,7 @@ def test_each_node_has_the_dice_of_its_own_text_and_depth(texts: int, monkeypatc
     """Where every token is as likely as any other, the dice alone decide, and drafts that trust them are never wrong."""
     monkeypatch.setattr(module, "_TRUST", 50.0)
     model = build_tiny(seed=0)
-    fast = accelerate(model, new_adapter(model, tiny_config()), exact="off", recall=False)
+    fast = accelerate(model, new_adapter(model, tiny_config()), exact="off", recall=False, adaptive=False)
     with torch.no_grad():
         model.model.norm.weight.zero_()
     ids = torch.cat([prompt_ids(6, seed) for seed in range(texts)])
@@ -114,7 +114,7 @@ def test_lucky_nodes_are_not_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TRUST", 50.0)
     model = build_tiny(seed=0)
     adapter = new_adapter(model, tiny_config(pruning_rank=4, schedule="parallel"))
-    fast = accelerate(model, adapter, exact="off", recall=False, pruning_floor=0.5)
+    fast = accelerate(model, adapter, exact="off", recall=False, adaptive=False, pruning_floor=0.5)
     with torch.no_grad():
         model.model.norm.weight.zero_()
     options = {"max_new_tokens": 31, "do_sample": True, "top_k": 0, "eos_token_id": None}
@@ -131,7 +131,7 @@ def test_lucky_nodes_are_not_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_greedy_decoding_has_no_dice(fast: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(fast.drafter, "trees", lambda *given: seen.append(given[5]) or type(fast.drafter).trees(fast.drafter, *given))
+    monkeypatch.setattr(fast.drafter, "trees", lambda *given: seen.append(given[4]) or type(fast.drafter).trees(fast.drafter, *given))
     ids = prompt_ids(5)
     for sampled in (False, True):
         fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=sampled)

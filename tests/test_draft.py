@@ -1,4 +1,4 @@
-"""Drafting: the tree holds the likeliest paths, and no path below the floor."""
+"""Drafting: the tree holds the likeliest paths."""
 
 from __future__ import annotations
 
@@ -35,23 +35,11 @@ def test_drafts_are_scaled_as_the_base_scales_its_logits(family: str) -> None:
     assert family != "cohere" or fast.drafter.scale == pytest.approx(fast.base.config.logit_scale, rel=1e-3)
 
 
-def test_a_floor_leaves_out_unlikely_paths(fast: AcceleratedModel) -> None:
-    streams = torch.randn(1, 4, 32)
-    sizes = []
-    for floor in (0.0, 0.01, 0.05, 0.2, 0.99):
-        [tree] = fast.drafter.trees(streams, [7], 20, [None], floor)
-        sizes.append(len(tree))
-        assert paths(tree) <= paths(fast.drafter.trees(streams, [7], 20, [None])[0])
-    assert sizes[0] == 20
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] == 1  # nothing is that certain: the pass is a plain step
-
-
 def test_each_sequence_of_a_batch_gets_the_tree_that_it_would_get_alone(fast: AcceleratedModel) -> None:
     streams, roots = torch.randn(3, 4, 32), [5, 9, 5]
     memories = [TextMemory([5, 6, 7, 8, 5]), None, TextMemory([1, 5, 2, 5])]
-    together = fast.drafter.trees(streams, roots, 12, memories, 0.01)
-    alone = [fast.drafter.trees(streams[i : i + 1], roots[i : i + 1], 12, memories[i : i + 1], 0.01)[0] for i in range(3)]
+    together = fast.drafter.trees(streams, roots, 12, memories)
+    alone = [fast.drafter.trees(streams[i : i + 1], roots[i : i + 1], 12, memories[i : i + 1])[0] for i in range(3)]
     assert [paths(tree) for tree in together] == [paths(tree) for tree in alone]
 
 
@@ -59,6 +47,6 @@ def test_memory_goes_on_where_streams_end(fast: AcceleratedModel) -> None:
     litany = [11, 12, 13, 14, 15, 16, 17, 18] * 6
     memory = TextMemory(litany[:8])
     memory.extend(litany[8:])
-    [tree] = fast.drafter.trees(torch.randn(1, 4, 32), [18], 12, [memory], 0.1)
+    [tree] = fast.drafter.trees(torch.randn(1, 4, 32), [18], 12, [memory])
     assert max(tree.depths) > fast.adapter.config.num_streams
     assert (18, 11, 12, 13, 14, 15, 16) in paths(tree)

@@ -59,6 +59,7 @@ def test_streams_of_a_node_depend_on_its_path_alone(fast: AcceleratedModel) -> N
         torch.testing.assert_close(everyone.streams[0, node], alone.streams[0, 0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.usefixtures("float_drafts")
 def test_deferred_streams_are_the_parallel_ones(fast: AcceleratedModel) -> None:
     runner, ids, cache = fast.runner, prompt_ids(), RowCache(4)
     with torch.no_grad():
@@ -68,7 +69,7 @@ def test_deferred_streams_are_the_parallel_ones(fast: AcceleratedModel) -> None:
         later = runner.speculate(out.entry[:, 6:7], torch.tensor([[6]]), context, cache)
     torch.testing.assert_close(later[0, 0], out.streams[0, 0], rtol=0, atol=2e-5)
     with torch.no_grad():  # anew: no main rows have shown how the base calls its layers
-        torch.testing.assert_close(runner.speculate(out.entry[:, 6:7], torch.tensor([[6]]), context, cache), later, rtol=0, atol=0)
+        torch.testing.assert_close(runner.speculate(out.entry[:, 6:7], torch.tensor([[6]]), context, cache), later, rtol=0, atol=2e-5)
 
 
 def test_stream_j_sees_no_later_stream(fast: AcceleratedModel) -> None:

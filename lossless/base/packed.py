@@ -95,6 +95,11 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.packed, self.bias = products.pack_int8(weight), None if bias is None else bias.detach().float()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[out, in]`, dense and rounded: a copy, made at each call."""
+        return products.unpack_int8(self.packed)
+
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
         out = products.multiply_int8(rows.float(), self.packed)
@@ -107,7 +112,7 @@ def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
         return Int8Linear(weight, bias)
     if weight.device.type == "cpu" and products.packable(weight.dtype):
         return PackedLinear(weight, bias)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
     plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return plain
@@ -147,15 +152,22 @@ def product_dtype(module: nn.Module) -> torch.dtype | None:
 
 def packed_bytes(model: nn.Module) -> int:
     """What a twin's packed weights take."""
-    return sum(module.in_features * module.out_features * dtype.itemsize if type(module) is not Conv1D else module.weight.nbytes  # type: ignore[operator, union-attr]
-               for module, dtype in _products(model).values())  # fmt: skip
+    found = 0
+    for module, dtype in _products(model).values():
+        numbers = module.weight.numel() if type(module) is Conv1D else module.in_features * module.out_features
+        found += numbers * dtype.itemsize
+    return found
 
 
-def _products(model: nn.Module) -> dict[str, tuple[nn.Module, torch.dtype]]:
+def _products(model: nn.Module) -> dict[str, tuple[Any, torch.dtype]]:
     """The modules that can be packed here, by name, and in what they compute."""
-    found = {name: (module, product_dtype(module)) for name, module in model.named_modules() if not isinstance(module, PackedLinear)}
-    on_cpu = {name: (module, dtype) for name, (module, dtype) in found.items() if dtype is not None and module.weight.device.type == "cpu"}  # type: ignore[union-attr]
-    return {name: (module, dtype) for name, (module, dtype) in on_cpu.items() if products.packable(dtype)}
+    found: dict[str, tuple[Any, torch.dtype]] = {}
+    module: Any
+    for name, module in model.named_modules():
+        dtype = None if isinstance(module, PackedLinear) else product_dtype(module)
+        if dtype is not None and module.weight.device.type == "cpu" and products.packable(dtype):
+            found[name] = (module, dtype)
+    return found
 
 
 def _replace(model: nn.Module, kinds: tuple[type, ...] | None = None) -> int:

@@ -60,6 +60,11 @@ def pack_int8(weight: torch.Tensor) -> Any:
         return torch.ops.quantized.linear_prepack(quantized, None)
 
 
+def unpack_int8(packed: Any) -> torch.Tensor:
+    """The rounded numbers, `[out, in]` in float32."""
+    return torch.ops.quantized.linear_unpack(packed)[0].dequantize()
+
+
 def multiply_int8(rows: torch.Tensor, packed: Any) -> torch.Tensor:
     """`[..., in]` float32 -> `[..., out]` float32."""
     return torch.ops.quantized.linear_dynamic(rows, packed)

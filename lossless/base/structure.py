@@ -26,6 +26,10 @@ class _SharedTensors(TorchFunctionMode):
 
 def structure_of(model: Module) -> Module:
     """The same modules, configuration and hooks, once more; every tensor in them is the model's own."""
+    module: Any
+    for module in model.modules():  # bitsandbytes keeps 8-bit weights with the tensor until the first call, then with the module
+        if hasattr(module, "init_8bit_state") and getattr(module.weight, "CB", None) is not None:
+            module.init_8bit_state()
     shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     shared |= {id(module): module.alike() for module in model.modules() if hasattr(module, "alike")}
     with _SharedTensors():
@@ -39,7 +43,7 @@ def state_of(model: nn.Module) -> int:
     for module in model.modules():
         parts += [id(module), len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
         for tensor in module._parameters.values():
-            if tensor is not None:
+            if tensor is not None and not hasattr(module, "_hf_hook"):  # Accelerate may fetch and drop them
                 parts += [id(tensor), tensor.data_ptr(), tensor._version]
         if "Rotary" not in type(module).__name__:  # some count how far they have come
             parts += [(name, value) for name, value in module.__dict__.items() if isinstance(value, bool | int | float | str)]

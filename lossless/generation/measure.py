@@ -5,6 +5,7 @@ Knows: how to time passes, streams and levels of a tree, and where the times are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -36,16 +37,17 @@ def measure(reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_no
         reader: passes as the base makes them; runner: passes over trees; max_nodes: the most rows of one.
     """
     gamma, device = runner.adapter.config.num_streams, input_device(runner.base)
-    context = [1 + 7 * i % (runner.text_config.vocab_size - 1) for i in range(_CONTEXT)]
+    length = max(1, min(_CONTEXT, runner.places - max(_ROWS) - gamma))  # a table of positions may be short
+    context = [1 + 7 * i % (runner.text_config.vocab_size - 1) for i in range(max(length, max(_ROWS)))]
     cache = RowCache(len(runner.layers))
-    places = torch.arange(_CONTEXT, device=device)[None]
-    reader.verify(torch.tensor([context], device=device), places, None, cache, None, last_only=True)
-    cache.keep(range(_CONTEXT))
+    places = torch.arange(length, device=device)[None]
+    reader.verify(torch.tensor([context[:length]], device=device), places, None, cache, None, last_only=True)
+    cache.keep(range(length))
 
     def read(by: StreamRunner, rows: int) -> Any:
         tree = DraftTree(tuple(context[:rows]), (-1, *((i - 1) // 2 for i in range(1, rows))))  # two children each
         mask = tree.mask()[None].to(device) if rows > 1 else None
-        depths = torch.tensor([tree.depths], device=device) + _CONTEXT
+        depths = (torch.tensor([tree.depths], device=device) + length).clamp_max(runner.places - 1)
         out = by.verify(torch.tensor([tree.tokens], device=device), depths, mask, cache, None)
         out.logits.argmax(-1).tolist()  # waits for a device that works on its own
         return out
@@ -59,7 +61,7 @@ def measure(reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_no
         passes = [_time(lambda n=n: read(runner, n), repeats) for n in rows]  # type: ignore[misc]
     entry = read(runner, 1).entry[:, :1]
     there = entry.device
-    positions = torch.tensor([[_CONTEXT - 1]], device=there)
+    positions = torch.tensor([[length - 1]], device=there)
     seen = torch.ones(1, 1, cache.length, dtype=torch.bool, device=there)
     told = drafter.embed(torch.tensor([[context[0]]], device=there)) if runner.adapter.told is not None else None
 
@@ -112,8 +114,6 @@ def kept_curve(
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not there yet, or broken: it is measured
     curve = measure(reader, runner, drafter, max_nodes)
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written to
         write_json(path, {"curve": curve.to_dict(), "depends_on": depends})
-    except OSError:
-        pass  # a cache that cannot be written to
     return curve
