@@ -1,79 +1,64 @@
-"""Paired measurements: the plain base against the accelerated one, on the same prompts.
+"""Paired measurements: the plain base, the accelerated one and their rivals, on the same prompts.
 
-Knows: the clock, the order of the runs, and what a report holds. Does not know: how either side works.
+Knows: the order of the runs, what is compared, and what a report holds. Does not know: how a side works (evaluation/sides.py),
+or how an answer is timed (evaluation/timing.py).
 
-Both sides are timed by one `Clock`, a stopping criterion that notes the time of every emitted token:
-the same clock, the same token counter and the same stop rule. Decode time runs from the first token to
-the last, so the prefill is on neither side. Sides take turns in going first. Where only acceptance is asked for, the
-plain side is left out, and what would compare with it is None.
+On each prompt the sides answer one after the other, and which of them goes first rotates from prompt to prompt. All are
+timed by one clock, and decode time is told apart from the time to first token. What is compared is compared prompt by
+prompt, with stock `model.generate` of the same model; where only acceptance is asked for, that side is left out, and what
+would compare with it is None.
 """
 
 from __future__ import annotations
 
 import hashlib
 import statistics
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .errors import UsageError, require_at_least
+from .evaluation.machine import process_peak_mib
+from .evaluation.sides import ACCELERATED, STOCK, Answer, Side, accelerated, stock
+from .evaluation.timing import Decoding, encode_checked
 from .generate import AcceleratedModel
-from .models import Base, context_limit, device_name
-from .prompts import Prompt, encode
+from .models import Base, device_name
+from .prompts import Prompt
 from .storage import resumed, versions
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """What is asked of `generate` on both sides."""
+class SideRun:
+    """How one side answered one prompt.
 
-    max_new_tokens: int = 128
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    Attributes:
+        tokens: emitted ones; tokens_per_s: while decoding, the prefill not counted, 0 for a single token.
+        peak_memory_mib: the most that was allocated on the GPU meanwhile, the weights of all sides included; None on a CPU.
+        identical: its tokens are those of stock; first_difference: the first place where they are not; speedup: its
+            tokens a second over those of stock. All three None where stock was not measured.
+    """
 
-    def __post_init__(self) -> None:
-        require_at_least(1, self, "max_new_tokens")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature must be above 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `generate`."""
-        found: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.do_sample}
-        if self.do_sample:
-            found |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return found
-
-
-class Clock(StoppingCriteria):
-    """Notes when each token was there; never stops anything."""
-
-    def __init__(self) -> None:
-        self.ticks: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize()
-        self.ticks.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    @property
-    def decode_s(self) -> float:
-        return self.ticks[-1] - self.ticks[0]
+    tokens: int
+    time_to_first_token_s: float
+    decode_s: float
+    tokens_per_s: float
+    peak_memory_mib: float | None = None
+    identical: bool | None = None
+    first_difference: int | None = None
+    speedup: float | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt, answered by both sides, or by the accelerated one alone: then what compares is None."""
+    """One prompt, answered by every side. The fields up to `speedup` are of the accelerated side; what compares it with
+    stock (the baseline) is None where stock was not measured.
+
+    Attributes:
+        accepted: how many passes emitted 1, 2, 3, ... tokens; sides: by name, in the order in which they answered.
+    """
 
     id: str
     category: str
@@ -93,82 +78,76 @@ class Run:
     baseline_decode_s: float | None = None
     baseline_tokens_per_s: float | None = None
     speedup: float | None = None
+    accepted: dict[int, int] = field(default_factory=dict)
+    sides: dict[str, SideRun] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Run:
+        """What `asdict` gave, through JSON and back."""
+        accepted = {int(emitted): passes for emitted, passes in values["accepted"].items()}
+        sides = {name: SideRun(**side) for name, side in values["sides"].items()}
+        return cls(**{**values, "accepted": accepted, "sides": sides})
 
 
-def encode_checked(base: Base, prompts: list[Prompt], decoding: Decoding) -> list[torch.Tensor]:
-    """Token ids `[1, length]` of every prompt, each checked against the model's context.
-
-    Raises:
-        UsageError: a prompt and its answer would not fit.
-    """
-    limit = context_limit(base.model)
-    found = []
-    for prompt in prompts:
-        ids = encode(base.tokenizer, prompt.messages)
-        if limit is not None and len(ids) + decoding.max_new_tokens > limit:
-            raise UsageError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens={decoding.max_new_tokens} "
-                f"that exceeds the model's context of {limit}"
-            )
-        found.append(torch.tensor([ids], device=base.model.device))
-    return found
-
-
-def timed_generate(model: Any, ids: torch.Tensor, decoding: Decoding) -> tuple[list[int], Clock]:
-    """Answer token ids and when they came; `model` is a base or an `AcceleratedModel`."""
-    clock = Clock()
-    torch.manual_seed(decoding.seed)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        stopping_criteria=StoppingCriteriaList([clock]),
-        **decoding.arguments(),
-    )
-    return out[0, ids.shape[1] :].tolist(), clock
-
-
-def run_pair(
-    base: Base, fast: AcceleratedModel, prompt: Prompt, ids: torch.Tensor, decoding: Decoding, fast_first: bool, plain: bool = True
-) -> Run:
-    """Both sides on one prompt, or the accelerated one alone."""
-    before = timed_generate(base.model, ids, decoding) if plain and not fast_first else None
-    tokens, clock = timed_generate(fast, ids, decoding)
-    expected = timed_generate(base.model, ids, decoding) if plain and fast_first else before
+def run_sides(base: Base, fast: AcceleratedModel, prompt: Prompt, ids: torch.Tensor, decoding: Decoding, sides: Sequence[Side]) -> Run:
+    """Every side on one prompt, in this order; the accelerated one is among them."""
+    answers = {side.name: _answer(side, ids, decoding) for side in sides}
+    expected = answers[STOCK][0] if STOCK in answers else None
+    compared = {name: _compared(answer, expected) for name, answer in answers.items()}
+    ours, theirs = compared[ACCELERATED], compared.get(STOCK)
     return Run(
         id=prompt.id,
         category=prompt.category,
         prompt_tokens=ids.shape[1],
-        tokens=len(tokens),
-        decode_s=clock.decode_s,
+        tokens=ours.tokens,
+        decode_s=ours.decode_s,
         target_passes=fast.stats.target_passes,
         drafted=fast.stats.drafted,
         speculated=fast.stats.speculated,
         pruned_wrongly=fast.stats.pruned_wrongly,
         reread=fast.stats.reread,
         acceptance_length=fast.stats.acceptance_length,
-        tokens_per_s=_rate(clock),
-        answer=base.tokenizer.decode(tokens, skip_special_tokens=True),
-        **({} if expected is None else _compared(*expected, tokens, clock)),
+        tokens_per_s=ours.tokens_per_s,
+        answer=base.tokenizer.decode(answers[ACCELERATED][0][0], skip_special_tokens=True),
+        identical=ours.identical,
+        first_difference=ours.first_difference,
+        baseline_decode_s=theirs.decode_s if theirs else None,
+        baseline_tokens_per_s=theirs.tokens_per_s if theirs else None,
+        speedup=ours.speedup,
+        accepted=dict(sorted(fast.stats.accepted.items())),
+        sides=compared,
     )
 
 
-def _compared(expected: list[int], base_clock: Clock, tokens: list[int], clock: Clock) -> dict[str, Any]:
-    """The fields of a run that take both sides."""
-    baseline, ours = _rate(base_clock), _rate(clock)
+def _answer(side: Side, ids: torch.Tensor, decoding: Decoding) -> tuple[Answer, float | None]:
+    """A side's answer, and the most MiB that it had on the GPU."""
+    if not ids.is_cuda:
+        return side.answer(ids, decoding), None
+    torch.cuda.reset_peak_memory_stats(ids.device)
+    answer = side.answer(ids, decoding)
+    return answer, round(torch.cuda.max_memory_allocated(ids.device) / 2**20, 1)
+
+
+def _compared(measured: tuple[Answer, float | None], stock_answer: Answer | None) -> SideRun:
+    """What was measured of a side, held against stock's answer."""
+    (tokens, clock), peak = measured
+    told = SideRun(len(tokens), clock.time_to_first_token_s, clock.decode_s, clock.tokens_per_s, peak)
+    if stock_answer is None:
+        return told
+    expected, reference = stock_answer
     same = [a == b for a, b in zip(expected, tokens, strict=False)]
     identical = expected == tokens
-    return {
-        "identical": identical,
-        "first_difference": None if identical else (same.index(False) if False in same else len(same)),
-        "baseline_decode_s": base_clock.decode_s,
-        "baseline_tokens_per_s": baseline,
-        "speedup": ours / baseline if baseline and ours else 1.0,
-    }
+    return replace(
+        told,
+        identical=identical,
+        first_difference=None if identical else (same.index(False) if False in same else len(same)),
+        speedup=_ratio(clock.tokens_per_s, reference.tokens_per_s),
+    )
 
 
-def _rate(clock: Clock) -> float:
-    """Tokens a second after the first; 0 for an answer of one token, which has no decode time."""
-    return (len(clock.ticks) - 1) / clock.decode_s if len(clock.ticks) > 1 else 0.0
+def _ratio(ours: float, theirs: float) -> float:
+    """Of two speeds; 1 where an answer of one token has none."""
+    return ours / theirs if ours and theirs else 1.0
 
 
 def bench(
@@ -180,13 +159,15 @@ def bench(
     load_in: str | None = None,
     journal: Path | None = None,
     plain: bool = True,
+    rivals: Sequence[Side] = (),
 ) -> dict[str, Any]:
-    """Every prompt on both sides, interleaved, after one warm-up that is not counted.
+    """Every prompt on every side, interleaved, after a warm-up of each that is not counted.
 
     Args:
         name: the adapter's.
-        journal: a file that keeps each pair of runs as it is made; a later call with the same one goes on after them.
-        plain: with the plain side; without it acceptance is measured, and nothing compared.
+        journal: a file that keeps the runs of each prompt as they are made; a later call with the same one goes on after them.
+        plain: with stock `model.generate`; without it nothing is compared.
+        rivals: sides beyond stock and the accelerated one.
 
     Returns:
         Everything that a reader needs to repeat and to judge the runs, ready for JSON.
@@ -195,15 +176,17 @@ def bench(
         UsageError: a prompt does not fit, or the journal is another report's.
     """
     encoded = encode_checked(base, prompts, decoding)
+    sides = [*([stock(base)] if plain else []), accelerated(base, fast), *rivals]
     header = settings(base, fast, name, load_in, decoding) | {"plain": plain}
-    with resumed(journal, whose("bench", header, fast, encoded)) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
-        runs = [Run(**run) for run in kept]
+    asked = whose("bench", header | {"sides": [side.name for side in sides]}, fast, encoded)
+    with resumed(journal, asked) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
+        runs = [Run.from_dict(run) for run in kept]
         bar.update(len(runs))
         if len(runs) < len(prompts):
-            warm_up = Decoding(max_new_tokens=min(8, decoding.max_new_tokens))
-            run_pair(base, fast, prompts[0], encoded[0], warm_up, fast_first=False, plain=plain)
+            run_sides(base, fast, prompts[0], encoded[0], Decoding(max_new_tokens=min(8, decoding.max_new_tokens)), sides)
         for number in range(len(runs), len(prompts)):
-            runs.append(run_pair(base, fast, prompts[number], encoded[number], decoding, fast_first=number % 2 == 1, plain=plain))
+            first = number % len(sides)
+            runs.append(run_sides(base, fast, prompts[number], encoded[number], decoding, sides[first:] + sides[:first]))
             write(asdict(runs[-1]))
             bar.update()
             so_far = summarize(runs)
@@ -211,6 +194,9 @@ def bench(
             bar.set_postfix(acceptance=f"{so_far['acceptance_length']:.2f}", **compared)
     return header | {
         **summarize(runs),
+        "sides": {side.name: _summarize_side(side, [run.sides[side.name] for run in runs]) for side in sides},
+        "best_plain": _best_plain([side.name for side in sides if side.plain], runs),
+        "process_peak_mib": process_peak_mib(),
         "categories": {category: summarize([r for r in runs if r.category == category]) for category in _categories(runs)},
         "runs": [asdict(run) for run in runs],
     }
@@ -244,25 +230,72 @@ def whose(command: str, header: dict[str, Any], fast: AcceleratedModel, encoded:
     return {"command": command} | lasting | {"exact": header["guarantee"]["exact"], "prompt_ids": asked}
 
 
+def summarize(runs: list[Run]) -> dict[str, Any]:
+    """The accelerated side in some runs: totals, pooled acceptance length, medians over prompts, quartiles of the paired ratios."""
+    return {
+        "prompts": len(runs),
+        "tokens": sum(r.tokens for r in runs),
+        "identical": _count(r.identical for r in runs),
+        "reread": sum(r.reread for r in runs),
+        "speculated": sum(r.speculated for r in runs),
+        "pruned_wrongly": sum(r.pruned_wrongly for r in runs),
+        "acceptance_length": round(_pooled_acceptance(runs), 4),
+        "acceptance_by_depth": acceptance_by_depth(runs),
+        "baseline_tokens_per_s": _median((r.baseline_tokens_per_s for r in runs), 3),
+        "tokens_per_s": _median((r.tokens_per_s for r in runs), 3),
+        "speedup": _median((r.speedup for r in runs), 4),
+        "speedup_quartiles": _quartiles((r.speedup for r in runs), 4),
+    }
+
+
+def _summarize_side(side: Side, runs: list[SideRun]) -> dict[str, Any]:
+    """One side over all prompts: medians and quartiles; `speedup` is the paired ratio against stock."""
+    return {
+        "dtype": side.dtype,
+        "plain": side.plain,
+        "same_tokens": side.same_tokens,
+        "identical": _count(r.identical for r in runs),
+        "time_to_first_token_s": _median((r.time_to_first_token_s for r in runs), 5),
+        "tokens_per_s": _median((r.tokens_per_s for r in runs), 3),
+        "tokens_per_s_quartiles": _quartiles((r.tokens_per_s for r in runs), 3),
+        "speedup": _median((r.speedup for r in runs), 4),
+        "speedup_quartiles": _quartiles((r.speedup for r in runs), 4),
+        "peak_memory_mib": max((r.peak_memory_mib for r in runs if r.peak_memory_mib is not None), default=None),
+    }
+
+
+def _best_plain(names: list[str], runs: list[Run]) -> dict[str, Any] | None:
+    """The plain side with the fastest median, and the paired ratio of the accelerated side against it."""
+    if not names:
+        return None
+    speeds = {name: statistics.median(run.sides[name].tokens_per_s for run in runs) for name in names}
+    best = max(names, key=speeds.__getitem__)
+    ratios = [_ratio(run.tokens_per_s, run.sides[best].tokens_per_s) for run in runs]
+    return {
+        "side": best,
+        "tokens_per_s": round(speeds[best], 3),
+        "speedup": _median(ratios, 4),
+        "speedup_quartiles": _quartiles(ratios, 4),
+    }
+
+
+def acceptance_by_depth(runs: list[Run]) -> list[float]:
+    """The share of drafted passes that accepted at least 1, 2, 3, ... tokens of their draft."""
+    passes = sum(sum(run.accepted.values()) for run in runs)
+    deepest = max((emitted - 1 for run in runs for emitted in run.accepted), default=0)
+    reached = [sum(n for run in runs for emitted, n in run.accepted.items() if emitted > depth) for depth in range(1, deepest + 1)]
+    return [round(count / passes, 4) for count in reached]
+
+
 def _pooled_acceptance(runs: list[Run]) -> float:
     passes = sum(r.target_passes for r in runs)
     return sum(r.tokens - 1 for r in runs) / passes if passes else 1.0
 
 
-def summarize(runs: list[Run]) -> dict[str, Any]:
-    """The figures of some runs: totals, pooled acceptance length, medians over prompts."""
-    return {
-        "prompts": len(runs),
-        "tokens": sum(r.tokens for r in runs),
-        "identical": None if any(r.identical is None for r in runs) else sum(bool(r.identical) for r in runs),
-        "reread": sum(r.reread for r in runs),
-        "speculated": sum(r.speculated for r in runs),
-        "pruned_wrongly": sum(r.pruned_wrongly for r in runs),
-        "acceptance_length": round(_pooled_acceptance(runs), 4),
-        "baseline_tokens_per_s": _median((r.baseline_tokens_per_s for r in runs), 3),
-        "tokens_per_s": _median((r.tokens_per_s for r in runs), 3),
-        "speedup": _median((r.speedup for r in runs), 4),
-    }
+def _count(identical: Iterable[bool | None]) -> int | None:
+    """How many are; None where it was not compared."""
+    known = list(identical)
+    return None if None in known else sum(map(bool, known))
 
 
 def _median(values: Iterable[float | None], digits: int) -> float | None:
@@ -271,21 +304,14 @@ def _median(values: Iterable[float | None], digits: int) -> float | None:
     return round(statistics.median(known), digits) if known else None
 
 
+def _quartiles(values: Iterable[float | None], digits: int) -> list[float] | None:
+    """The first and the third, of what was measured; None where nothing was."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return [round(value, digits) for value in known * 2] or None
+    low, _, high = statistics.quantiles(known, n=4, method="inclusive")
+    return [round(low, digits), round(high, digits)]
+
+
 def _categories(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(run.category for run in runs))
-
-
-def table(found: dict[str, Any]) -> str:
-    """A report as a text table, one line a category and one for all."""
-    head = f"{'category':<24}{'prompts':>8}{'tokens':>8}{'identical':>11}{'accepted':>10}{'base t/s':>10}{'fast t/s':>10}{'speedup':>9}"
-    lines = [head, "-" * len(head)]
-    rows = list(found["categories"].items()) if len(found["categories"]) > 1 else []
-    for name, s in [*rows, ("all", found)]:
-        same, baseline, speedup = "-", "-", "-"
-        if s["identical"] is not None:
-            same, baseline, speedup = f"{s['identical']}/{s['prompts']}", f"{s['baseline_tokens_per_s']:.1f}", f"{s['speedup']:.2f}"
-        lines.append(
-            f"{name or '-':<24}{s['prompts']:>8}{s['tokens']:>8}{same:>11}{s['acceptance_length']:>10.2f}"
-            f"{baseline:>10}{s['tokens_per_s']:>10.1f}{speedup:>9}"
-        )
-    return "\n".join(lines)

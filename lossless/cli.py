@@ -21,6 +21,8 @@ from . import commands
 from .ablation import VARIANTS
 from .config import DistillConfig, StreamingConfig, TrainConfig
 from .errors import UsageError
+from .evaluation.sides import ACCELERATED, ALL, COMPILED, LLAMA_CPP, SIDES, STOCK
+from .evaluation.suites import FOLDER_VARIABLE, SUITES
 from .storage import versions
 
 # what drafted best for the demo model, where told_rank was its width, 576
@@ -96,21 +98,32 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="OUT", help="write the report here")
     command.set_defaults(run=commands.compare)
 
-    for verb, run, what, written in (
-        ("bench", commands.bench, "compare over a file of prompts", "report"),
-        ("verify", commands.verify, "check every token of accelerated answers against the plain base", "certificate"),
-    ):
-        command = verbs.add_parser(verb, help=what)
-        _model_flags(command)
-        _adapter_flags(command)
-        _decoding_flags(command)
-        command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
-        command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
-        command.add_argument("--json", metavar="OUT", help=f"write the {written} here; after an interruption the same command goes on")
-        if verb == "bench":
-            command.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True,
-                                 help="answer with the plain model too, to compare; or measure acceptance only")  # fmt: skip
-        command.set_defaults(run=run)
+    command = verbs.add_parser("bench", help="compare over a suite or a file of prompts")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command, None)
+    asked = command.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompts", nargs="+", metavar="FILE", help=_PROMPTS)
+    asked.add_argument("--suite", choices=tuple(SUITES), help="prompts by name; the files of public benchmarks are looked up in --suites")
+    command.add_argument("--suites", metavar="FOLDER", help=f"where the files of public benchmarks lie; ${FOLDER_VARIABLE} by default")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file, or N spread evenly over a suite")
+    command.add_argument("--sides", nargs="+", metavar="NAME", default=[STOCK, ACCELERATED],
+                         help=f"what is measured, of {', '.join(SIDES)}; {ALL} is all but {COMPILED}, which takes minutes ({STOCK} {ACCELERATED})")  # fmt: skip
+    command.add_argument("--gguf", metavar="FILE", help=f"the same model for {LLAMA_CPP}")
+    command.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True,
+                         help=f"with {STOCK}, to compare; or measure acceptance only")  # fmt: skip
+    command.add_argument("--json", metavar="OUT", help="write the report here; after an interruption the same command goes on")
+    command.add_argument("--plot", metavar="OUT.png", help="draw the report here")
+    command.set_defaults(run=commands.bench)
+
+    command = verbs.add_parser("verify", help="check every token of accelerated answers against the plain base")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command)
+    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
+    command.add_argument("--json", metavar="OUT", help="write the certificate here; after an interruption the same command goes on")
+    command.set_defaults(run=commands.verify)
 
     command = verbs.add_parser("doctor", help="say what this device, dtype and model can do, and how exactly")
     _model_flags(command)
@@ -189,9 +202,11 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from the text itself too, or not")
 
 
-def _decoding_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+def _decoding_flags(command: argparse.ArgumentParser, max_new_tokens: int | None = 128) -> None:
+    """`max_new_tokens` None: a suite says it."""
+    shown = "(%(default)s)" if max_new_tokens else "(what the suite says; 128 with --prompts)"
+    command.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=shown)
     command.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
     command.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
     command.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of both sides, anew for each prompt (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of every side, anew for each prompt (%(default)s)")

@@ -25,6 +25,11 @@ from .card import draw_curve, write_card
 from .config import DistillConfig, StreamingConfig, TrainConfig
 from .distill import distill as collect
 from .errors import UsageError
+from .evaluation.bench_plot import draw
+from .evaluation.machine import ceiling
+from .evaluation.report import categories_table, sides_table
+from .evaluation.sides import STOCK, rivals, wanted
+from .evaluation.suites import SUITES, read_suite
 from .fit import new_adapter
 from .foretell import TOLERANCE, check_parity
 from .generate import OVERRIDES, AcceleratedModel, accelerate
@@ -92,7 +97,7 @@ def compare(arguments: argparse.Namespace) -> int:
     print(run.answer.strip())
     print(f"\n{_verdict(run)}")
     print(f"plain        {run.baseline_tokens_per_s:8.1f} tokens/s   {found['dtype']}, {found['device']}, {found['threads']} threads")
-    print(f"accelerated  {run.tokens_per_s:8.1f} tokens/s   {run.speedup:.2f} times as fast")
+    print(f"accelerated  {run.tokens_per_s:8.1f} tokens/s   {run.speedup:.2f} times as fast as the stock model.generate of this model")
     print(f"acceptance length {run.acceptance_length:.2f}: {run.tokens} tokens in {run.target_passes} passes after the first")
     _store(arguments, found)
     return _same(found)
@@ -105,18 +110,39 @@ def _verdict(run: benchmark.Run) -> str:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """A file of prompts on both sides, or on the accelerated one alone."""
-    prompts, decoding = _prompts(arguments), _decoding(arguments)
+    """A suite or a file of prompts on every side that is asked for; 3 if a token of the accelerated one is not stock's."""
+    names = wanted(arguments.sides)
+    prompts, decoding = _asked(arguments)
     base, fast, name = _both_sides(arguments, prompts, decoding)
-    journal = _journal(arguments)
-    found = benchmark.bench(base, fast, name, prompts, decoding, arguments.load_in, journal, arguments.plain)
-    print(benchmark.table(found))
+    others, left_out = rivals(names, base, arguments.load_in, arguments.gguf)
+    for side, reason in left_out.items():
+        print(f"lossless: note: {side} is left out: {reason}", file=sys.stderr)
+    plain, journal = arguments.plain and STOCK in names, _journal(arguments)
+    measured = benchmark.bench(base, fast, name, prompts, decoding, arguments.load_in, journal, plain, others)
+    found = {"suite": arguments.suite, "left_out": left_out, "machine": ceiling(base)} | measured
+    print(f"{categories_table(found)}\n\n{sides_table(found)}")
     print(
         f"\n{found['dtype']}, {found['device']}, {found['threads']} threads, exact: {fast.guarantee.level}, "
         f"trees of {fast.tree_nodes}, {fast.schedule}"
     )
     _store(arguments, found, journal)
+    if arguments.plot:
+        draw(found, arguments.plot)
+        print(f"picture in {arguments.plot}")
     return _same(found)
+
+
+def _asked(arguments: argparse.Namespace) -> tuple[list[Prompt], benchmark.Decoding]:
+    """The prompts of a suite or of files, and what is asked of `generate`."""
+    if arguments.plot and Path(arguments.plot).suffix != ".png":
+        raise UsageError(f"a picture is written as .png, got {arguments.plot}")
+    if not arguments.suite:
+        prompts = _prompts(arguments)
+    else:
+        prompts = read_suite(arguments.suite, arguments.suites, arguments.limit)
+    if arguments.max_new_tokens is None:
+        arguments.max_new_tokens = SUITES[arguments.suite].max_new_tokens if arguments.suite else benchmark.Decoding().max_new_tokens
+    return prompts, _decoding(arguments)
 
 
 def verify(arguments: argparse.Namespace) -> int:

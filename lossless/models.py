@@ -118,14 +118,14 @@ def processes() -> PartialState:
 
 def device_name(device: torch.device) -> str:
     """What computes."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({_processor()})"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({of_processor('model name')})"
 
 
-def _processor() -> str:
-    """The processor's own name where the system tells it."""
+def of_processor(field: str) -> str:
+    """What the system tells of the first processor; its architecture where it tells nothing."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(field))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

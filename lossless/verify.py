@@ -25,7 +25,8 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from .anatomy import as_decoding
-from .bench import Decoding, encode_checked, settings, whose
+from .bench import settings, whose
+from .evaluation.timing import Decoding, encode_checked
 from .generate import AcceleratedModel
 from .models import Base
 from .prompts import Prompt

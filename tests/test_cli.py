@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from lossless import bench, commands
+from lossless import commands
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers
 from lossless.cli import main
+from lossless.evaluation import sides
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel
 from lossless.models import load_base
@@ -45,6 +46,7 @@ def test_compare_and_generate(tiny_folder: Path, adapter: Path, tmp_path: Path, 
     printed = capsys.readouterr().out
     assert "identical: all 12 tokens" in printed
     assert "acceptance length" in printed
+    assert "times as fast as the stock model.generate of this model" in printed
     found = json.loads((tmp_path / "out.json").read_text())
     assert (found["prompts"], found["identical"], found["adapter"]) == (1, 1, str(adapter))
     assert main(["generate", *common]) == 0
@@ -75,18 +77,49 @@ def test_bench_writes_what_the_contract_says(tiny_folder: Path, adapter: Path, p
     assert main([*arguments[:-1], str(tmp_path / "alone.json"), "--no-plain"]) == 0
     alone = json.loads((tmp_path / "alone.json").read_text())
     assert (alone["identical"], alone["acceptance_length"]) == (None, found["acceptance_length"])
+    assert list(alone["sides"]) == ["accelerated"]
+
+
+def test_bench_measures_the_sides_that_are_named_and_draws_them(
+    tiny_folder: Path, adapter: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "--model", str(tiny_folder), "--adapter", str(adapter), "--prompts", str(prompts), "--limit", "3",
+                 "--max-new-tokens", "10", "--sides", "accelerated", "plain-float32", "plain-bfloat16", "stock", "prompt-lookup",
+                 "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "new" / "out.png")]  # fmt: skip
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert list(found["sides"]) == ["stock", "accelerated", "prompt-lookup", "plain-bfloat16"]
+    assert found["left_out"].keys() == {"plain-float32"}
+    assert "plain-float32 is left out: the stock side is of float32 here" in captured.err
+    assert found["best_plain"]["side"] in ("stock", "plain-bfloat16")
+    assert found["machine"]["one_row_tokens_per_s"].keys() == {"as loaded", "float32", "bfloat16"}
+    assert "its ceiling with one token a pass" in captured.out
+    assert (tmp_path / "new" / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_suite_says_how_long_answers_are_unless_the_caller_does(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps({"question": f"w{i}", "answer": "9"}) + "\n" for i in range(6)))
+    arguments = ["bench", "--model", str(tiny_folder), "--adapter", str(adapter), "--suite", "gsm8k", "--suites", str(tmp_path),
+                 "--limit", "2", "--no-plain", "--json", str(tmp_path / "out.json")]  # fmt: skip
+    for given, expected in ([], 256), (["--max-new-tokens", "6"], 6):
+        assert main([*arguments, *given]) == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        assert (found["suite"], found["decoding"]["max_new_tokens"]) == ("gsm8k", expected)
+        assert [run["id"] for run in found["runs"]] == ["gsm8k_test-1", "gsm8k_test-4"]
+        assert found["categories"].keys() == {"gsm8k"}
 
 
 def test_tokens_that_differ_are_exit_3(
     tiny_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = bench.timed_generate
+    real = sides.timed_generate
 
     def tampered(model, ids, decoding):  # type: ignore[no-untyped-def]
         tokens, clock = real(model, ids, decoding)
         return (tokens[::-1] if isinstance(model, AcceleratedModel) else tokens), clock
 
-    monkeypatch.setattr(bench, "timed_generate", tampered)
+    monkeypatch.setattr(sides, "timed_generate", tampered)
     arguments = ["compare", "--model", str(tiny_folder), "--adapter", str(adapter), "--prompt", "w1", "--max-new-tokens", "9"]
     assert main(arguments) == 3
     assert "DIFFERENT" in capsys.readouterr().out
@@ -182,6 +215,12 @@ def bad_inputs(folder: Path, adapter: Path, prompts: Path, tmp: Path) -> dict[st
         "empty prompt": (["compare", *model, *fits, "--prompt", " "], "empty"),
         "prompt beyond the context": (["compare", *model, *fits, "--prompt", "w1 " * 600], "context of 512"),
         "limit of none": (["bench", *model, *fits, "--prompts", str(prompts), "--limit", "0"], "limit"),
+        "suite without its file": (["bench", *model, *fits, "--suite", "mt_bench", "--suites", str(tmp)], "github.com/lm-sys/FastChat"),
+        "suite and file": (["bench", *model, *fits, "--suite", "mt_bench", "--prompts", str(prompts)], "not allowed with"),
+        "neither suite nor file": (["bench", *model, *fits], "--prompts --suite"),
+        "unknown side": (["bench", *model, *fits, "--prompts", str(prompts), "--sides", "faster"], "faster"),
+        "nothing to measure": (["bench", *model, *fits, "--prompts", str(prompts), "--sides", "stock"], "'accelerated'"),
+        "picture of another kind": (["bench", *model, *fits, "--prompts", str(prompts), "--plot", "out.doc"], "out.doc"),
         "unknown flag": (["compare", *model, *ask, "--faster"], "--faster"),
         "flag without a number": (["compare", *model, *ask, "--seed", "x"], "--seed"),
         "nothing to distil": (["distill", *model, "--out", str(tmp / "d")], "--prompts"),

@@ -31,7 +31,9 @@ def structure_of(model: Module) -> Module:
         if hasattr(module, "init_8bit_state") and getattr(module.weight, "CB", None) is not None:
             module.init_8bit_state()
     shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    shared |= {id(module): module.alike() for module in model.modules() if hasattr(module, "alike")}
+    for module in model.modules():
+        if hasattr(module, "alike"):  # a packed weight cannot be copied
+            shared[id(module)] = module.alike()
     with _SharedTensors():
         return copy.deepcopy(model, shared)
 
