@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .rows import in_pieces, one_by_one
+from .base.attention import SDPA, grouped
+from .rows import RowCall, in_pieces, one_by_one
 from .sight import Reach, Sight
 
 ATTENTION = "lossless_streams"
@@ -72,7 +72,7 @@ class Pass:
     nodes: torch.Tensor | None = None  # [m] main rows that speculate
     cache: Any = None
     keeps_bits: bool = False  # main rows are to have the bits of the base's own passes
-    paths: list[list[int]] | None = None  # rows from the root to each main row, if those would be passes of one row
+    alone: list[RowCall] | None = None  # how each main row is read alone, if it would be a pass of one row
     rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window
     entry: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] at layer N - N_s
@@ -143,9 +143,9 @@ def _attend(
     if plan.main is not None:
         keys = key.shape[2] - (query.shape[2] - rows)
         main = (query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]) if query.shape[2] > rows else (query, key, value)
-        if plan.paths is not None:
-            alone = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
-            outputs.append(one_by_one(alone, *main, plan.paths, lambda length: reach.first(length - 1)))
+        if plan.alone is not None:
+            attend = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
+            outputs.append(one_by_one(attend, *main, plan.alone, lambda length: reach.first(length - 1)))
         else:
             outputs.append(_masked(plan, plan.main, reach, module, kwargs, *main))
     if plan.stream is not None and query.shape[2] > rows:  # not in the lower layers
@@ -164,12 +164,9 @@ def _masked(
     """
     groups = query.shape[1] // key.shape[1]
     seen = sight.as_mask(reach, query, plan.implementation, groups)
-    if seen is None or plan.implementation != "sdpa" or kwargs.get("position_bias") is not None:
+    if seen is None or plan.implementation not in SDPA or kwargs.get("position_bias") is not None:
         return _base_attention(module, plan.implementation)(module, query, key, value, seen, **kwargs)[0]
-    batch, heads, rows, _ = query.shape
-    folded = query.reshape(batch, key.shape[1], groups * rows, -1)
-    out = sdpa(folded, key, value, attn_mask=seen, scale=kwargs.get("scaling"))
-    return out.view(batch, heads, rows, -1).transpose(1, 2)
+    return grouped(kwargs.get("scaling"), query, key, value, seen)
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -229,7 +226,7 @@ def keep_bits(limits: dict[nn.Module, int]) -> None:
             plan = PASS.get()
             if plan is None or not plan.keeps_bits:
                 return forward(rows, *args, **kwargs)
-            return in_pieces(forward, rows, plan.main_rows, plan.main_rows if plan.paths is None else most)
+            return in_pieces(forward, rows, plan.main_rows, plan.main_rows if plan.alone is None else most)
 
         return run
 

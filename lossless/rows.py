@@ -7,8 +7,36 @@ attention and projections so that it is not. Does not know: models, trees, or wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class RowCall:
+    """How a row is read alone: keys of which nodes are written to which depths first, and how long its text is then,
+    counted from the end of the past."""
+
+    writes: tuple[tuple[int, int], ...]  # (depth, node)
+    length: int
+
+
+def row_calls(paths: Sequence[Sequence[int]]) -> list[RowCall]:
+    """The calls for rows that stand depth first, once for all layers of a pass.
+
+    A row's keys must lie side by side, as in a text that was read row by row. So the path of the row is written behind the
+    past, where the rows of this pass stand. Neighbours share most of their paths, and of those little is written.
+
+    Args:
+        paths: of each row, the rows from the root of the tree to itself.
+    """
+    standing, calls = list(range(len(paths))), []  # which row's keys stand in each place behind the past
+    for path in paths:
+        writes = tuple((depth, node) for depth, node in enumerate(path) if standing[depth] != node)
+        for depth, node in writes:
+            standing[depth] = node
+        calls.append(RowCall(writes, len(path)))
+    return calls
 
 
 def one_by_one(
@@ -16,36 +44,29 @@ def one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    paths: Sequence[Sequence[int]],
+    calls: Sequence[RowCall],
     reach: Callable[[int], int],
 ) -> torch.Tensor:
-    """Attention of each row in a call of its own, over keys of exactly its own text, without a mask.
-
-    A row's keys must lie side by side, as in a text that was read row by row. So the path of the row is
-    written behind the past, where the rows of this pass stand, and everything is put back in the end. Rows are
-    taken depth first: neighbours share most of their paths.
+    """Attention of each row in a call of its own, over keys of exactly its own text, without a mask; in the end every key is
+    where it was.
 
     Args:
         attend: `[1, heads, 1, head_dim]`, keys, values -> `[1, 1, heads, head_dim]`.
         query: `[1, heads, rows, head_dim]`; key, value: `[1, kv_heads, past + rows, head_dim]`.
-        paths: of each row, the rows from the root of the tree to itself.
         reach: length of a text -> the first of its keys that its last row may see.
     """
-    past = key.shape[2] - len(paths)
-    own: tuple[torch.Tensor, torch.Tensor] | None = None
-    standing = list(range(len(paths)))  # which row's keys stand in each place behind the past
-    outputs: list[torch.Tensor] = [query] * len(paths)
-    for row in sorted(range(len(paths)), key=lambda row: tuple(paths[row])):
-        for depth, node in enumerate(paths[row]):
-            if standing[depth] != node:
-                if own is None:
-                    own = key[:, :, past:].clone(), value[:, :, past:].clone()
+    past = key.shape[2] - len(calls)
+    moved = any(call.writes for call in calls)
+    own = (key[:, :, past:].clone(), value[:, :, past:].clone()) if moved else None
+    outputs = []
+    for row, call in enumerate(calls):
+        if own is not None:
+            for depth, node in call.writes:
                 key[:, :, past + depth] = own[0][:, :, node]
                 value[:, :, past + depth] = own[1][:, :, node]
-                standing[depth] = node
-        end = past + len(paths[row])
+        end = past + call.length
         start = reach(end)
-        outputs[row] = attend(query[:, :, row : row + 1], key[:, :, start:end], value[:, :, start:end])
+        outputs.append(attend(query[:, :, row : row + 1], key[:, :, start:end], value[:, :, start:end]))
     if own is not None:
         key[:, :, past:], value[:, :, past:] = own
     return torch.cat(outputs, dim=1)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .base.attention import SDPA
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -68,7 +70,7 @@ class Sight:
         form = (reach, implementation, query.dtype, query.device, groups)
         if form not in self._found:
             seen = as_mask(self.within(reach), query, implementation)
-            self._found[form] = seen.repeat(1, 1, groups, 1) if seen is not None and implementation == "sdpa" else seen
+            self._found[form] = seen.repeat(1, 1, groups, 1) if seen is not None and implementation in SDPA else seen
         return self._found[form]
 
 
@@ -101,7 +103,7 @@ def as_mask(allowed: torch.Tensor | None, query: torch.Tensor, implementation: s
     if allowed is None:
         return None
     allowed = allowed.to(query.device)
-    if implementation == "sdpa":
+    if implementation in SDPA:
         return allowed
     return torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(~allowed, torch.finfo(query.dtype).min)
 

@@ -38,6 +38,7 @@ from .anatomy import (
     shares_position_bias,
     uses_attention_interface,
 )
+from .base.attention import SDPA
 from .base.structure import structure_of
 from .cache import RowCache
 from .fit import check_fit, stream_layers
@@ -55,6 +56,7 @@ from .passes import (
     note_rotary,
     running,
 )
+from .rows import row_calls
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
 
 
@@ -167,7 +169,7 @@ class StreamRunner:
         plan = Pass(self.implementation, len(ids), count, Sight(allowed, positions, keys), last_only=last_only)
         plan.keeps_bits = self.limits is not None and len(ids) == 1 and cache.visible() is None
         if plan.keeps_bits and not last_only:
-            plan.paths = [[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()]
+            plan.alone = row_calls([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
 
         def begin(entry: torch.Tensor) -> None:
             chosen: Any = nodes(entry) if callable(nodes) else nodes
@@ -206,7 +208,7 @@ class StreamRunner:
 
     def _knows_causal(self) -> bool:
         """Whether the base's attention is causal by itself over rows that are all of its keys."""
-        return self.implementation == "sdpa" and not self.own_attention
+        return self.implementation in SDPA and not self.own_attention
 
     def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""

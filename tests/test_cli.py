@@ -66,7 +66,7 @@ def test_an_adapter_of_random_numbers_changes_no_token(tiny_folder: Path, prompt
 def test_bench_writes_what_the_contract_says(tiny_folder: Path, adapter: Path, prompts: Path, tmp_path: Path) -> None:
     arguments = ["bench", "--model", str(tiny_folder), "--adapter", str(adapter), "--prompts", str(prompts), "--limit", "4",
                  "--max-new-tokens", "10", "--dtype", "float32", "--do-sample", "--temperature", "0.8", "--top-p", "0.9",
-                 "--seed", "5", "--tree-nodes", "6", "--tree-floor", "0", "--json", str(tmp_path / "out.json")]  # fmt: skip
+                 "--seed", "5", "--tree-nodes", "6", "--json", str(tmp_path / "out.json")]  # fmt: skip
     assert main(arguments) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["prompts"] == found["identical"] == len(found["runs"]) == 4

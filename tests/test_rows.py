@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lossless.rows import in_pieces, one_by_one
+from lossless.rows import in_pieces, one_by_one, row_calls
 from lossless.tree import DraftTree
 
 TREE = DraftTree((11, 12, 13, 14, 15, 16), (-1, 0, 0, 1, 2, 3))
@@ -25,7 +25,7 @@ def test_each_row_sees_its_own_text_side_by_side() -> None:
         seen[int(q[0, 0, 0, 0])] = k[0, 0, :, 0].int().tolist()
         return q.transpose(1, 2)
 
-    out = one_by_one(attend, query, key, value, PATHS, lambda length: max(0, length - 6))
+    out = one_by_one(attend, query, key, value, row_calls(PATHS), lambda length: max(0, length - 6))
     for row, path in enumerate(PATHS):
         assert seen[row] == [*range(past), *(past + node for node in path)][-6:]
     assert torch.equal(out, query.transpose(1, 2))

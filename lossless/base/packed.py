@@ -3,8 +3,8 @@
 Knows: which modules are plain products, what packing takes and gives back, and how it is undone. Does not know: passes, drafts,
 or when packed products pay.
 
-    pack(model)     the model itself computes with packed weights, and has no others: it is a little faster by itself, and a
-                    row has the same bits however many stand beside it. What `accelerate` then promises, it promises
+    pack(model)     the model itself computes with packed weights, and has no others; and where heads share keys, a row attends
+                    as base/attention.py has it. It is faster by itself, and a row has the same bits however many stand beside it. What `accelerate` then promises, it promises
                     against this model. Logits differ from those of the unpacked one by rounding.
     packed_twin     a second model of the same structure beside it. The base keeps its own weights and its own bits.
 """
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UsageError
 from ..models import free_memory
 from . import products
+from .attention import GROUPED
 from .structure import structure_of
 
 _TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much
@@ -202,6 +203,8 @@ def pack(model: Any) -> Any:
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
         raise UsageError(f"{type(model).__name__} in {dtype} on {getattr(model, 'device', 'its device')} has no weight that can be packed: "
                          "packing takes a CPU and a dtype that its oneDNN knows (float32; bfloat16 from AVX-512 on)")  # fmt: skip
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUPED)
     return model
 
 
@@ -218,6 +221,8 @@ def unpack(model: Any) -> Any:
                 plain.in_features, plain.out_features = module.in_features, module.out_features
             _put(model, name, plain.train(module.training))
     model.tie_weights()
+    if model.config.get_text_config()._attn_implementation == GROUPED:
+        model.set_attn_implementation("sdpa")
     return model
 
 

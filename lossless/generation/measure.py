@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..anatomy import as_decoding, input_device
+from ..base.packed import is_packed
 from ..cache import RowCache
 from ..draft import Drafter
 from ..drafting.costs import CostCurve
@@ -102,7 +103,7 @@ def kept_curve(
     shape = {key: value for key, value in sorted(config.items()) if isinstance(value, int | str | float) and not key.startswith("_")}
     depends = {
         "base": type(runner.base).__name__, "shape": shape, "precision": precision(runner.base), "device": device_name,
-        "threads": torch.get_num_threads(), "attention": runner.implementation, "twin": runner is not reader,
+        "threads": torch.get_num_threads(), "attention": runner.implementation, "twin": runner is not reader, "packed": is_packed(runner.base),
         "bitwise": runner.limits is not None, "max_nodes": max_nodes, "adapter": runner.adapter.config.to_dict(),
         "versions": versions(), "modules": len(list(runner.model.modules())),
     }  # fmt: skip
