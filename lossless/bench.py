@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .base.packed import is_packed
 from .evaluation.machine import process_peak_mib
 from .evaluation.sides import ACCELERATED, STOCK, Answer, Side, accelerated, stock
 from .evaluation.timing import Decoding, encode_checked
@@ -210,11 +211,13 @@ def settings(base: Base, fast: AcceleratedModel, name: str, load_in: str | None,
         "weights": fast.adapter.digest(),
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "load_in": load_in,
+        "packed": is_packed(base.model),
         "device": device_name(base.model.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "decoding": asdict(decoding),
         "tree_nodes": fast.tree_nodes,
+        "adaptive": fast.adaptive,
         "schedule": fast.schedule,
         "recall": fast.recall,
         "pruning_floor": fast.pruning_floor if fast.adapter.pruning is not None else None,

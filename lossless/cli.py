@@ -1,4 +1,4 @@
-"""The command line: `lossless generate | compare | bench | verify | doctor | distill | train | ablate | push`.
+"""The command line: `lossless generate | compare | bench | verify | forecast | doctor | distill | train | ablate | push`.
 
 Knows: flags and exit codes (0 done, 2 bad input, 3 tokens differ, 4 drafts are not what training foretold, 130 Ctrl-C).
 Does not know: what a command does (commands.py).
@@ -125,9 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="OUT", help="write the certificate here; after an interruption the same command goes on")
     command.set_defaults(run=commands.verify)
 
-    command = verbs.add_parser("doctor", help="say what this device, dtype and model can do, and how exactly")
+    command = verbs.add_parser("forecast", help="say what speedup each acceptance length gives on this machine, before any training")
     _model_flags(command)
     _adapter_flags(command)
+    command.add_argument("--refresh", action="store_true", help="measure what steps cost anew")
+    command.add_argument("--json", metavar="OUT", help="write the forecast here")
+    command.add_argument("--plot", metavar="OUT.png", help="draw it here")
+    command.set_defaults(run=commands.forecast, streaming=_STREAMING)
+
+    command = verbs.add_parser("doctor", help="say what this device, dtype and model can do, how exactly, and what steps cost")
+    _model_flags(command)
+    _adapter_flags(command)
+    command.add_argument("--refresh", action="store_true", help="measure what steps cost anew")
     command.set_defaults(run=commands.doctor)
 
     command = verbs.add_parser("distill", help="collect the model's own answers to train on")
@@ -193,6 +202,8 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
         help="folder or hub id of an adapter; 'random' for one of random numbers, which must not change a token; "
         "the demo model brings its own",
     )
+    command.add_argument("--pack", action="store_true",
+                         help="pack the model's weights in place first: it answers faster by itself, and is what answers are compared with")  # fmt: skip
     command.add_argument("--exact", help="bitwise, near-tie or off; by default what a probe finds: bitwise if it can be had and is worth it")
     command.add_argument("--tree-nodes", type=int, help="most rows of a verification pass; the adapter's own choice by default")
     command.add_argument("--adaptive", action=argparse.BooleanOptionalAction,

@@ -20,12 +20,17 @@ from . import bench as benchmark
 from .ablation import ablate as compare_variants
 from .ablation import table
 from .adapter import StreamAdapter, push_to_hub
+from .anatomy import depth
 from .answers import Answers
+from .base.packed import is_packed, pack, packed_bytes
 from .card import draw_curve, write_card
 from .config import DistillConfig, StreamingConfig, TrainConfig
 from .distill import distill as collect
 from .errors import UsageError
 from .evaluation.bench_plot import draw
+from .evaluation.forecast import Forecast
+from .evaluation.forecast import draw as draw_forecast
+from .evaluation.forecast import table as forecast_table
 from .evaluation.machine import ceiling
 from .evaluation.report import categories_table, sides_table
 from .evaluation.sides import STOCK, rivals, wanted
@@ -33,7 +38,7 @@ from .evaluation.suites import SUITES, read_suite
 from .fit import new_adapter
 from .foretell import TOLERANCE, check_parity
 from .generate import OVERRIDES, AcceleratedModel, accelerate
-from .models import Base, load_base, processes
+from .models import Base, device_name, load_base, precision, processes
 from .prompts import Prompt, from_text, read_prompts
 from .storage import versions, write_json
 from .train import train as learn
@@ -58,6 +63,8 @@ def _decoding(arguments: argparse.Namespace) -> benchmark.Decoding:
 
 def _load(arguments: argparse.Namespace) -> Base:
     base = load_base(arguments.model, arguments.dtype, arguments.load_in, arguments.device)
+    if getattr(arguments, "pack", False):
+        pack(base.model)
     if not base.tokenizer.chat_template:
         print(f"lossless: note: {base.name} has no chat template: prompts are given to it as plain text", file=sys.stderr)
     return base
@@ -156,19 +163,49 @@ def verify(arguments: argparse.Namespace) -> int:
     return 3 if found["mismatches"] else 0
 
 
+def forecast(arguments: argparse.Namespace) -> int:
+    """What this machine makes of each acceptance length; an adapter need not be trained for it, nor be there."""
+    base = _load(arguments)
+    if not (arguments.adapter or shipped_adapter(arguments.model)):
+        layers = min(arguments.streaming.num_msa_layers, depth(base.model))
+        shape = replace(arguments.streaming, num_msa_layers=layers, draft_vocab_size=0)
+        fast = accelerate(base.model, new_adapter(base.model, shape, base.tokenizer), base.tokenizer, arguments.exact)
+    else:
+        fast, _ = _attach(arguments, base)
+    found = Forecast(fast.measure_costs() if arguments.refresh else fast.costs, fast.adapter.config.num_streams)
+    print(forecast_table(found))
+    print(f"\n{precision(base.model)}, {device_name(base.model.device)}, {torch.get_num_threads()} threads, exact: {fast.guarantee.level}")
+    if arguments.json:
+        about = {"model": base.name, "precision": precision(base.model), "device": device_name(base.model.device),
+                 "threads": torch.get_num_threads(), "versions": versions(), "guarantee": fast.guarantee.describe()}  # fmt: skip
+        write_json(arguments.json, about | found.to_dict())
+    if arguments.plot:
+        draw_forecast(found, Path(arguments.plot))
+        print(f"picture in {arguments.plot}")
+    return 0
+
+
 def doctor(arguments: argparse.Namespace) -> int:
-    """What a probe found on this device."""
+    """What a probe found on this device, and what steps cost on it."""
     base = _load(arguments)
     fast, name = _attach(arguments, base)
     found = fast.guarantee
+    costs = fast.measure_costs() if arguments.refresh else fast.costs
+    packed = "none" if not fast.guarantee.twin else f"a twin of {packed_bytes(base.model) / 2**20:.0f} MB beside the model's own weights"
+    if is_packed(base.model):
+        packed = "the model's own"
     for key, value in (
         ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
         ("model", f"{base.name}, {str(base.model.dtype).removeprefix('torch.')}, {base.model.device}, {torch.get_num_threads()} threads"),
         ("adapter", f"{name}, {fast.adapter.parameter_count():,} weights"),
-        ("drafts", f"{fast.schedule}, trees of at most {fast.tree_nodes} rows"),
+        ("drafts", f"{fast.schedule}, {'trees that fit, ' if fast.adaptive else ''}of at most {fast.tree_nodes} rows"),
         ("exact", found.level),
+        ("packed weights", packed),
         ("noise", f"{found.noise:.2g} logits between passes of different shapes" if found.noise else "not measured"),
         *((f"  {kind}", f"{rows} rows at a time keep their bits") for kind, rows in found.operations.items()),
+        ("plain token", f"{1000 * costs.plain_s:.1f} ms"),
+        ("pass by rows", ", ".join(f"{rows}: {1000 * seconds:.1f} ms" for rows, seconds in zip(costs.rows, costs.pass_s, strict=True))),
+        ("drafting", f"{1000 * costs.streams_s:.1f} ms for streams, {1000 * costs.level_s:.2f} ms for each level of a tree"),
     ):
         print(f"{key:<24}{value}")
     return 0

@@ -85,9 +85,14 @@ class AcceleratedModel:
         if twin is not None and (self.guarantee.twin or self.guarantee.level == "off"):
             self.runner = twin
         self.drafter = Drafter(adapter, ends[0], ends[1], logit_scale(self.reader))
-        device = device_name(input_device(self.base))
-        self.costs: CostCurve = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, device)
+        self.measure_costs(refresh=False)
         self._attached_to, self._state = self._place(), state_of(self.base)
+
+    def measure_costs(self, refresh: bool = True) -> CostCurve:
+        """What the parts of a step cost here: measured, or, without `refresh`, as it was measured before; seconds the first time."""
+        device = device_name(input_device(self.base))
+        self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, device, refresh)
+        return self.costs
 
     def __getattr__(self, name: str) -> Any:
         if name == "base":  # not yet set: a broken copy must not recurse

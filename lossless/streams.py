@@ -246,7 +246,9 @@ class StreamRunner:
         hidden = self.adapter.start_streams(entry, told)
         with running(plan):
             for number, layer in enumerate(self.stream_layers, self.first_top):
-                hidden = layer(hidden, **self._filled(number, self._habits[number], plan, hidden))
+                if (habit := self._habits.get(number)) is None:
+                    continue  # a layer that the base itself passes over
+                hidden = layer(hidden, **self._filled(number, habit, plan, hidden))
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return self.finish(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
 

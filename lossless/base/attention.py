@@ -29,7 +29,7 @@ def grouped(
     """
     batch, heads, rows, _ = query.shape
     out = sdpa(query.reshape(batch, key.shape[1], -1, query.shape[-1]), key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, rows, -1).transpose(1, 2)
+    return out.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous()
 
 
 def _attend(

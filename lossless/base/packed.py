@@ -48,6 +48,10 @@ class PackedLinear(nn.Module):
         """`[out, in]`, dense: a copy, made at each call."""
         return products.unpack(self.packed)
 
+    def original_weight(self) -> torch.Tensor:
+        """The weight as the module had it that this one stands in for: a Conv1D's is `[in, out]`."""
+        return self.weight.t().contiguous() if self.origin is Conv1D else self.weight
+
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         if self.least == 1 or rows.numel() > rows.shape[-1]:
@@ -68,7 +72,7 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self.original_weight()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: a packed weight cannot be written down, a dense one can."""
@@ -212,13 +216,11 @@ def unpack(model: Any) -> Any:
     """Dense weights again, bit for bit those that were packed; returns the model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
-            weight = module.weight.t().contiguous() if module.origin is Conv1D else module.weight
-            plain: Any = Conv1D(0, 0) if module.origin is Conv1D else nn.Linear(0, 0, bias=False)
-            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
-            if module.origin is Conv1D:
-                plain.nx, plain.nf = module.in_features, module.out_features
-            else:
-                plain.in_features, plain.out_features = module.in_features, module.out_features
+            sizes = (module.out_features, module.in_features) if module.origin is Conv1D else (module.in_features, module.out_features)
+            with torch.device("meta"):
+                plain = module.origin(*sizes)
+            plain.weight = nn.Parameter(module.original_weight(), requires_grad=False)
+            plain.bias = module.bias
             _put(model, name, plain.train(module.training))
     model.tie_weights()
     if model.config.get_text_config()._attn_implementation == GROUPED:

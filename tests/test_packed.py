@@ -1,0 +1,211 @@
+"""Packed weights: the same numbers, the same bits for any number of rows, and nothing lost by undoing it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import lossless
+from lossless.base import packed as module
+from lossless.base import products
+from lossless.base.packed import Int8Linear, PackedLinear, dense, draft_linear, is_packed, packed_bytes, packed_twin
+from lossless.base.structure import state_of, structure_of
+from lossless.errors import UsageError
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
+from lossless.models import freeze
+
+from .conformance.families import build
+from .conftest import build_tiny, prompt_ids, tiny_config
+from .test_lossless import both
+
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if products.packable(dtype)]
+needs_packing = pytest.mark.skipif(not products.packable(torch.float32), reason="torch packs no float32 weights on this machine")
+pytestmark = needs_packing
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(96, 64), (192, 576), (576, 1536), (300, 1100)], ids=str)
+def test_a_row_has_the_same_bits_beside_any_number_of_others(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, bias, rows = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype), torch.randn(33, shape[1]).to(dtype)
+    product = PackedLinear(weight, bias)
+    alone = torch.cat([product(row[None, None])[0] for row in rows])
+    for count in range(2, 34):
+        assert torch.equal(torch.cat([product(some) for some in rows.split(count)]), alone), count
+    expected = F.linear(rows.float(), weight.float(), bias.float())
+    assert (alone.float() - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.05) * expected.std()
+    assert torch.equal(product.weight, weight)
+
+
+def test_a_lone_row_stands_beside_a_copy_of_itself_where_that_keeps_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(products, "least_rows", lambda *_: 2)
+    product = PackedLinear(torch.randn(8, 4), None)
+    real = products.multiply
+    monkeypatch.setattr(products, "multiply", lambda rows, *rest: counts.append(rows.numel() // 4) or real(rows, *rest))
+    for shape in ((4,), (1, 1, 4), (1, 3, 4)):
+        assert product(torch.randn(shape)).shape == (*shape[:-1], 8)
+    assert counts == [2, 2, 3]
+
+
+@pytest.mark.skipif(not products.int8_packable(), reason="torch has no 8-bit products on this machine")
+def test_eight_bits_are_nearly_right() -> None:
+    weight, rows = torch.randn(64, 48), torch.randn(2, 5, 48)
+    found = draft_linear(weight, torch.ones(64))
+    assert isinstance(found, Int8Linear)
+    assert (found(rows) - F.linear(rows, weight, torch.ones(64))).abs().max() < 0.2 * weight.norm(dim=1).mean()
+    assert (found.weight - weight).abs().max() < weight.abs().max() / 100
+    assert found(rows.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("float_drafts", [True, False], ids=["packed", "neither"])
+def test_drafts_go_without_what_is_not_there(float_drafts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "int8_packable", lambda: False)
+    monkeypatch.setattr(products, "packable", lambda dtype: float_drafts)
+    weight, rows = torch.randn(6, 4), torch.randn(3, 4)
+    found = draft_linear(weight, None)
+    assert isinstance(found, PackedLinear if float_drafts else nn.Linear)
+    torch.testing.assert_close(found(rows), rows @ weight.T)
+
+
+def test_an_operator_that_is_wrong_or_missing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for broken in (lambda rows, *_: rows.new_zeros(len(rows), 96), lambda *_: torch.ops.mkldnn._no_such_operator()):
+        monkeypatch.setattr(products, "multiply", broken)
+        products.packable.cache_clear()
+        assert not products.packable(torch.float32)
+        assert packed_twin(build_tiny()) is None
+    monkeypatch.undo()
+    products.packable.cache_clear()
+    assert products.packable(torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_packing_is_undone_bit_for_bit(family: str) -> None:
+    model = freeze(build(family))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kinds = {name: type(part) for name, part in model.named_modules()}
+    ids = prompt_ids(9)
+    plain = model(ids).logits
+    assert lossless.pack(model) is model
+    assert is_packed(model)
+    assert lossless.pack(model) is model  # again: nothing to do
+    assert (model(ids).logits - plain).abs().max() < 1e-3 * plain.std()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    lossless.unpack(model)
+    assert {name: type(part) for name, part in model.named_modules()} == kinds
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(ids).logits, plain)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_model_is_accelerated_bit_for_bit(dtype: torch.dtype, do_sample: bool) -> None:
+    model = lossless.pack(build_tiny(seed=5, hidden=64, inner=160).to(dtype))
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), exact="bitwise")
+    assert min(fast.guarantee.limits.values()) >= 16
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 40}
+    expected, found = both(fast, prompt_ids(9), 3, **options)
+    assert torch.equal(expected.sequences, found.sequences)
+    assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
+    assert fast.runner is fast.reader
+
+
+def test_a_packed_model_is_saved_copied_and_pickled_as_an_ordinary_one(tmp_path: Path) -> None:
+    model, ids = build_tiny(seed=5), prompt_ids(9)
+    plain = model(ids).logits
+    lossless.pack(model)
+    packed = model(ids).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")(ids).logits, plain)
+    assert torch.equal(copy.deepcopy(model)(ids).logits, packed)
+    part = model.model.layers[0].mlp.up_proj
+    assert torch.equal(pickle.loads(pickle.dumps(part)).weight, part.weight)
+
+
+def test_what_cannot_be_packed_is_told() -> None:
+    model = build_tiny()
+    with pytest.raises(UsageError, match="no weight that can be packed"):
+        lossless.pack(build_tiny().to(torch.float64))
+    with pytest.raises(UsageError, match="pack\\(\\) takes a frozen model"):
+        lossless.pack(build_tiny().requires_grad_(True))
+    lossless.pack(model)
+    with pytest.raises(UsageError, match="stay in their dtype"):
+        model.to(torch.bfloat16)
+    model.to("cpu")  # where they are
+
+
+def test_a_twin_is_a_second_model_over_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build_tiny(seed=5), prompt_ids(9)
+    before = state_of(model)
+    twin = packed_twin(model)
+    assert state_of(model) == before
+    assert twin is not None
+    plain = model(ids).logits
+    assert (twin(ids).logits - plain).abs().max() < 1e-3 * plain.std()
+    products_of = [part for part in model.modules() if type(part) is nn.Linear]
+    assert packed_bytes(model) == sum(part.weight.nbytes for part in products_of)
+    assert packed_bytes(lossless.pack(build_tiny(seed=5))) == 0
+    monkeypatch.setattr(module, "free_memory", lambda device: 1e-6)
+    assert packed_twin(model) is None  # no memory
+
+
+def test_a_base_without_memory_for_a_twin_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda device: 0.0)
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    assert not fast.guarantee.twin
+    assert fast.runner is fast.reader
+    expected, found = both(fast, prompt_ids())
+    assert torch.equal(expected, found)
+
+
+def test_structure_is_copied_and_tensors_are_shared() -> None:
+    model = build_tiny()
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    twin = structure_of(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert not {id(part) for part in model.modules()} & {id(part) for part in twin.modules()}
+    assert twin.config is not model.config
+    assert len(twin.model.layers[0]._forward_hooks) == 1
+    twin.model.layers[1].register_forward_hook(lambda *_: None)
+    assert not model.model.layers[1]._forward_hooks
+
+
+def test_dense_weights_are_found_where_they_are() -> None:
+    for family in ("llama", "gpt2"):
+        model = build(family)
+        for part in model.modules():
+            if (found := dense(part)) is not None:
+                rows = torch.randn(2, found[0].shape[1])
+                torch.testing.assert_close(F.linear(rows, *found), part(rows))
+    assert dense(nn.Linear(3, 4, device="meta")) is None
+    assert dense(nn.Embedding(3, 4)) is None
+
+
+@pytest.mark.parametrize("what", ["weights", "hook", "module", "switch"])
+def test_a_base_that_was_changed_is_looked_at_again(what: str) -> None:
+    """What passes run through is a copy of the structure: it must not go stale."""
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    expected, found = both(fast, prompt_ids())
+    part = model.model.layers[1].mlp
+    with torch.no_grad():
+        if what == "weights":
+            part.up_proj.weight.mul_(1.5)
+        elif what == "hook":
+            part.register_forward_hook(lambda module, given, output: output * 1.5)
+        elif what == "module":
+            part.up_proj = freeze(nn.Linear(32, 48, bias=False))  # type: ignore[arg-type]
+        else:
+            model.model.layers[1].input_layernorm.variance_epsilon = 0.5
+    changed, found = both(fast, prompt_ids())
+    assert torch.equal(changed, found)
+    assert not torch.equal(changed, expected)
