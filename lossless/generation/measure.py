@@ -102,7 +102,7 @@ def kept_curve(
     config = runner.text_config.to_dict()
     shape = {key: value for key, value in sorted(config.items()) if isinstance(value, int | str | float) and not key.startswith("_")}
     depends = {
-        "base": type(runner.base).__name__, "shape": shape, "precision": precision(runner.base), "device": device_name,
+        "base": type(runner.base).__name__, "shape": shape, "precision": precision(runner.base), "device": device_name, "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "attention": runner.implementation, "twin": runner is not reader, "packed": is_packed(runner.base),
         "bitwise": runner.limits is not None, "max_nodes": max_nodes, "adapter": runner.adapter.config.to_dict(),
         "versions": versions(), "modules": len(list(runner.model.modules())),
