@@ -48,8 +48,14 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(out_features, rank))  # zero: an untrained adapter changes nothing
         nn.init.normal_(self.down, std=in_features**-0.5)
 
+        self._cheap: nn.Module | None = None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _linear(_linear(x, self.down), self.up)
+        return _linear(_linear(x, self.down), self.up) if self._cheap is None else self._cheap(x)
+
+    def cheapen(self) -> None:
+        """From now on as one product, the cheapest there is; the weights learn no more."""
+        self._cheap = draft_linear((self.up.float() @ self.down.float()).to(self.up.dtype), None)
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
         """`[out, in]`, W + B A, summed in float32."""
@@ -211,7 +217,9 @@ class StreamAdapter(nn.Module):
         copy = StreamAdapter(self.config, self.dim, self.projections(), self.draft_ids, self.base)
         copy.load_state_dict(self.state_dict())
         copy.to(device, dtype).eval().requires_grad_(False)
-        copy.transition.cheapen()
+        for part in (copy.transition, copy.told, copy.start):
+            if part is not None:
+                part.cheapen()
         return copy
 
     @property

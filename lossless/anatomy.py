@@ -7,10 +7,8 @@ Does not know: what is done with them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,17 +107,6 @@ def as_decoding(model: PreTrainedModel) -> contextlib.AbstractContextManager[Non
     inner: Any = model
     found: contextlib.AbstractContextManager[None] = inner._optimize_model_for_decode()
     return found
-
-
-def random_numbers_kept(run: Callable[..., None]) -> Callable[..., None]:
-    """A method that leaves every random generator as it was, whatever it draws."""
-
-    @functools.wraps(run)
-    def kept(*args: Any) -> None:
-        with torch.random.fork_rng():
-            run(*args)
-
-    return kept
 
 
 def rotary_turns(model: PreTrainedModel) -> list[tuple[int, bool]]:

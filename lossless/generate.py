@@ -19,25 +19,22 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter import StreamAdapter
-from .anatomy import as_decoding, device_of, input_device, random_numbers_kept
-from .base.packed import packed_twin
+from .anatomy import as_decoding, device_of, input_device
 from .base.structure import state_of
 from .cache import RowCache
 from .config import StreamingConfig
 from .dice import FORESEEABLE, Dice, NoiseTape
-from .draft import Drafter
 from .drafting.costs import CostCurve
 from .drafting.policy import DraftPolicy
 from .errors import UsageError
 from .fit import new_adapter
+from .generation.attach import attach
 from .generation.measure import kept_curve
 from .lookup import TextMemory
 from .models import device_name, fingerprint
 from .passes import PassOutput
-from .probe import check_level, check_served, find_guarantee, logit_scale
 from .served import exactness, not_served, not_served_as_prepared, tokenizer_at_hand, turn_of
 from .stats import Stats
-from .streams import StreamRunner
 from .text import Text, result
 from .tree import DraftTree
 from .verification import walk
@@ -68,23 +65,10 @@ class AcceleratedModel:
         with self._turn.lock:
             self._attach()
 
-    @random_numbers_kept
     def _attach(self) -> None:
-        """Look at the base as it is now: what it can do, how exactly, and what that costs."""
-        check_level(self.exact)
-        ends: Any = self.base.get_input_embeddings(), self.base.get_output_embeddings()
-        adapter = self.adapter.copy_as(device_of(ends[1]), ends[0].weight.dtype)
-        self.reader = self.runner = StreamRunner(self.base, adapter)  # passes with the base's own weights and kernels
-        check_served(self.reader)
-        twin = None
-        if self.exact != "bitwise" and (model := packed_twin(self.base)) is not None:
-            twin = StreamRunner(self.base, adapter, model)
-        self.guarantee = find_guarantee(self.reader, self.exact, twin)
-        if self.guarantee.limits is not None:
-            self.reader.keep_bits(self.guarantee.limits)
-        if twin is not None and (self.guarantee.twin or self.guarantee.level == "off"):
-            self.runner = twin
-        self.drafter = Drafter(adapter, ends[0], ends[1], logit_scale(self.reader))
+        """Look at the base as it is now."""
+        found = attach(self.base, self.adapter, self.exact)
+        self.reader, self.runner, self.drafter, self.guarantee = found.reader, found.runner, found.drafter, found.guarantee
         self.measure_costs(refresh=False)
         self._attached_to, self._state = self._place(), state_of(self.base)
 
@@ -196,13 +180,15 @@ class AcceleratedModel:
         with self._as_decoding():
             while active:
                 # 2. draft: under each certain token, a tree of likely continuations
-                roots, memories = [text.last for text in active], [text.memory for text in active]
-                depths, dice = [self._room(text) for text in active], self._foresee(active, out.logits) if policy.drafting else None
-                trees = self.drafter.trees(streams, roots, self.tree_nodes, memories, dice, depths, curve)
+                with self.stats.timing("draft_s"):
+                    dice = self._foresee(active, out.logits) if policy.drafting else None
+                    trees = self._draft(streams, active, dice, curve)
                 # 3. verify: the base's own logits after every node, and the next streams, in one pass
-                out = self._read_trees(trees, active, cache, dice, policy.drafting)
+                with self.stats.timing("pass_s"):
+                    out = self._read_trees(trees, active, cache, dice, policy.drafting)
                 # 4. accept: follow the base's choices as far as they were drafted
-                walks = [walk(tree, text.choose_after(rows, self.runner is self.reader)) for tree, text, rows in zip(trees, active, out.logits, strict=True)]
+                choices = [text.choose_after(rows, self.runner is self.reader) for text, rows in zip(active, out.logits, strict=True)]
+                walks = [walk(tree, choose) for tree, choose in zip(trees, choices, strict=True)]
                 for text, tree, accepted in zip(active, trees, walks, strict=True):
                     text.remember(accepted.tokens)
                     self.stats.count(len(tree) - 1, len(accepted.tokens))
@@ -213,7 +199,8 @@ class AcceleratedModel:
                 if walks[0].open:  # too close to call: made again from rows read one by one, as the base reads them
                     out, rows = self._read_alone(active[0], cache), [0]
                 # 6. speculate: the streams of each last accepted node, if drafts pay; finished texts leave the batch
-                active, streams = self._go_on(active, out, rows, cache, policy)
+                with self.stats.timing("draft_s"):
+                    active, streams = self._go_on(active, out, rows, cache, policy)
 
         self.stats.texts = len(texts)
         self.stats.tokens = sum(text.emitted for text in texts)
@@ -229,6 +216,12 @@ class AcceleratedModel:
             for model in {id(by.model): by.model for by in (self.reader, self.runner)}.values():
                 entered.enter_context(as_decoding(model))
             yield
+
+    def _draft(self, streams: torch.Tensor | None, texts: list[Text], dice: Dice | None, curve: CostCurve | None) -> list[DraftTree]:
+        """A tree under the certain token of each text."""
+        roots, memories = [text.last for text in texts], [text.memory for text in texts]
+        depths = [self._room(text) for text in texts]
+        return self.drafter.trees(streams, roots, self.tree_nodes, memories, dice, depths, curve)
 
     def _room(self, text: Text) -> int:
         """How deep a tree under this text may be: neither tokens nor places go on for ever."""

@@ -5,6 +5,9 @@ Knows: counts and seconds. Does not know: how any of it came about.
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -20,7 +23,8 @@ class Stats:
         speculated: nodes that carried streams through a verification pass (parallel schedule).
         pruned_wrongly: of those that the pruning layer left out, the ones that the walk ended on: their streams ran after it.
         accepted: how many passes emitted 1, 2, 3, ... tokens.
-        prefill_s, decode_s: wall-clock seconds.
+        prefill_s, decode_s: wall-clock seconds; of decoding, draft_s went into streams and trees, pass_s into passes over trees. On
+            a GPU, which works on its own, only their sum with the rest says something.
         exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
         reread: passes of one row in which choices that were too close to call were made again.
         served: False if the call was handed to the base's own generate.
@@ -35,6 +39,8 @@ class Stats:
     accepted: dict[int, int] = field(default_factory=dict)
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    draft_s: float = 0.0
+    pass_s: float = 0.0
     exact: str = "off"
     reread: int = 0
     served: bool = True
@@ -56,6 +62,13 @@ class Stats:
             f"{self.tokens} tokens, {self.target_passes} target passes, acceptance length "
             f"{self.acceptance_length:.2f}, {self.tokens_per_s:.1f} tokens/s"
         )
+
+    @contextlib.contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Add what the context takes to one of the seconds."""
+        started = time.perf_counter()
+        yield
+        setattr(self, part, getattr(self, part) + time.perf_counter() - started)
 
     def count(self, drafted: int, emitted: int) -> None:
         """One pass over a tree."""

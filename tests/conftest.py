@@ -20,11 +20,21 @@ from lossless.base import products
 from lossless.config import StreamingConfig
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel, accelerate
+from lossless.generation import measure
 from lossless.models import cache_dir, freeze
 
 VOCAB = 96
 
 torch.set_num_threads(1)  # tiny products are not worth a second thread, and the other core has a worker of its own
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _costs_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What steps of tiny models cost is kept for this session only."""
+    folder = tmp_path_factory.mktemp("costs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "cache_dir", lambda: folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from lossless import commands
 from lossless.adapter import StreamAdapter
 from lossless.answers import Answers
+from lossless.base import products
 from lossless.cli import main
 from lossless.evaluation import sides
 from lossless.fit import new_adapter
@@ -53,6 +55,36 @@ def test_compare_and_generate(tiny_folder: Path, adapter: Path, tmp_path: Path, 
     captured = capsys.readouterr()
     assert captured.out.split() == found["runs"][0]["answer"].split()
     assert "12 tokens" in captured.err
+
+
+@pytest.mark.skipif(not products.packable(torch.float32), reason="torch packs no float32 weights on this machine")
+def test_a_packed_model_is_what_answers_are_compared_with(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    common = ["--model", str(tiny_folder), "--adapter", str(adapter), "--dtype", "float32", "--prompt", "w1 w2"]
+    assert main(["compare", *common, "--pack", "--max-new-tokens", "12", "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["packed"], found["identical"]) == (True, 1)
+    assert any(kind.startswith("PackedLinear") for kind in found["guarantee"]["rows_that_keep_bits"])
+
+
+def test_the_doctor_tells_what_steps_cost(tiny_folder: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--refresh"], ["--pack"]):
+        assert main(["doctor", "--model", str(tiny_folder), "--dtype", "float32", "--adapter", str(adapter), *more]) == 0
+        said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert said["exact"] in ("bitwise", "near-tie")
+        assert said["plain"].startswith("token")
+        assert "1: " in said["pass"]
+        assert "streams" in said["drafting"]
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["before training", "with an adapter"])
+def test_a_forecast(tiny_folder: Path, adapter: Path, trained: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["forecast", "--model", str(tiny_folder), "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    assert main([*arguments, *(["--adapter", str(adapter)] if trained else [])]) == 0
+    assert "break-even" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["curve"]["rows"][0] == 1
+    assert found["model"] == str(tiny_folder)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_adapter_of_random_numbers_changes_no_token(tiny_folder: Path, prompts: Path, tmp_path: Path) -> None:
