@@ -38,7 +38,7 @@ from .evaluation.suites import SUITES, read_suite
 from .fit import new_adapter
 from .foretell import TOLERANCE, check_parity
 from .generate import OVERRIDES, AcceleratedModel, accelerate
-from .models import Base, device_name, load_base, precision, processes
+from .models import Base, device_name, free_memory, load_base, precision, processes
 from .prompts import Prompt, from_text, read_prompts
 from .storage import versions, write_json
 from .train import train as learn
@@ -191,16 +191,13 @@ def doctor(arguments: argparse.Namespace) -> int:
     fast, name = _attach(arguments, base)
     found = fast.guarantee
     costs = fast.measure_costs() if arguments.refresh else fast.costs
-    packed = "none" if not fast.guarantee.twin else f"a twin of {packed_bytes(base.model) / 2**20:.0f} MB beside the model's own weights"
-    if is_packed(base.model):
-        packed = "the model's own"
     for key, value in (
         ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
         ("model", f"{base.name}, {str(base.model.dtype).removeprefix('torch.')}, {base.model.device}, {torch.get_num_threads()} threads"),
         ("adapter", f"{name}, {fast.adapter.parameter_count():,} weights"),
         ("drafts", f"{fast.schedule}, {'trees that fit, ' if fast.adaptive else ''}of at most {fast.tree_nodes} rows"),
         ("exact", found.level),
-        ("packed weights", packed),
+        ("packed weights", _packed(fast)),
         ("noise", f"{found.noise:.2g} logits between passes of different shapes" if found.noise else "not measured"),
         *((f"  {kind}", f"{rows} rows at a time keep their bits") for kind, rows in found.operations.items()),
         ("plain token", f"{1000 * costs.plain_s:.1f} ms"),
@@ -209,6 +206,17 @@ def doctor(arguments: argparse.Namespace) -> int:
     ):
         print(f"{key:<24}{value}")
     return 0
+
+
+def _packed(fast: AcceleratedModel) -> str:
+    """What computes with packed weights, and what memory that takes."""
+    needed = packed_bytes(fast.base) / 2**20
+    if is_packed(fast.base):
+        return "the model's own"
+    if fast.runner is not fast.reader:
+        return f"a twin for passes over trees, {needed:.0f} MB beside the model's own weights"
+    free = f"{1024 * free_memory(torch.device('cpu')):.0f} MB are free"
+    return f"none; a twin would take {needed:.0f} MB, and {free}" if needed else "none: this device and dtype have none"
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:

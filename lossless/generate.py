@@ -172,8 +172,7 @@ class AcceleratedModel:
         cache.keep(range(width - cache.length))
         for text, logits in zip(texts, out.logits[:, -1], strict=True):
             text.remember(text.choose_alone(logits))
-        curve = self.costs if self.adaptive else None
-        policy = DraftPolicy(curve)
+        policy = DraftPolicy(self.costs if self.adaptive else None)
         active, streams = self._go_on(texts, out, [out.entry.shape[1] - 1] * len(texts), cache, policy)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
 
@@ -182,7 +181,8 @@ class AcceleratedModel:
                 # 2. draft: under each certain token, a tree of likely continuations
                 with self.stats.timing("draft_s"):
                     dice = self._foresee(active, out.logits) if policy.drafting else None
-                    trees = self._draft(streams, active, dice, curve)
+                    policy.read(cache.length)
+                    trees = self._draft(streams, active, dice, policy.curve)
                 # 3. verify: the base's own logits after every node, and the next streams, in one pass
                 with self.stats.timing("pass_s"):
                     out = self._read_trees(trees, active, cache, dice, policy.drafting)

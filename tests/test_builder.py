@@ -111,9 +111,23 @@ def test_a_curve_is_read_between_its_points() -> None:
     assert CostCurve.from_dict(found.to_dict()) == found
 
 
+def test_a_longer_text_makes_rows_dearer() -> None:
+    found = CostCurve(1.0, (1, 4, 8), (1.0, 1.3, 2.1), 0.5, 0.25, context=100, pass_key_s=0.01, row_key_s=0.001)
+    assert found.at(50) == found.at(100) == found
+    far = found.at(200)
+    assert far.pass_s == pytest.approx((1.0 + 1.1, 1.3 + 1.4, 2.1 + 1.8))
+    assert far.plain_s == pytest.approx(2.1)
+    policy = DraftPolicy(found)
+    policy.read(200)
+    assert policy.curve == far
+    policy.read(300)
+    assert policy.curve == found.at(300)
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
+        ({"row_key_s": -1.0}, "must be at least 0, got 0.0 and -1.0"),
         ({"rows": (2, 4, 8)}, "rows must rise from 1, got"),
         ({"rows": (1, 8, 4)}, "rows must rise from 1, got"),
         ({"rows": (1, 2)}, "pass_s must have a time for each of 2"),

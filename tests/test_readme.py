@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shlex
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_command_parses() -> None:
-    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "verify", "doctor", "distill", "train", "ablate", "push"}
+    assert {words[0] for words in commands()} == {"generate", "compare", "bench", "verify", "forecast", "doctor", "distill", "train", "ablate", "push"}
     for words in commands():
         _parser().parse_args(words)
 
@@ -58,17 +59,82 @@ def shipped_weights() -> str:
     return StreamAdapter.from_pretrained(folder).digest()
 
 
-def result_row(found: dict[str, Any]) -> str:
-    """The README's table row of a stored report; what was not measured alone on the machine has no speed."""
+SUITES = {"mt_bench": "MT-bench", "spec_bench": "Spec-Bench", "long_answers": "long answers", "long_prompts": "long prompts"}
+
+
+def setting(found: dict[str, Any]) -> str:
+    """What was accelerated: dtype, packed or not, and with which adapter."""
+    packed = ", packed" if found["packed"] else ""
+    return ("NF4" if found["load_in"] == "4bit" else found["dtype"]) + packed + (", random adapter" if found["adapter"] == "random" else "")
+
+
+def decoded(found: dict[str, Any]) -> str:
     decoding = found["decoding"]
-    how = f"sampled at {decoding['temperature']}, seed {decoding['seed']}" if decoding["do_sample"] else "greedy"
-    drafts = {"shipped": "streams"}.get(found["adapter"], "random numbers") + (" and recall" if found["recall"] else "")
-    speeds = [f"{found['baseline_tokens_per_s']:.1f}", f"{found['tokens_per_s']:.1f}", f"{found['speedup']:.2f}"]
-    tree = f"{found['tree_nodes']}, {found.get('tree_floor', 0.0)}"  # the first reports are older than the floor,
-    exact = found.get("guarantee", {"exact": "off"})["exact"]  # and than the guarantee
+    return f"sampled at {decoding['temperature']}" if decoding["do_sample"] else "greedy"
+
+
+def middle(quartiles: list[float]) -> str:
+    return f"({quartiles[0]:.2f} to {quartiles[1]:.2f})"
+
+
+def speed_row(found: dict[str, Any]) -> str:
+    """The README's table row of a stored measurement against stock `generate`."""
+    slowest = min(run["speedup"] for run in found["runs"])
     return (
-        f"| {found['dtype']}{older(found)} | {exact} | {how} | {drafts} | {tree} | {found['identical']} of {found['prompts']} "
-        f"| {found['acceptance_length']:.2f} | {' | '.join(speeds if found['threads'] > 1 else ['-'] * 3)} |"
+        f"| {SUITES[found['suite']]} | {setting(found)} | {decoded(found)} | {found['machine']['cpu_capability']} "
+        f"| {found['identical']} of {found['prompts']} | {found['baseline_tokens_per_s']:.1f} | {found['tokens_per_s']:.1f} "
+        f"| **{found['speedup']:.2f}** {middle(found['speedup_quartiles'])} | {slowest:.2f} | {found['acceptance_length']:.2f} |"
+    )
+
+
+def rival_rows(found: dict[str, Any]) -> list[str]:
+    """One row for each way to answer of a stored comparison."""
+    return [
+        f"| {found['machine']['cpu_capability']} | {name} | {side['identical']} of {found['prompts']} | {1000 * side['time_to_first_token_s']:.0f} ms "
+        f"| {side['tokens_per_s']:.1f} | {side['speedup']:.2f} {middle(side['speedup_quartiles'])} |"
+        for name, side in sorted(found["sides"].items(), key=lambda item: -item[1]["tokens_per_s"])
+    ]
+
+
+def task_rows(found: dict[str, Any]) -> list[str]:
+    """One row for each task of Spec-Bench, against prompt lookup."""
+    parts = defaultdict(list)
+    for run in found["runs"]:
+        parts[TASKS.get(run["category"], "multi-turn conversation")].append(run)
+    rows = []
+    for task, runs in parts.items():
+        ours, theirs = (statistics.median(run["sides"][name]["speedup"] for run in runs) for name in ("accelerated", "prompt-lookup"))
+        length = sum(run["tokens"] - 1 for run in runs) / sum(run["target_passes"] for run in runs)
+        rows.append(f"| {task} | {len(runs)} | {sum(run['identical'] for run in runs)} | **{ours:.2f}** | {theirs:.2f} | {length:.2f} |")
+    return rows
+
+
+def table_of(marker: str) -> list[str]:
+    """The rows of a table of the README, between its marks."""
+    _, _, rest = README.partition(f"<!-- {marker} -->")
+    return [line for line in rest.partition(f"<!-- end of {marker} -->")[0].splitlines() if line.startswith("|")][2:]
+
+
+def speed_reports() -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "data" / "reports").glob("speed-*.json"))}
+
+
+def test_every_speed_comes_from_a_stored_report() -> None:
+    reports = speed_reports()
+    assert sorted(table_of("speed")) == sorted(map(speed_row, reports.values()))
+    compared = [found for found in reports.values() if "packed-float32" in found["sides"]]
+    assert sorted(table_of("rivals")) == sorted(row for found in compared for row in rival_rows(found))
+    assert sorted(table_of("tasks")) == sorted(row for found in reports.values() if found["suite"] == "spec_bench" for row in task_rows(found))
+    for found in reports.values():
+        assert f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}" in README
+
+
+def test_the_certificate_is_the_stored_one() -> None:
+    found = json.loads((ROOT / "data" / "reports" / "certificate-mt_bench-float32.json").read_text(encoding="utf-8"))
+    assert found["mismatches"] == 0
+    assert (
+        f"{found['identical_prompts']} of {found['prompts']} answers identical, {found['mismatches']} mismatches and {found['near_ties']} "
+        f"near-ties in {found['tokens']:,} tokens" in " ".join(README.split())
     )
 
 
@@ -168,7 +234,7 @@ def stored(kind: str) -> list[dict[str, Any]]:
 def test_every_number_comes_from_a_stored_report() -> None:
     rows = [line for line in README.splitlines() if re.match(r"\| (float|bfloat|NF4)", line)]
     assert rows
-    written = [*map(result_row, stored("bench")), *map(certificate_row, stored("verify")), *map(benchmark_row, stored("benchmarks"))]
+    written = [*map(certificate_row, stored("verify")), *map(benchmark_row, stored("benchmarks"))]
     assert sorted(rows) == sorted(written)
 
 

@@ -21,7 +21,7 @@ class DraftPolicy:
     """
 
     def __init__(self, curve: CostCurve | None) -> None:
-        self.curve = curve
+        self.curve, self._near = curve, curve
         self._emitted = self._seconds = 0.0  # running sums over steps with drafts
         self._trials, self._pause, self._left = _TRIALS, _FIRST_PAUSE, 0
 
@@ -29,6 +29,11 @@ class DraftPolicy:
     def drafting(self) -> bool:
         """Whether streams run for the next step."""
         return self._left == 0
+
+    def read(self, context: int) -> None:
+        """So many tokens have been read: passes over more of them take longer."""
+        if self._near is not None:
+            self.curve = self._near.at(context)
 
     def note(self, rows: int, levels: int, emitted: float) -> None:
         """What a step gave: tokens a text from a pass of so many rows a text."""

@@ -20,12 +20,13 @@ from ..cache import RowCache
 from ..draft import Drafter
 from ..drafting.costs import CostCurve
 from ..models import cache_dir, precision
+from ..passes import PassOutput
 from ..storage import versions, write_json
 from ..streams import StreamRunner
 from ..tree import DraftTree
 
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of the passes that are measured
-_CONTEXT = 128  # tokens behind which they are
+_CONTEXT, _FAR = 128, 640  # tokens behind which they are, and those that tell what a longer text adds
 _REPEATS = 5
 _SECONDS = 8.0  # a large model is measured less often, and at fewer points
 
@@ -37,43 +38,62 @@ def measure(reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_no
     Args:
         reader: passes as the base makes them; runner: passes over trees; max_nodes: the most rows of one.
     """
-    gamma, device = runner.adapter.config.num_streams, input_device(runner.base)
-    length = max(1, min(_CONTEXT, runner.places - max(_ROWS) - gamma))  # a table of positions may be short
-    context = [1 + 7 * i % (runner.text_config.vocab_size - 1) for i in range(max(length, max(_ROWS)))]
-    cache = RowCache(len(runner.layers))
-    places = torch.arange(length, device=device)[None]
-    reader.verify(torch.tensor([context[:length]], device=device), places, None, cache, None, last_only=True)
-    cache.keep(range(length))
-
-    def read(by: StreamRunner, rows: int) -> Any:
-        tree = DraftTree(tuple(context[:rows]), (-1, *((i - 1) // 2 for i in range(1, rows))))  # two children each
-        mask = tree.mask()[None].to(device) if rows > 1 else None
-        depths = (torch.tensor([tree.depths], device=device) + length).clamp_max(runner.places - 1)
-        out = by.verify(torch.tensor([tree.tokens], device=device), depths, mask, cache, None)
-        out.logits.argmax(-1).tolist()  # waits for a device that works on its own
-        return out
-
+    gamma = runner.adapter.config.num_streams
+    longest = max(1, runner.places - max(_ROWS) - gamma)  # a table of positions may be short
+    near = _Text(reader, runner, min(_CONTEXT, longest))
     with as_decoding(reader.model), as_decoding(runner.model):
-        plain = _time(lambda: read(reader, 1), _REPEATS)
+        plain = _time(lambda: near.read(reader, 1), _REPEATS)
         affordable = max(1.0, _SECONDS / plain / 3)  # passes, each taken for as much as three plain ones
         repeats = int(min(_REPEATS, max(1, affordable // len(_ROWS))))
         rows = [n for n in _ROWS if n <= max(2, max_nodes)]
         rows = rows if affordable >= len(rows) else rows[:: -(-len(rows) // int(affordable))]
-        passes = [_time(lambda n=n: read(runner, n), repeats) for n in rows]  # type: ignore[misc]
-    entry = read(runner, 1).entry[:, :1]
-    there = entry.device
-    positions = torch.tensor([[length - 1]], device=there)
-    seen = torch.ones(1, 1, cache.length, dtype=torch.bool, device=there)
-    told = drafter.embed(torch.tensor([[context[0]]], device=there)) if runner.adapter.told is not None else None
-
-    def speculate() -> torch.Tensor:
-        streams = runner.speculate(entry, positions, seen, cache, told)[:, 0]
-        streams.sum().item()
-        return streams
-
+        passes = _rising([_time(lambda n=n: near.read(runner, n), repeats) for n in rows])  # type: ignore[misc]
+    pass_key, row_key = 0.0, 0.0
+    if repeats > 1 and longest >= _FAR and 8 in rows:
+        far = _Text(reader, runner, _FAR)
+        with as_decoding(runner.model):
+            added = [(_time(lambda n=n: far.read(runner, n), repeats) - passes[rows.index(n)]) / (_FAR - _CONTEXT) for n in (1, 8)]  # type: ignore[misc]
+        row_key = max(0.0, (added[1] - added[0]) / 7)
+        pass_key = max(0.0, added[0] - row_key)
+    speculate = near.speculation(drafter)
     streams = speculate()
-    whole = _time(lambda: drafter.trees(streams, [context[0]], 32, [None]), repeats)
-    return CostCurve(plain, tuple(rows), tuple(_rising(passes)), _time(speculate, repeats), whole / gamma)
+    level = _time(lambda: drafter.trees(streams, [1], 32, [None]), repeats) / gamma
+    return CostCurve(plain, tuple(rows), tuple(passes), _time(speculate, repeats), level, near.length, pass_key, row_key)
+
+
+class _Text:
+    """A text that has been read, and passes behind it."""
+
+    def __init__(self, reader: StreamRunner, runner: StreamRunner, length: int) -> None:
+        self.runner, self.length, self.device = runner, length, input_device(runner.base)
+        self.ids = [1 + 7 * i % (runner.text_config.vocab_size - 1) for i in range(max(length, max(_ROWS)))]
+        self.cache = RowCache(len(runner.layers), length + max(_ROWS))
+        places = torch.arange(length, device=self.device)[None]
+        reader.verify(torch.tensor([self.ids[:length]], device=self.device), places, None, self.cache, None, last_only=True)
+        self.cache.keep(range(length))
+
+    def read(self, by: StreamRunner, rows: int) -> PassOutput:
+        """A tree of so many rows, two children each; nothing of it is kept."""
+        tree = DraftTree(tuple(self.ids[:rows]), (-1, *((i - 1) // 2 for i in range(1, rows))))
+        mask = tree.mask()[None].to(self.device) if rows > 1 else None
+        depths = (torch.tensor([tree.depths], device=self.device) + self.length).clamp_max(self.runner.places - 1)
+        out = by.verify(torch.tensor([tree.tokens], device=self.device), depths, mask, self.cache, None)
+        out.logits.argmax(-1).tolist()  # waits for a device that works on its own
+        return out
+
+    def speculation(self, drafter: Drafter) -> Callable[[], torch.Tensor]:
+        """What runs the streams behind the text: `[1, num_streams, dim]`."""
+        entry = self.read(self.runner, 1).entry
+        positions = torch.tensor([[self.length - 1]], device=entry.device)
+        seen = torch.ones(1, 1, self.length, dtype=torch.bool, device=entry.device)
+        told = drafter.embed(torch.tensor([[1]], device=entry.device)) if self.runner.adapter.told is not None else None
+
+        def speculate() -> torch.Tensor:
+            streams = self.runner.speculate(entry, positions, seen, self.cache, told)[:, 0]
+            streams.sum().item()
+            return streams
+
+        return speculate
 
 
 def _time(run: Callable[[], Any], repeats: int) -> float:
