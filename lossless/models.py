@@ -152,7 +152,7 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def differentiable(model: PreTrainedModel) -> Iterator[None]:
+def differentiable(model: torch.nn.Module) -> Iterator[None]:
     """Quantized projections keep to ways through which gradients flow.
 
     In eval mode bitsandbytes packs 4-bit weights for a CPU kernel that has no derivative, and what came before it

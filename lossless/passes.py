@@ -162,9 +162,10 @@ def _masked(
     With a mask, HF's own way with grouped heads is to copy each key and value for every head of its group. The heads of a
     group stand side by side as rows instead.
     """
-    groups = query.shape[1] // key.shape[1]
+    foldable = plan.implementation in SDPA and kwargs.get("position_bias") is None
+    groups = query.shape[1] // key.shape[1] if foldable else 1
     seen = sight.as_mask(reach, query, plan.implementation, groups)
-    if seen is None or plan.implementation not in SDPA or kwargs.get("position_bias") is not None:
+    if seen is None or not foldable:
         return _base_attention(module, plan.implementation)(module, query, key, value, seen, **kwargs)[0]
     return grouped(kwargs.get("scaling"), query, key, value, seen)
 

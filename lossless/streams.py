@@ -39,6 +39,7 @@ from .anatomy import (
     uses_attention_interface,
 )
 from .base.attention import SDPA
+from .base.packed import model_bytes
 from .base.structure import structure_of
 from .cache import RowCache
 from .fit import check_fit, stream_layers
@@ -116,7 +117,12 @@ class StreamRunner:
     @cached_property
     def stream_layers(self) -> nn.ModuleList:
         """The layers that streams run through alone."""
-        return stream_layers(self._unhooked, self.adapter)
+        return stream_layers(self._unhooked, self.adapter, model_bytes(self.base))
+
+    @property
+    def parts(self) -> nn.ModuleList:
+        """All that passes run through."""
+        return nn.ModuleList([self.model, self.stream_layers])
 
     def keep_bits(self, limits: dict[nn.Module, int]) -> None:
         """From now on every row of a pass is to have the bits of a pass of its own."""

@@ -91,7 +91,7 @@ def train(
         "precision": accelerator.mixed_precision,
     }
     runner = StreamRunner(base.model, adapter)
-    with differentiable(runner.model):
+    with differentiable(runner.parts):
         drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), logit_scale(runner))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config))
@@ -114,7 +114,7 @@ def train(
         f"{len(held_out)} answers held out; {config.steps} steps are {order.epochs(config.steps * config.gradient_accumulation):.1f} epochs"
     )
     bar = tqdm(total=config.steps, initial=progress.step, desc="training", disable=not accelerator.is_main_process)
-    with append_jsonl(out / "curve.jsonl") as log, bar, differentiable(runner.model):
+    with append_jsonl(out / "curve.jsonl") as log, bar, differentiable(runner.parts):
         try:
             if config.begin_from and not progress.step:  # what it is now is the best so far
                 told = _evaluate(runner, drafter, held_store, accelerator)

@@ -28,6 +28,20 @@ VOCAB = 96
 torch.set_num_threads(1)  # tiny products are not worth a second thread, and the other core has a worker of its own
 
 
+_OF_COMMANDS = {"test_cli", "test_hub", "test_interruptions", "test_quantized", "test_readme"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by where a test stands and what it takes."""
+    for item in items:
+        if "conformance" in item.path.parts:
+            item.add_marker("conformance")
+        if "demo" in getattr(item, "fixturenames", ()):
+            item.add_marker("demo")
+        if item.path.stem in _OF_COMMANDS:
+            item.add_marker("commands")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _costs_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What steps of tiny models cost is kept for this session only."""

@@ -75,6 +75,15 @@ def test_drafts_go_without_what_is_not_there(float_drafts: bool, monkeypatch: py
     torch.testing.assert_close(found(rows), rows @ weight.T)
 
 
+def test_every_number_of_rows_is_prepared_once_for_each_kind_of_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = lossless.pack(build_tiny()), []
+    kinds = {(part.in_features, part.out_features) for part in model.modules() if isinstance(part, PackedLinear)}
+    real = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda part, rows: seen.append((part.in_features, part.out_features, rows.shape[1])) or real(part, rows))
+    module.warm_up(model, 5)
+    assert sorted(seen) == sorted((*kind, count) for kind in kinds for count in range(1, 6))
+
+
 def test_an_operator_that_is_wrong_or_missing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for broken in (lambda rows, *_: rows.new_zeros(len(rows), 96), lambda *_: torch.ops.mkldnn._no_such_operator()):
         monkeypatch.setattr(products, "multiply", broken)

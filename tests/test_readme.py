@@ -81,7 +81,7 @@ def speed_row(found: dict[str, Any]) -> str:
     """The README's table row of a stored measurement against stock `generate`."""
     slowest = min(run["speedup"] for run in found["runs"])
     return (
-        f"| {SUITES[found['suite']]} | {setting(found)} | {decoded(found)} | {found['machine']['cpu_capability']} "
+        f"| {SUITES[found['suite']]}, {found['decoding']['max_new_tokens']} tokens | {setting(found)} | {decoded(found)} | {found['machine']['cpu_capability']} "
         f"| {found['identical']} of {found['prompts']} | {found['baseline_tokens_per_s']:.1f} | {found['tokens_per_s']:.1f} "
         f"| **{found['speedup']:.2f}** {middle(found['speedup_quartiles'])} | {slowest:.2f} | {found['acceptance_length']:.2f} |"
     )
@@ -125,6 +125,9 @@ def test_every_speed_comes_from_a_stored_report() -> None:
     compared = [found for found in reports.values() if "packed-float32" in found["sides"]]
     assert sorted(table_of("rivals")) == sorted(row for found in compared for row in rival_rows(found))
     assert sorted(table_of("tasks")) == sorted(row for found in reports.values() if found["suite"] == "spec_bench" for row in task_rows(found))
+    first = reports["speed-mt_bench-float32"]
+    assert f"MT-bench {first['speedup']:.2f} times as fast" in README
+    assert f"{first['identical']} of {first['prompts']} answers identical." in README
     for found in reports.values():
         assert f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}" in README
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from lossless import fit
 from lossless.anatomy import decoder_layers, find_projections
 from lossless.cache import RowCache
 from lossless.errors import UsageError
@@ -89,3 +90,16 @@ def test_projections_of_the_top_layers_are_found(tiny: LlamaForCausalLM) -> None
     tiny.config.num_hidden_layers = 7
     with pytest.raises(UsageError, match="no list of 7 decoder layers"):
         decoder_layers(tiny)
+
+
+def test_streams_of_a_large_model_run_over_its_own_weights(tiny: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the top layers with the adapters in it is only made where it is little beside the base."""
+    runner = StreamRunner(tiny, new_adapter(tiny, tiny_config()).randomize(1).requires_grad_(False))
+    name = "0.mlp.up_proj"
+    own = runner.top.get_submodule(name).weight
+    for room, shared in ((2**40, False), (8, True)):
+        monkeypatch.setattr(fit, "_ALWAYS", 0)
+        part = fit.stream_layers(runner._unhooked, runner.adapter, room).get_submodule(name)
+        assert (part.weight is own) == shared
+        assert bool(part._forward_hooks) == shared
+    assert not runner._unhooked.get_submodule(name)._forward_hooks

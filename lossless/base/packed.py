@@ -111,6 +111,11 @@ class Int8Linear(nn.Module):
         return (out if self.bias is None else out + self.bias).to(rows.dtype)
 
 
+def draft_itemsize(device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that `draft_linear` takes for each number of a weight."""
+    return 1 if device.type == "cpu" and products.int8_packable() else dtype.itemsize
+
+
 def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     """The cheapest product with this weight that is to be had here, for drafts: they cost time if they are wrong, never a token."""
     if weight.device.type == "cpu" and products.int8_packable():
@@ -226,6 +231,21 @@ def unpack(model: Any) -> Any:
     if model.config.get_text_config()._attn_implementation == GROUPED:
         model.set_attn_implementation("sdpa")
     return model
+
+
+def warm_up(model: nn.Module, rows: int) -> None:
+    """Have oneDNN prepare the packed products of a model for every number of rows up to this one: the first of each takes longer,
+    once in a process, and would otherwise do so in the middle of an answer."""
+    kinds = {(m.in_features, m.out_features, m.dtype): m for m in model.modules() if isinstance(m, PackedLinear)}
+    for module in kinds.values():
+        for count in range(1, rows + 1):
+            module(torch.zeros(1, count, module.in_features, dtype=module.dtype))
+
+
+def model_bytes(model: nn.Module) -> int:
+    """What a model's weights take, packed ones included."""
+    packed = sum(m.in_features * m.out_features * m.dtype.itemsize for m in model.modules() if isinstance(m, PackedLinear))
+    return packed + sum(parameter.nbytes for parameter in model.parameters())
 
 
 def is_packed(model: nn.Module) -> bool:

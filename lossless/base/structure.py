@@ -46,7 +46,7 @@ def state_of(model: nn.Module) -> int:
         parts += [id(module), len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
         for tensor in module._parameters.values():
             if tensor is not None and not hasattr(module, "_hf_hook"):  # Accelerate may fetch and drop them
-                parts += [id(tensor), tensor.data_ptr(), tensor._version]
+                parts += [id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
         if "Rotary" not in type(module).__name__:  # some count how far they have come
             parts += [(name, value) for name, value in module.__dict__.items() if isinstance(value, bool | int | float | str)]
             active = module.__dict__.get("_active_adapter")  # of PEFT

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from .costs import CostCurve
 
-_WEIGHT = 0.2  # of the newest step in the running averages
-_TRIALS = 4  # steps with drafts before they are judged: some at the start, some after each pause
-_FIRST_PAUSE, _LAST_PAUSE = 4, 128  # plain steps before drafts are tried again; doubled each time
+# Simulated over texts of 128 tokens whose drafts emit 1.02 to 2.8 tokens a step, where 1.3 or 1.6 pay: at worst 0.97 of the plain
+# speed, and from 2.2 tokens on at most 3 % below drafts that are never left out.
+_WEIGHT = 0.1  # of the newest step in the running averages, which go on over pauses: one lucky step is no proof
+_TRIALS = 4  # steps with drafts before they are judged for the first time; after a pause each step is judged
+_FIRST_PAUSE, _LAST_PAUSE = 16, 64  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
+_CLEARLY = 0.85  # drafts are left out where they give less than this part of what plain steps would
 
 
 class DraftPolicy:
@@ -41,16 +44,14 @@ class DraftPolicy:
             return
         if not self.drafting:
             self._left -= 1
-            if self._left == 0:
-                self._trials = _TRIALS // 2
-                self._emitted = self._seconds = 0.0
             return
         self._emitted = (1 - _WEIGHT) * self._emitted + emitted
         self._seconds = (1 - _WEIGHT) * self._seconds + self.curve.verify_s(rows) + self.curve.draft_s(levels)
         self._trials = max(0, self._trials - 1)
         if self._trials:
             return
-        if self._emitted * self.curve.verify_s(1) < self._seconds:
+        plain = min(self.curve.verify_s(1), self.curve.plain_s)
+        if self._emitted * plain < _CLEARLY * self._seconds:
             self._left, self._pause = self._pause, min(_LAST_PAUSE, 2 * self._pause)
         else:
-            self._pause = _FIRST_PAUSE
+            self._pause = max(_FIRST_PAUSE, self._pause // 2)

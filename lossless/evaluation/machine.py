@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..base.packed import PackedLinear
 from ..models import Base, of_processor
 
 _READ_MIB = 512  # far more than the caches hold
@@ -62,9 +63,12 @@ def weights_read(model: Any) -> tuple[int, int]:
     Input embeddings count only where they are the output embeddings too: of others a pass reads a single row.
     """
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = outputs is not None and outputs.weight is inputs.weight
+    tied = outputs is not None and not isinstance(outputs, PackedLinear) and outputs.weight is inputs.weight
     read = [p for p in model.parameters() if tied or p is not inputs.weight]
-    return sum(p.numel() * p.element_size() for p in read), sum(p.numel() for p in read)
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]  # no parameters, and each has a dtype of its own
+    numbers = sum(m.in_features * m.out_features for m in packed)
+    in_packed = sum(m.in_features * m.out_features * m.dtype.itemsize for m in packed)
+    return in_packed + sum(p.nbytes for p in read), numbers + sum(p.numel() for p in read)
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_DEPTHS = 8  # that a line has room for
+
 
 def categories_table(found: dict[str, Any]) -> str:
     """The accelerated side of a report, one line a category and one for all."""
@@ -55,7 +57,7 @@ def _conclusions(found: dict[str, Any]) -> list[str]:
             f"{best['speedup']:.2f} times as fast ({_range(best['speedup_quartiles'], 2)})"
         )
     if found["acceptance_by_depth"]:
-        shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in enumerate(found["acceptance_by_depth"], start=1))
+        shares = ", ".join(f"{depth}: {100 * share:.0f} %" for depth, share in enumerate(found["acceptance_by_depth"][:_DEPTHS], start=1))
         lines.append(f"passes that accepted at least so many drafted tokens: {shares}")
     if machine := found.get("machine"):
         lines.append(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..adapter import StreamAdapter
 from ..anatomy import device_of
-from ..base.packed import packed_twin
+from ..base.packed import packed_twin, warm_up
 from ..draft import Drafter
 from ..probe import Guarantee, check_level, check_served, find_guarantee, logit_scale
 from ..streams import StreamRunner
@@ -61,4 +61,7 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None) -> 
             reader.keep_bits(guarantee.limits)
         drafter = Drafter(adapter, embeddings, head, logit_scale(reader))
     serves = twin is not None and (guarantee.twin or guarantee.level == "off")
-    return Attachment(reader, twin if twin is not None and serves else reader, drafter, guarantee)
+    runner = twin if twin is not None and serves else reader
+    with torch.no_grad():
+        warm_up(runner.model, adapter.config.tree_nodes)
+    return Attachment(reader, runner, drafter, guarantee)

@@ -19,7 +19,7 @@ from ..base.packed import is_packed
 from ..cache import RowCache
 from ..draft import Drafter
 from ..drafting.costs import CostCurve
-from ..models import cache_dir, precision
+from ..models import cache_dir, context_limit, precision
 from ..passes import PassOutput
 from ..storage import versions, write_json
 from ..streams import StreamRunner
@@ -39,7 +39,8 @@ def measure(reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_no
         reader: passes as the base makes them; runner: passes over trees; max_nodes: the most rows of one.
     """
     gamma = runner.adapter.config.num_streams
-    longest = max(1, runner.places - max(_ROWS) - gamma)  # a table of positions may be short
+    known = context_limit(runner.base) or _CONTEXT  # a table of positions may be short
+    longest = max(1, min(runner.places, known) - max(_ROWS) - gamma)
     near = _Text(reader, runner, min(_CONTEXT, longest))
     with as_decoding(reader.model), as_decoding(runner.model):
         plain = _time(lambda: near.read(reader, 1), _REPEATS)

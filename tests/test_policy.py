@@ -1,0 +1,48 @@
+"""Whether drafts pay on a text: simulated texts, against always drafting and never."""
+
+from __future__ import annotations
+
+import random
+from statistics import mean
+
+import pytest
+
+from lossless.drafting.costs import CostCurve
+from lossless.drafting.policy import DraftPolicy
+
+CURVE = CostCurve(1.0, (1, 2, 32), (1.0, 1.05, 2.0), streams_s=0.4, level_s=0.02)  # a step over 4 rows and 3 levels pays from 1.57 tokens on
+ROWS, LEVELS = 4, 3
+
+
+def speed(tokens_per_step: float, texts: int = 200, length: int = 128) -> tuple[float, float]:
+    """Of a policy over texts whose drafts emit so many tokens a step, at most 6, and of always drafting; against plain steps."""
+    found: tuple[list[float], list[float]] = ([], [])
+    drafted_s = CURVE.verify_s(ROWS) + CURVE.draft_s(LEVELS)
+    for seed in range(texts):
+        for always, ratios in enumerate(found):
+            dice, policy, tokens, seconds = random.Random(seed), DraftPolicy(CURVE), 0, 0.0
+            while tokens < length:
+                emitted = 1
+                if policy.drafting or always:
+                    while emitted < 6 and dice.random() > 1 / tokens_per_step:
+                        emitted += 1
+                    seconds += drafted_s
+                else:
+                    seconds += CURVE.verify_s(1)
+                policy.note(ROWS, LEVELS, emitted)
+                tokens += emitted
+            ratios.append(tokens / seconds)
+    return mean(found[0]), mean(found[1])
+
+
+@pytest.mark.parametrize("tokens_per_step", [1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
+def test_where_drafts_do_not_pay_little_is_lost(tokens_per_step: float) -> None:
+    ours, always = speed(tokens_per_step)
+    assert ours > 0.96
+    assert ours > always
+
+
+@pytest.mark.parametrize("tokens_per_step", [2.2, 2.5, 3.0])
+def test_where_they_pay_they_are_not_given_up(tokens_per_step: float) -> None:
+    ours, always = speed(tokens_per_step)
+    assert ours > 0.97 * always > 1
