@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .base.packed import draft_linear
+from .base.linears import draft_linear
 from .config import StreamingConfig
 from .errors import UsageError
 from .models import fingerprint_differences

@@ -38,7 +38,8 @@ from .anatomy import (
     shares_position_bias,
     uses_attention_interface,
 )
-from .base.attention import SDPA
+from .base.attention import GROUPED, SDPA
+from .base.kernels import Paths
 from .base.packed import model_bytes
 from .base.structure import structure_of
 from .cache import RowCache
@@ -175,7 +176,9 @@ class StreamRunner:
         plan = Pass(self.implementation, len(ids), count, Sight(allowed, positions, keys), last_only=last_only)
         plan.keeps_bits = self.limits is not None and len(ids) == 1 and cache.visible() is None
         if plan.keeps_bits and not last_only:
-            plan.alone = row_calls([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
+            paths = [[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()]
+            plan.alone = row_calls(paths)
+            plan.paths = Paths.of(paths) if self.implementation == GROUPED else None
 
         def begin(entry: torch.Tensor) -> None:
             chosen: Any = nodes(entry) if callable(nodes) else nodes
