@@ -192,7 +192,8 @@ class AcceleratedModel:
                 for text, tree, accepted in zip(active, trees, walks, strict=True):
                     text.remember(accepted.tokens)
                     self.stats.count(len(tree) - 1, len(accepted.tokens))
-                policy.note(*self._cost(trees), sum(len(accepted.tokens) for accepted in walks) / len(walks))
+                emitted = sum(len(accepted.tokens) for accepted in walks) / len(walks)
+                policy.note(*self._cost(trees), emitted, self.stats.draft_s + self.stats.pass_s)
                 # 5. keep the accepted rows; the last choice is the next root
                 cache.keep_each([accepted.path for accepted in walks])
                 rows = [accepted.path[-1] for accepted in walks]
