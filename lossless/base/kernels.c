@@ -19,14 +19,13 @@
 #endif
 #define WIDE 4 /* outputs that are summed side by side */
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 typedef float f32s __attribute__((vector_size(LANES * 4)));
 typedef float f32s_at __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t u32s __attribute__((vector_size(LANES * 4)));
 typedef int32_t i32s __attribute__((vector_size(LANES * 4)));
 typedef uint16_t u16s __attribute__((vector_size(LANES * 2)));
-typedef uint8_t u8s __attribute__((vector_size(LANES)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
 
@@ -86,10 +85,12 @@ INLINE void tile(const float *weights, const float *rows, ptrdiff_t ins, int cou
 
 /* The same for any number of rows. The weights of `valid` outputs are asked for; the memory behind `weights` holds four. */
 INLINE void product(const float *weights, const float *rows, ptrdiff_t count, ptrdiff_t ins, float *out, ptrdiff_t outs, int valid) {
-    for (ptrdiff_t r = 0; r < count; r += MOST) {
+    ptrdiff_t parts = (count + MOST - 1) / MOST; /* about equal ones */
+    for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
         const float *from = rows + r * ins;
         float *to = out + r * outs;
-        switch (count - r) {
+        some = (count - r + parts - 1) / parts;
+        switch (some) {
         case 1: tile(weights, from, ins, 1, to, outs, valid); break;
 #if MOST > 2
         case 2: tile(weights, from, ins, 2, to, outs, valid); break;
@@ -106,48 +107,90 @@ INLINE void decode_bfloat16(const uint16_t *from, float *to, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += LANES) store(to + i, load_bfloat16(from + i));
 }
 
-/* Blocks of 64 numbers with a scale each. Of 32 numbers the low halves of 16 bytes are the first 16, the high halves the rest. */
-INLINE void decode_four_bits(const uint8_t *from, const float *scales, const float *code, float *to, ptrdiff_t count) {
-    f32s table[16 / LANES];
-    memcpy(table, code, sizeof table);
-    for (ptrdiff_t i = 0; i < count; i += 32, from += 16) {
-        float scale = scales[i / 64];
-        UNROLL for (int l = 0; l < 16; l += LANES) {
-            u8s bytes;
-            memcpy(&bytes, from + l, sizeof bytes);
-            u32s wide = __builtin_convertvector(bytes, u32s);
+/* What 4-bit numbers stand for: a table of 16. */
+struct code {
 #if LANES == 16
-            f32s low = __builtin_shuffle(table[0], wide & 15), high = __builtin_shuffle(table[0], wide >> 4);
+    f32s all;
 #else
-            f32s low = __builtin_shuffle(table[0], table[1], wide & 15), high = __builtin_shuffle(table[0], table[1], wide >> 4);
+    f32s low, high;
 #endif
-            store(to + i + l, low * scale);
-            store(to + i + 16 + l, high * scale);
-        }
+};
+
+INLINE struct code load_code(const float *code) {
+    struct code found;
+    memcpy(&found, code, sizeof found);
+    return found;
+}
+
+INLINE f32s decoded(struct code code, u32s numbers) {
+#if LANES == 16
+    return __builtin_shuffle(code.all, numbers);
+#else
+    return __builtin_shuffle(code.low, code.high, numbers);
+#endif
+}
+
+#define BLOCK 64 /* 4-bit numbers with one scale, in 16 words of 16 bits: number 16 * j + l of them is the j-th four bits of word l */
+
+INLINE void decode_block(const uint16_t *from, float scale, struct code code, f32s *to) {
+    UNROLL for (int l = 0; l < 16 / LANES; l++) {
+        u16s words;
+        memcpy(&words, from + l * LANES, sizeof words);
+        u32s wide = __builtin_convertvector(words, u32s);
+        UNROLL for (int j = 0; j < 4; j++) to[j * (16 / LANES) + l] = decoded(code, wide >> (4 * j) & 15) * scale;
     }
+}
+
+INLINE void decode_four_bits(const uint16_t *from, const float *scales, const float *table, float *to, ptrdiff_t count) {
+    struct code code = load_code(table);
+    for (ptrdiff_t i = 0; i < count; i += BLOCK, from += BLOCK / 4) {
+        f32s numbers[BLOCK / LANES];
+        decode_block(from, *scales++, code, numbers);
+        UNROLL for (int l = 0; l < BLOCK / LANES; l++) store(to + i + l * LANES, numbers[l]);
+    }
+}
+
+/* A tile of one row, whose weights are decoded where they are multiplied. */
+INLINE void tile_of_four_bits(const uint16_t *weights, const float *scales, const float *table, const float *row, ptrdiff_t ins, float *out) {
+    struct code code = load_code(table);
+    f32s added[WIDE] = {};
+    for (ptrdiff_t i = 0; i < ins; i += BLOCK)
+        UNROLL for (int n = 0; n < WIDE; n++) {
+            f32s numbers[BLOCK / LANES];
+            decode_block(weights + (n * ins + i) / 4, scales[(n * ins + i) / BLOCK], code, numbers);
+            UNROLL for (int l = 0; l < BLOCK / LANES; l++) added[n] += numbers[l] * load(row + i + l * LANES);
+        }
+    f32x4 found = sums(added[0], added[1], added[2], added[3]);
+    memcpy(out, &found, sizeof found);
 }
 
 INLINE void decode(enum kind kind, const void *weight, const float *scales, const float *code, ptrdiff_t from, ptrdiff_t count, float *to) {
     if (kind == BFLOAT16) decode_bfloat16((const uint16_t *)weight + from, to, count);
-    if (kind == FOUR_BITS) decode_four_bits((const uint8_t *)weight + from / 2, scales + from / 64, code, to, count);
+    if (kind == FOUR_BITS) decode_four_bits((const uint16_t *)weight + from / 4, scales + from / BLOCK, code, to, count);
 }
 
-/* rows [count, ins] times weight [outs, ins] -> out [count, outs]; outs at least 4, ins a multiple of LANES (of 64 for 4 bits).
-   buffer: [threads, 4 * ins], where weights are decoded. */
+/* rows [count, ins] times weight [outs, ins] -> out [count, outs]; outs at least 4, ins a multiple of LANES (of BLOCK for 4 bits). */
 void lossless_linear(int kind, const void *weight, const float *scales, const float *code, const float *rows, float *out,
-                     float *buffer, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
+                     ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
     ptrdiff_t tiles = (outs + WIDE - 1) / WIDE;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (ptrdiff_t t = 0; t < tiles; t++) {
-        /* the last tile may begin before the one ahead of it ends: the same numbers are written twice */
-        ptrdiff_t n = t * WIDE + WIDE <= outs ? t * WIDE : outs - WIDE;
-        const float *weights = (const float *)weight + n * ins;
-        if (kind != FLOAT32) {
-            float *own = buffer + omp_get_thread_num() * WIDE * ins;
-            decode(kind, weight, scales, code, n * ins, WIDE * ins, own);
-            weights = own;
+#pragma omp parallel num_threads(threads)
+    {
+        float decoded[kind == FLOAT32 ? 1 : WIDE * ins];
+#pragma omp for schedule(static)
+        for (ptrdiff_t t = 0; t < tiles; t++) {
+            /* the last tile may begin before the one ahead of it ends: the same numbers are written twice */
+            ptrdiff_t n = t * WIDE + WIDE <= outs ? t * WIDE : outs - WIDE;
+            const float *weights = (const float *)weight + n * ins;
+            if (kind == FOUR_BITS && count == 1) {
+                tile_of_four_bits((const uint16_t *)weight + n * ins / 4, scales + n * ins / BLOCK, code, rows, ins, out + n);
+                continue;
+            }
+            if (kind != FLOAT32) {
+                decode(kind, weight, scales, code, n * ins, WIDE * ins, decoded);
+                weights = decoded;
+            }
+            product(weights, rows, count, ins, out + n, outs, WIDE);
         }
-        product(weights, rows, count, ins, out + n, outs, WIDE);
     }
 }
 

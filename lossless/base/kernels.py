@@ -5,7 +5,7 @@ models, or trees. Where there is no gcc, or where what it makes is wrong, `avail
 called. `$LOSSLESS_CC` names another compiler; empty, none is used.
 
     linear      weights in float32 or bfloat16, as torch keeps them: no copy of them is made
-    FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them, in an order of which 32 are decoded at a time
+    FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them, in an order in which whole vectors are decoded at a time
     attend      rows of a draft tree over the past and their own paths
 
 Of each, a row has the same bits beside any number of others.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -36,6 +37,7 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _FOUR_BITS = 2
+_WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
 _LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
 _BLOCK = 64  # 4-bit numbers with one scale
 _MANY = 128  # rows from which on the products of torch are faster; as many are read of prompts, not of trees
@@ -83,7 +85,7 @@ def _load(compiler: str, name: str) -> Any:
 
 def _declared(library: Any) -> Any:
     pointer, size, number = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
-    library.lossless_linear.argtypes = [number, *[pointer] * 6, *[size] * 3, number]
+    library.lossless_linear.argtypes = [number, *[pointer] * 5, *[size] * 3, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
     for function in (library.lossless_linear, library.lossless_attend):
         function.restype = None
@@ -101,7 +103,7 @@ def _processor() -> str:
 
 def multipliable(outs: int, ins: int, dtype: torch.dtype) -> bool:
     """Whether weights of this shape and dtype have a kernel here."""
-    return dtype in _KINDS and ins % _LANES == 0 and outs >= 4 and available()
+    return dtype in _KINDS and ins % _LANES == 0 and ins <= _WIDEST and outs >= 4 and available()
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -115,17 +117,16 @@ def _multiply(
     rows: torch.Tensor, kind: int, weight: torch.Tensor, scales: torch.Tensor | None, code: torch.Tensor | None, outs: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    ins, threads = rows.shape[-1], torch.get_num_threads()
-    flat = rows.reshape(-1, ins).float().contiguous()
-    out = torch.empty(len(flat), outs)
-    buffer = torch.empty(0 if kind == 0 else threads * 4 * ins)
+    *before, ins = rows.shape
+    plain = rows if rows.dtype is torch.float32 and rows.is_contiguous() else rows.float().contiguous()
+    out = torch.empty(*before, outs)
     _library().lossless_linear(  # type: ignore[union-attr]
         kind, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
-        flat.data_ptr(), out.data_ptr(), buffer.data_ptr(), len(flat), ins, outs, threads,
+        plain.data_ptr(), out.data_ptr(), math.prod(before), ins, outs, torch.get_num_threads(),
     )  # fmt: skip
     if bias is not None:
         out += bias
-    return out.to(rows.dtype).view(*rows.shape[:-1], outs)
+    return out if rows.dtype is torch.float32 else out.to(rows.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,8 @@ class FourBits:
     """A weight in 4 bits.
 
     Attributes:
-        numbers: `[out, in / 2]` bytes; of 32 numbers the low halves of 16 bytes hold the first 16, the high halves the others.
+        numbers: `[out, in / 2]` bytes; a block of 64 numbers is 16 words of 16 bits, and the j-th four bits of word l are its number
+            16 j + l.
         scales: `[out, in / 64]` float32, one for each block of 64 numbers.
         code: `[16]` float32, what each number stands for.
     """
@@ -145,8 +147,9 @@ class FourBits:
     @classmethod
     def from_pairs(cls, pairs: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, outs: int) -> FourBits:
         """From bytes that hold two neighbours each, the first in the high half, as bitsandbytes stores them."""
-        halves = torch.stack([pairs.reshape(-1) >> 4, pairs.reshape(-1) & 15], dim=-1).view(outs, -1, 2, 16)
-        return cls((halves[:, :, 0] | halves[:, :, 1] << 4).view(outs, -1), scales.float().view(outs, -1).contiguous(), code.float().contiguous())
+        four = torch.stack([pairs.reshape(-1) >> 4, pairs.reshape(-1) & 15], dim=-1).view(outs, -1, 4, 16)
+        words = torch.stack([four[:, :, 0] | four[:, :, 1] << 4, four[:, :, 2] | four[:, :, 3] << 4], dim=-1)  # [out, blocks, 16, 2]
+        return cls(words.view(outs, -1), scales.float().view(outs, -1).contiguous(), code.float().contiguous())
 
     def pairs(self) -> torch.Tensor:
         """`[out * in / 2]` bytes, in the order that they came in."""
@@ -159,8 +162,8 @@ class FourBits:
         return (blocks * self.scales[..., None]).view(len(self.numbers), -1)
 
     def _numbers(self) -> torch.Tensor:
-        rows = self.numbers.view(len(self.numbers), -1, 1, 16)
-        return torch.cat([rows & 15, rows >> 4], dim=2).view(len(self.numbers), -1)  # [out, in]
+        low, high = self.numbers.view(len(self.numbers), -1, 16, 2).unbind(-1)
+        return torch.stack([low & 15, low >> 4, high & 15, high >> 4], dim=2).view(len(self.numbers), -1)  # [out, in]
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows; sums are in float32."""
@@ -171,7 +174,7 @@ class FourBits:
 
 def four_bits_multipliable(outs: int, ins: int) -> bool:
     """Whether 4-bit weights of this shape, in blocks of 64, have a kernel here."""
-    return ins % _BLOCK == 0 and outs >= 4 and available()
+    return ins % _BLOCK == 0 and ins <= _WIDEST and outs >= 4 and available()
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,10 +91,15 @@ class PackedLinear(nn.Module):
         super().__setstate__({**state, "packed": products.pack(state["packed"])})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        probe = torch.empty(0, dtype=self.dtype)
-        if (moved := fn(probe)).dtype != probe.dtype or moved.device != probe.device:
-            raise UsageError("packed weights stay in their dtype and on the CPU: call lossless.unpack(model) before it is moved or converted")
+        _stays(fn, self.dtype, convertible=False)
         return super()._apply(fn, recurse)
+
+
+def _stays(fn: Any, dtype: torch.dtype, convertible: bool) -> None:
+    """Raises UsageError if `fn`, which is applied to a module's tensors, would move packed weights, or convert those that cannot be."""
+    probe = torch.empty(0, dtype=dtype)
+    if (moved := fn(probe)).device != probe.device or (moved.dtype != dtype and not convertible):
+        raise UsageError("packed weights stay in their dtype and on the CPU: call lossless.unpack(model) before it is moved or converted")
 
 
 class StoredLinear(nn.Linear):
@@ -135,18 +140,12 @@ class FourBitLinear(nn.Module):
         numbers, state = stored_pairs(module)
         self.in_features, self.out_features, self.dtype = module.in_features, module.out_features, torch.float32
         self.origin, self.state, self.compute_dtype = type(module), state, module.compute_dtype
-        packed = kernels.FourBits.from_pairs(numbers, scales_of(state), state.code, self.out_features)
-        for name in ("numbers", "scales", "code"):
-            self.register_buffer(name, getattr(packed, name))
+        self.four_bits = kernels.FourBits.from_pairs(numbers, scales_of(state), state.code, self.out_features)
         self.bias = module.bias
 
     @property
     def weight_bytes(self) -> int:
         return self.four_bits.numbers.nbytes + self.four_bits.scales.nbytes
-
-    @property
-    def four_bits(self) -> kernels.FourBits:
-        return kernels.FourBits(self.numbers, self.scales, self.code)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -177,6 +176,10 @@ class FourBitLinear(nn.Module):
         destination[prefix + "weight"] = self.four_bits.pairs().view(-1, 1)
         for name, part in self.state.as_dict(packed=True).items():
             destination[f"{prefix}weight.{name}"] = part if keep_vars else part.detach()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        _stays(fn, self.dtype, convertible=True)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, quant_type={self.state.quant_type}"
