@@ -150,7 +150,15 @@ INLINE void decode_four_bits(const uint16_t *from, const float *scales, const fl
     }
 }
 
-/* A tile of one row, whose weights are decoded where they are multiplied. */
+/* Tiles of one row, whose weights are decoded where they are multiplied. */
+INLINE void tile_of_bfloat16(const uint16_t *weights, const float *row, ptrdiff_t ins, float *out) {
+    f32s added[WIDE] = {};
+    for (ptrdiff_t i = 0; i < ins; i += LANES)
+        UNROLL for (int n = 0; n < WIDE; n++) added[n] += load_bfloat16(weights + n * ins + i) * load(row + i);
+    f32x4 found = sums(added[0], added[1], added[2], added[3]);
+    memcpy(out, &found, sizeof found);
+}
+
 INLINE void tile_of_four_bits(const uint16_t *weights, const float *scales, const float *table, const float *row, ptrdiff_t ins, float *out) {
     struct code code = load_code(table);
     f32s added[WIDE] = {};
@@ -183,6 +191,10 @@ void lossless_linear(int kind, const void *weight, const float *scales, const fl
             const float *weights = (const float *)weight + n * ins;
             if (kind == FOUR_BITS && count == 1) {
                 tile_of_four_bits((const uint16_t *)weight + n * ins / 4, scales + n * ins / BLOCK, code, rows, ins, out + n);
+                continue;
+            }
+            if (kind == BFLOAT16 && count == 1) {
+                tile_of_bfloat16((const uint16_t *)weight + n * ins, rows, ins, out + n);
                 continue;
             }
             if (kind != FLOAT32) {
