@@ -2,7 +2,7 @@
 
 Knows: how kernels.c is compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know: modules,
 models, or trees. Where there is no gcc, or where what it makes is wrong, `available()` is False and nothing else here may be
-called. `$LOSSLESS_CC` names another compiler; empty, none is used.
+called. `$LOSSLESS_CC` names another compiler, with flags if need be; empty, none is used.
 
     linear      weights in float32 or bfloat16, as torch keeps them: no copy of them is made
     FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them, in an order in which whole vectors are decoded at a time
@@ -19,6 +19,7 @@ import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -52,19 +53,18 @@ def available() -> bool:
 @functools.cache
 def _library() -> Any | None:
     """kernels.c, compiled for this processor; None if it cannot be."""
-    compiler = shutil.which(os.environ.get("LOSSLESS_CC", "gcc"))
-    if compiler is None:
+    command = [*shlex.split(os.environ.get("LOSSLESS_CC", "gcc")), *_FLAGS]
+    if shutil.which(command[0]) is None:
         return None
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
-        source = _SOURCE.read_bytes()
-        name = hashlib.sha256(b"\0".join((source, version, " ".join(_FLAGS).encode(), _processor().encode()))).hexdigest()[:16]
-        return _load(compiler, name)
+        version = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
+        made_from = (_SOURCE.read_bytes(), version, *(part.encode() for part in command), _processor().encode())
+        return _load(command, hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16])
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
 
 
-def _load(compiler: str, name: str) -> Any:
+def _load(command: list[str], name: str) -> Any:
     """The library of this name from the cache, or compiled into it; into a folder of this process alone if it cannot be written to."""
     for folder in (cache_dir() / "kernels", Path(tempfile.mkdtemp(prefix="lossless-"))):
         path = folder / f"{name}.so"
@@ -75,7 +75,7 @@ def _load(compiler: str, name: str) -> Any:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             own = folder / f".{name}.{os.getpid()}"
-            subprocess.run([compiler, *_FLAGS, "-o", str(own), str(_SOURCE), "-lm"], capture_output=True, timeout=_SECONDS, check=True)
+            subprocess.run([*command, "-o", str(own), str(_SOURCE), "-lm"], capture_output=True, timeout=_SECONDS, check=True)
             own.replace(path)
         except OSError:
             continue
