@@ -165,10 +165,14 @@ def warm_up(model: nn.Module, rows: int) -> None:
             module(torch.zeros(1, count, module.in_features, dtype=module.dtype))
 
 
+def copied_bytes(model: nn.Module) -> int:
+    """What the packed copies of weights in a model take."""
+    return sum(m.weight_bytes for m in model.modules() if isinstance(m, PackedLinear | FourBitLinear))
+
+
 def model_bytes(model: nn.Module) -> int:
     """What a model's weights take, packed ones included."""
-    packed = sum(m.weight_bytes for m in model.modules() if isinstance(m, PackedLinear | FourBitLinear))
-    return packed + sum(parameter.nbytes for parameter in model.parameters())
+    return copied_bytes(model) + sum(parameter.nbytes for parameter in model.parameters())
 
 
 def is_packed(model: nn.Module) -> bool:
