@@ -12,6 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.nn import functional as F
+from transformers import MistralConfig, MistralForCausalLM
 
 import lossless
 from lossless.base import kernels
@@ -188,6 +189,24 @@ def test_a_packed_models_attention_is_the_kernel(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(expected, found)
     assert rows.count(1) >= 4
     assert max(rows) > 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_a_sliding_window_is_kept_to(do_sample: bool) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, sliding_window=7,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = lossless.pack(freeze(MistralForCausalLM(config)))
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    assert fast.guarantee.level == "bitwise"
+    fast.adaptive = False
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 40}
+    expected, found = both(fast, prompt_ids(5), 3, **options)
+    assert torch.equal(expected.sequences, found.sequences)
+    assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
 
 
 @needs_kernels

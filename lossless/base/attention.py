@@ -38,8 +38,9 @@ def _attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' own attention through torch, but for one row without a mask."""
-    if query.shape[2] == 1 and attention_mask is None and kwargs.get("position_bias") is None:
+    """transformers' own attention through torch, but for one row that sees all keys (layers with a window have a mask even then)."""
+    alone = query.shape[2] == 1 and kwargs.get("position_bias") is None
+    if alone and (attention_mask is None or (attention_mask.dtype == torch.bool and bool(attention_mask.all()))):
         if kernels.attendable(query, key):
             return kernels.attend(query, key, value, scaling, _ITSELF), None
         if query.shape[1] > key.shape[1]:
