@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter import StreamAdapter
 from .anatomy import as_decoding, device_of, input_device
+from .base.packed import product_dtype
 from .base.structure import state_of
 from .cache import RowCache
 from .config import StreamingConfig
@@ -89,7 +90,7 @@ class AcceleratedModel:
     def _place(self) -> tuple[Any, ...]:
         """Where the base is, and in which dtype: what was probed at attach holds there."""
         ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
-        return tuple((str(device_of(end)), end.weight.dtype) for end in ends)
+        return tuple((str(device_of(end)), product_dtype(end) or end.weight.dtype) for end in ends)  # a packed weight is not unpacked for it
 
     def detach(self) -> PreTrainedModel:
         """The base, as it was."""

@@ -227,3 +227,10 @@ def test_a_base_that_was_changed_is_looked_at_again(what: str) -> None:
     changed, found = both(fast, prompt_ids())
     assert torch.equal(changed, found)
     assert not torch.equal(changed, expected)
+
+
+def test_a_call_does_not_unpack_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lossless.pack(build_tiny(seed=5, hidden=64, inner=160))
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    monkeypatch.setattr(products, "unpack", lambda packed: pytest.fail("a packed weight was unpacked"))
+    fast.generate(prompt_ids(9), max_new_tokens=5, do_sample=False)

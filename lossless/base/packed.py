@@ -64,8 +64,8 @@ def product_dtype(module: nn.Module) -> torch.dtype | None:
 
 def _is_four_bit(module: nn.Module) -> bool:
     """Whether it is bitsandbytes' product with 4-bit weights, quantized already, in blocks that are whole parts of a row."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    return type(module).__name__ == "Linear4bit" and state is not None and state.blocksize == 64 and state.shape[1] % 64 == 0
+    state = getattr(module.weight, "quant_state", None) if type(module).__name__ == "Linear4bit" else None
+    return state is not None and state.blocksize == 64 and state.shape[1] % 64 == 0
 
 
 def _stand_in(module: Any) -> type | None:

@@ -38,17 +38,23 @@ def structure_of(model: Module) -> Module:
         return copy.deepcopy(model, shared)
 
 
+_SWITCHES = frozenset((bool, int, float, str))  # attributes of these types may change what a module computes
+
+
 def state_of(model: nn.Module) -> int:
     """A number that changes when a copy of the structure is no longer the model's: other modules, other tensors, tensors written
-    to, hooks, patched forwards, switches (an adapter of the user's turned off, for example)."""
+    to, hooks, patched forwards, switches (an adapter of the user's turned off, for example). Asked for at each call: it takes a
+    few milliseconds."""
     parts: list[Any] = []
     for module in model.modules():
-        parts += [id(module), len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
-        for tensor in module._parameters.values():
-            if tensor is not None and not hasattr(module, "_hf_hook"):  # Accelerate may fetch and drop them
-                parts += [id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
+        own = module.__dict__
+        parts += [id(module), len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), id(own.get("forward"))]
+        if "_hf_hook" not in own:  # Accelerate may fetch and drop them
+            for tensor in own["_parameters"].values():
+                if tensor is not None:
+                    parts += [id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
         if "Rotary" not in type(module).__name__:  # some count how far they have come
-            parts += [(name, value) for name, value in module.__dict__.items() if isinstance(value, bool | int | float | str)]
-            active = module.__dict__.get("_active_adapter")  # of PEFT
+            parts += [value for value in own.values() if type(value) in _SWITCHES]
+            active = own.get("_active_adapter")  # of PEFT
             parts.append(tuple(active) if isinstance(active, list) else active)
     return hash(tuple(parts))
