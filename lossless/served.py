@@ -107,8 +107,9 @@ def not_served_as_prepared(
     if any(longest > turn and (prompt <= turn or again) for turn, again in rotary_turns(model)):
         return "a text that may outgrow the length from which on this base turns its positions otherwise"
     if len(input_ids) == 1:
-        if exactness(exact, 1, padded) == "near-tie" and any(type(part).__name__.startswith(_REMEMBERING) for part in logits_processor):
-            return "a processor that remembers what it was asked, under near-tie"
+        remembering = next((type(part).__name__ for part in logits_processor if _may_remember(part)), None)
+        if remembering and exactness(exact, 1, padded) == "near-tie":
+            return f"{remembering}, a processor that may remember what it was asked, under near-tie"
         return None
     # texts of a batch are chosen for one by one
     if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():
@@ -126,6 +127,12 @@ def not_served_as_prepared(
     if not any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria) and len(stopping_criteria) > 1:
         return "stopping criteria without an EOS token for a batch"
     return None
+
+
+def _may_remember(processor: Any) -> bool:
+    """Whether it may answer otherwise when it is asked again: grammars go on by one token with each call. HF's own do not, but for two."""
+    kind = type(processor)
+    return not kind.__module__.startswith("transformers.") or kind.__name__.startswith(_REMEMBERING)
 
 
 class Turn:
