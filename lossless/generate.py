@@ -34,7 +34,7 @@ from .generation.measure import kept_curve
 from .lookup import TextMemory
 from .models import device_name, fingerprint
 from .passes import PassOutput
-from .served import exactness, not_served, not_served_as_prepared, tokenizer_at_hand, turn_of
+from .served import exactness, not_served, not_served_as_prepared, turn_of, with_stop_strings
 from .stats import Stats
 from .text import Text, result
 from .tree import DraftTree
@@ -76,7 +76,8 @@ class AcceleratedModel:
     def measure_costs(self, refresh: bool = True) -> CostCurve:
         """What the parts of a step cost here: measured, or, without `refresh`, as it was measured before; seconds the first time."""
         device = device_name(input_device(self.base))
-        self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, device, refresh)
+        with self._turn.lock:  # beside a call everything takes longer
+            self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, device, refresh)
         return self.costs
 
     def __getattr__(self, name: str) -> Any:
@@ -101,7 +102,7 @@ class AcceleratedModel:
 
         What is not served (beams, assistants, caches of a fixed size, attentions or hidden states as output; in
         batches also a passed-in cache, streamers, scores, and processors or criteria of your own, whose sequences might
-        depend on each other) goes to the base's own `generate`, with one warning for each reason.
+        depend on each other; under near-tie processors of your own, which might not bear to be asked twice) goes to the base's own `generate`, with one warning for each reason.
         """
         with self._turn.lock:
             if self._turn.taken:  # by a processor, criterion or streamer of the call that is being served
@@ -115,8 +116,11 @@ class AcceleratedModel:
             if reason := not_served(self.base, inputs, kwargs):
                 self._hand_over(reason)
                 return self.base.generate(inputs, **kwargs)
-            with self._turn.take(), tokenizer_at_hand(self.base, kwargs.get("tokenizer")):
-                return self._serve(inputs, kwargs)
+            try:  # no context manager: Ctrl-C at the entry of its exit would leave the turn taken
+                self._turn.taken = True
+                return self._serve(inputs, with_stop_strings(self.base, kwargs))
+            finally:
+                self._turn.taken = False
 
     def _serve(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         passed_in = kwargs.get("past_key_values") is not None

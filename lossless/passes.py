@@ -201,13 +201,17 @@ def note_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         plan.rotaries.append((RotaryCall(module, tuple(given[2:]), dict(kwargs)), output))
 
 
-@contextlib.contextmanager
-def running(plan: Pass) -> Iterator[None]:
-    token = PASS.set(plan)
+def following(plan: Pass, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `run` gives while hooks and attention go by this plan.
+
+    No context manager: Ctrl-C at the entry of its exit would leave the plan behind.
+    """
+    before = PASS.get()
     try:
-        yield
+        PASS.set(plan)
+        return run()
     finally:
-        PASS.reset(token)
+        PASS.set(before)
 
 
 @contextlib.contextmanager

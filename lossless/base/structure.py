@@ -18,10 +18,16 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class _SharedTensors(TorchFunctionMode):
-    """Tensors are not copied but shared."""
+    """Tensors are not copied but shared, in the one deep copy that has this memo: Ctrl-C may leave the mode on."""
+
+    def __init__(self, memo: dict[int, Any]) -> None:
+        super().__init__()
+        self.memo = memo
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__deepcopy__ and args[1] is self.memo:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def structure_of(model: Module) -> Module:
@@ -34,7 +40,7 @@ def structure_of(model: Module) -> Module:
     for module in model.modules():
         if hasattr(module, "alike"):  # a packed weight cannot be copied
             shared[id(module)] = module.alike()
-    with _SharedTensors():
+    with _SharedTensors(shared):
         return copy.deepcopy(model, shared)
 
 
