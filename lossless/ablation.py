@@ -6,7 +6,6 @@ how any of them is trained or measured.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from .config import StreamingConfig, TrainConfig
 from .curriculum import read_answers
 from .errors import NotOfThisBase, UsageError
 from .models import Base, processes
-from .storage import versions, write_json
+from .storage import read_json, versions, write_json
 from .train import Kept, train
 
 
@@ -106,7 +105,11 @@ def ablate(
 def _report(out: Path) -> dict[str, Any]:
     """What was written before."""
     path = out / "ablation.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
+    rows = found.get("variants", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
+        raise UsageError(f"{path} is broken: each of its variants must have a name; use another folder, or remove it and train them anew")
+    return found
 
 
 def _row(

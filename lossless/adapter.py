@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from .base.linears import draft_linear
 from .config import StreamingConfig
 from .errors import UsageError
 from .models import fingerprint_differences
-from .storage import ensure_room, versions, write_json
+from .storage import ensure_room, read_json, versions, write_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -292,21 +291,23 @@ class StreamAdapter(nn.Module):
         """
         folder = _find(str(source))
         try:
-            written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            written = read_json(folder / CONFIG_FILE)
             tensors = load_file(folder / WEIGHTS_FILE)
             config = StreamingConfig.from_dict(written["streaming"])
-            adapter = cls(
-                config,
-                written["dim"],
-                {name: (shape[0], shape[1]) for name, shape in written["projections"].items()},
-                tensors["draft_ids"].long() if "draft_ids" in tensors else None,
-                written["base"],
-            )
-            adapter.load_state_dict({k: v.float() if v.is_floating_point() else v.long() for k, v in tensors.items()})
+            with torch.device("meta"):  # what a broken config asks for takes no memory before it is compared with the weights
+                adapter = cls(
+                    config,
+                    written["dim"],
+                    {name: (shape[0], shape[1]) for name, shape in written["projections"].items()},
+                    tensors["draft_ids"].long() if "draft_ids" in tensors else None,
+                    dict(written["base"]),
+                )
+            adapter.load_state_dict({k: v.float() if v.is_floating_point() else v.long() for k, v in tensors.items()}, assign=True)
+            adapter._place = torch.empty(0)
         except FileNotFoundError as error:
             raise UsageError(f"no adapter in {folder}: {Path(error.filename or WEIGHTS_FILE).name} is missing") from None
-        except (SafetensorError, json.JSONDecodeError, KeyError, IndexError, TypeError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UsageError(f"the adapter in {folder} is broken or cut short: {reason}") from error
         if base is not None:
             ours, theirs = adapter.base.get("fingerprint", {}), base.get("fingerprint", {})

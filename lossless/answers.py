@@ -35,6 +35,8 @@ SCHEMA = pa.schema(
     ]
 )
 _SHARD_ANSWERS = 4096
+_MESSAGE = b"\xff\xff\xff\xff"  # how every message of a stream begins
+_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a stream that was closed
 _ROOM = 64 * 2**20  # bytes that a new shard, and its copy when it is full, may take
 
 
@@ -83,6 +85,16 @@ class Answers:
             found.update(json.dumps(pc.list_value_length(table[name]).to_pylist()).encode())
             found.update(_ids(table[name]).tobytes())
         return found.hexdigest()
+
+    def check_ids(self, vocabulary: int, where: str) -> None:
+        """Raises UsageError for a token that a vocabulary of so many does not have."""
+        for name in ("prompt_ids", "answer_ids"):
+            ids = _ids(self._table[name])
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+                raise UsageError(
+                    f"token ids must be at least 0 and below the model's {vocabulary}, {name} in {where} are from {ids.min()} to {ids.max()}: "
+                    "the answers are damaged, or another model's"
+                )
 
     def select(self, numbers: Iterable[int]) -> Answers:
         """These answers, in this order."""
@@ -149,7 +161,11 @@ class AnswerWriter:
 
 
 def mend(folder: str | Path) -> None:
-    """Write anew every shard that an interruption left without its end; nobody may be writing."""
+    """Write anew every shard that an interruption left without its end; nobody may be writing.
+
+    Raises:
+        UsageError: a shard is damaged otherwise: nothing of it is given up unasked.
+    """
     for leftover in Path(folder).glob("answers-*.arrow.part"):
         leftover.unlink()
     for path in _shards(Path(folder)):
@@ -162,19 +178,45 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _read_stream(path: Path) -> tuple[list[pa.RecordBatch], bool]:
-    """The batches that are whole, and whether the stream has its end."""
+    """The batches that are whole, and whether the stream has its end.
+
+    Raises:
+        UsageError: the file has its end, but cannot be read up to it, or is of something else: no interruption does that.
+    """
     batches: list[pa.RecordBatch] = []
     data = path.read_bytes()
+    source, read = pa.BufferReader(data), 0
     try:
-        with pa.ipc.open_stream(data) as stream:
+        with pa.ipc.open_stream(source) as stream:
             if not stream.schema.equals(SCHEMA):
                 raise UsageError(f"{path} is no shard of answers: its fields are {', '.join(stream.schema.names)}")
             while True:
-                batches.append(stream.read_next_batch())
+                read = source.tell()
+                batch = stream.read_next_batch()
+                batch.validate(full=True)  # offsets are trusted from here on
+                if any(column.null_count for column in (*batch.columns, batch["prompt_ids"].flatten(), batch["answer_ids"].flatten())):
+                    raise pa.ArrowInvalid("a field of an answer is empty")
+                batches.append(batch)
     except StopIteration:
-        return batches, data.endswith(b"\xff\xff\xff\xff\x00\x00\x00\x00")
-    except (pa.ArrowInvalid, OSError):  # torn
+        return batches, data.endswith(_END)
+    except (pa.ArrowException, OSError) as error:
+        if data.endswith(_END) or not _torn(data[read:]):
+            raise UsageError(
+                f"{path} is damaged behind its first {sum(batch.num_rows for batch in batches)} answers ({' '.join(str(error).split())}): "
+                "put a whole copy in its place, or remove it, and distill makes its answers anew"
+            ) from error
         return batches, False
+
+
+def _torn(rest: bytes) -> bool:
+    """Whether these bytes are the beginning of a message of a stream, and not all of it."""
+    if not rest.startswith(_MESSAGE[: len(rest)]):
+        return False
+    try:
+        pa.ipc.read_message(rest)
+    except (pa.ArrowException, OSError, EOFError):
+        return True
+    return False
 
 
 def _write_whole(path: Path) -> None:

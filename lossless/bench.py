@@ -22,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .base.packed import is_packed
+from .errors import UsageError, require_types
 from .evaluation.machine import process_peak_mib
 from .evaluation.sides import ACCELERATED, STOCK, Answer, Side, accelerated, stock
 from .evaluation.timing import Decoding, encode_checked
@@ -84,10 +85,20 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
-        """What `asdict` gave, through JSON and back."""
-        accepted = {int(emitted): passes for emitted, passes in values["accepted"].items()}
-        sides = {name: SideRun(**side) for name, side in values["sides"].items()}
-        return cls(**{**values, "accepted": accepted, "sides": sides})
+        """What `asdict` gave, through JSON and back.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        try:
+            accepted = {int(emitted): int(passes) for emitted, passes in values["accepted"].items()}
+            sides = {name: SideRun(**side) for name, side in values["sides"].items()}
+            run = cls(**{**values, "accepted": accepted, "sides": sides})
+            for part in (run, *sides.values()):
+                require_types(part)
+            return run
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"a line of the journal is broken ({type(error).__name__}: {error}): remove the journal, and begin anew") from error
 
 
 def run_sides(base: Base, fast: AcceleratedModel, prompt: Prompt, ids: torch.Tensor, decoding: Decoding, sides: Sequence[Side]) -> Run:

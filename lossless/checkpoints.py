@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
-from .errors import UsageError
-from .storage import ensure_room, read_jsonl, write_json
+from .errors import UsageError, require_types
+from .storage import ensure_room, read_json, read_jsonl, write_json
 
+# what torch, safetensors and Accelerate say of files that are cut short, damaged, or hold more than numbers (which is never run)
+_UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 _PRACTICAL = ("feature_memory_gb", "logits_memory_gb", "checkpoint_every", "tracker")
 
 
@@ -69,20 +74,46 @@ class Checkpoints:
                 shutil.rmtree(folder)
         progress = Progress()
         if found:
-            written = json.loads((found[-1] / "progress.json").read_text(encoding="utf-8"))
+            written = self._read(found[-1])
             if other := differing(written["settings"], self.settings):
                 raise UsageError(
                     f"{self.out} holds a checkpoint of another training ({', '.join(other)}): use the same again to go on, or another folder"
                 )
-            self.accelerator.load_state(str(found[-1]))
             progress = Progress(**written["progress"])
+            try:
+                self.accelerator.load_state(str(found[-1]))
+            except torch.OutOfMemoryError:
+                raise
+            except _UNREADABLE as error:
+                raise self._broken(found[-1], error) from error
         if self.accelerator.is_main_process:
-            curve = [entry for entry in read_jsonl(self.out / "curve.jsonl") if found and entry["step"] <= progress.step]
+            curve = [entry for entry in read_jsonl(self.out / "curve.jsonl") if found and self._step(entry) <= progress.step]
             staging = self.out / "curve.jsonl.part"
             staging.write_text("".join(json.dumps(entry) + "\n" for entry in curve), encoding="utf-8")
             os.replace(staging, self.out / "curve.jsonl")
         self.accelerator.wait_for_everyone()
         return progress
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """What was written last into a checkpoint."""
+        written = read_json(folder / "progress.json")
+        try:
+            require_types(Progress(**written["progress"]))
+            _flat(written["settings"])
+        except (KeyError, TypeError, AttributeError, UsageError) as error:
+            raise self._broken(folder, error) from error
+        return written
+
+    def _step(self, entry: dict[str, Any]) -> int:
+        """Of a line of the curve."""
+        if type(step := entry.get("step")) is not int:
+            raise UsageError(f"{self.out / 'curve.jsonl'} is broken: each line must hold a step, got {str(entry)[:80]}")
+        return step
+
+    @staticmethod
+    def _broken(folder: Path, error: Exception) -> UsageError:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return UsageError(f"the checkpoint {folder} is broken ({reason}): remove it, and the same command goes on from one before it, or anew")
 
     def latest_told(self) -> str:
         """Where the last good one is, in words."""

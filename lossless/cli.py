@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -20,7 +21,7 @@ import transformers
 from . import commands
 from .ablation import VARIANTS
 from .config import DistillConfig, StreamingConfig, TrainConfig
-from .errors import UsageError
+from .errors import UsageError, nearest
 from .evaluation.sides import ACCELERATED, ALL, COMPILED, LLAMA_CPP, SIDES, STOCK
 from .evaluation.suites import FOLDER_VARIABLE, SUITES
 from .storage import versions
@@ -41,10 +42,23 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells more)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # told by the command that they were given to, which knows its flags
+            known = re.findall(r"--[\w-]+", self.format_help())
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], known)}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     transformers.logging.set_verbosity_error()
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs of a broken file is in the one line, too
     with warnings.catch_warnings():
         warnings.showwarning = _one_line_warning
         try:
@@ -54,9 +68,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"lossless: {error}", file=sys.stderr)
             return 2
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            print("lossless: the disk is full; what was whole is kept, and with more room the same command goes on", file=sys.stderr)
+            if error.errno == errno.ENOSPC:
+                print("lossless: the disk is full; what was whole is kept, and with more room the same command goes on", file=sys.stderr)
+            else:  # a place that cannot be read or written
+                place = f"{error.filename}: " if error.filename is not None else ""
+                print(f"lossless: {place}{error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except (torch.OutOfMemoryError, MemoryError) as error:
             print(

@@ -63,6 +63,9 @@ def _decoding(arguments: argparse.Namespace) -> benchmark.Decoding:
 
 
 def _load(arguments: argparse.Namespace) -> Base:
+    for flag in ("json", "plot"):  # before any work is done
+        if (path := getattr(arguments, flag, None)) is not None and (not path or Path(path).is_dir()):
+            raise UsageError(f"--{flag} must name a file, got {path!r}")
     base = load_base(arguments.model, arguments.dtype, arguments.load_in, arguments.device)
     if getattr(arguments, "pack", False):
         pack(base.model)
@@ -246,7 +249,7 @@ def _store(arguments: argparse.Namespace, found: dict[str, Any], journal: Path |
     if arguments.json:
         write_json(arguments.json, found)
     if journal:
-        journal.unlink()
+        journal.unlink(missing_ok=True)
 
 
 def _same(found: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .errors import UsageError, require_at_least
+from .errors import UsageError, nearest, require_at_least, require_one_of, require_seed, require_types
 
 SCHEDULES = ("parallel", "deferred")
 WEIGHT_FIELDS = (  # of a StreamingConfig: those that shape weights; the others are of decoding
@@ -61,6 +61,7 @@ class StreamingConfig:
     recall: bool = True
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_at_least(1, self, "num_streams", "num_msa_layers", "lora_rank", "tree_nodes", "tree_top_k")
         require_at_least(0, self, "transition_rank", "start_rank", "told_rank", "pruning_rank", "draft_vocab_size")
         if not 0 <= self.pruning_floor < 1:
@@ -69,8 +70,7 @@ class StreamingConfig:
             raise UsageError(
                 f"schedule must be deferred where streams are told the next token (told_rank={self.told_rank}), got 'parallel'"
             )
-        if self.schedule not in SCHEDULES:
-            raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        require_one_of(SCHEDULES, "schedule", self.schedule)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,7 +81,7 @@ class StreamingConfig:
         values = {name: value for name, value in values.items() if name != "tree_floor"}  # measured costs stand in its place
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
-            raise UsageError(f"an adapter's config has no field {', '.join(unknown)}")
+            raise UsageError(f"an adapter's config has no field {', '.join(unknown)}{nearest(unknown[0], [f.name for f in fields(cls)])}")
         return cls(**values)
 
 
@@ -136,16 +136,18 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_at_least(1, self, "steps", "answers_per_step", "positions_per_answer", "visit_every", "gradient_accumulation", "held_out")
         require_at_least(1, self, "eval_every", "checkpoint_every")
         require_at_least(0, self, "patience", "warmup_steps")
+        require_seed(self.seed)
         for name in ("learning_rate", "logits_memory_gb"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 < self.share <= 1:
             raise UsageError(f"share must be above 0 and at most 1, got {self.share}")
         if self.mixed_precision not in _MIXED:
-            raise UsageError(f"mixed_precision must be one of {', '.join(_MIXED[1:])}, or empty for what Accelerate is configured to, got {self.mixed_precision!r}")
+            raise UsageError(f"mixed_precision must be one of {', '.join(_MIXED[1:])}, or empty for what Accelerate is configured to, got {self.mixed_precision!r}{nearest(self.mixed_precision, _MIXED)}")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,9 @@ class DistillConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_at_least(1, self, "answer_tokens", "max_new_tokens", "max_prompt_tokens", "max_turns", "batch_size")
         require_at_least(0, self, "self_drawn")
+        require_seed(self.seed)
         if not self.temperatures or min(self.temperatures) < 0:
             raise UsageError(f"temperatures must be at least 0, got {self.temperatures}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import json
 import math
 import random
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from .config import TrainConfig
 from .errors import UsageError
 from .features import Block, Features, make_block
 from .models import Base, fingerprint, fingerprint_differences
+from .storage import read_json
 from .streams import StreamRunner
 
 _WINDOW = 96  # answers whose stretches are visited in random order
@@ -35,10 +35,11 @@ def read_answers(base: Base, folders: list[Path]) -> tuple[Answers, list[dict[st
     for folder in folders:
         if not (folder / "distill.json").is_file():
             raise UsageError(f"no answers in {folder}: make some with 'lossless distill --out {folder}'")
-        written = json.loads((folder / "distill.json").read_text(encoding="utf-8"))
-        if differing := fingerprint_differences(written.pop("fingerprint"), fingerprint(base.model, base.tokenizer)):
+        written = read_json(folder / "distill.json")
+        if differing := fingerprint_differences(written.pop("fingerprint", None), fingerprint(base.model, base.tokenizer)):
             raise UsageError(f"the answers in {folder} are another base's (other {', '.join(differing)})")
         read.append(Answers.read(folder))
+        read[-1].check_ids(base.model.get_input_embeddings().weight.shape[0], str(folder))
         provenance.append(written)
     answers = Answers.join(read)
     # one position needs a certain token, and one after it to draft

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -29,9 +30,18 @@ from .cache import RowCache
 from .config import DistillConfig
 from .conversations import Conversations, digest
 from .errors import UsageError
-from .models import Base, context_limit, fingerprint, fingerprint_differences, free_memory, precision, processes
+from .models import (
+    Base,
+    alone_in,
+    context_limit,
+    fingerprint,
+    fingerprint_differences,
+    free_memory,
+    precision,
+    processes,
+)
 from .prompts import Prompt, encode_user_opening, from_text, some
-from .storage import append_jsonl, read_jsonl, versions, write_json
+from .storage import append_jsonl, read_json, read_jsonl, versions, write_json
 
 _DRAWN_PROMPT_TOKENS = 96
 _TRIAL_TOKENS = 3  # of each row of one batch: what the estimate of time goes by
@@ -46,7 +56,6 @@ def eos_ids(base: Base) -> set[int]:
     return set(found if isinstance(found, list) else [] if found is None else [found])
 
 
-@torch.inference_mode()
 def distill(
     base: Base, prompts: Sequence[Prompt], config: DistillConfig, folder: str | Path, sources: Sequence[str | Path] = ()
 ) -> dict[str, Any]:
@@ -62,24 +71,32 @@ def distill(
         The summary that is also written into `distill.json`: answers, prompt and answer tokens.
 
     Raises:
-        UsageError: the folder was begun with other settings, prompts or another base; there are no prompts, or none
-            that can be answered.
+        UsageError: the folder was begun with other settings, prompts or another base, or another process is at work in it; there are
+            no prompts, or none that can be answered.
     """
-    state, folder = processes(), Path(folder)
     if not prompts and not config.self_drawn:
         raise UsageError("there are no prompts: name a prompt file, or let the model draw some (self_drawn)")
     limit = context_limit(base.model)
     if limit is not None and config.max_new_tokens >= limit:
         raise UsageError(f"max_new_tokens must be below the model's context of {limit}, got {config.max_new_tokens}")
+    with alone_in(Path(folder)), torch.inference_mode():
+        return _distill(base, prompts, config, Path(folder), sources)
+
+
+def _distill(
+    base: Base, prompts: Sequence[Prompt], config: DistillConfig, folder: Path, sources: Sequence[str | Path]
+) -> dict[str, Any]:
+    state = processes()
     settings = {"model": base.name, "config": json.loads(json.dumps(asdict(config)))}
     settings |= {"precision": precision(base.model), "fingerprint": fingerprint(base.model, base.tokenizer)}
     settings["prompts"] = {"sources": list(map(str, sources)), "count": len(prompts), "digest": digest(prompts)}
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         _check_same_job(_written(folder), folder, settings, prompts)
         mend(folder)
+        _drawn(folder)  # what is broken is told before anything is written
     state.wait_for_everyone()
     before, done = _written(folder), Answers.read(folder)
+    done.check_ids(base.model.get_input_embeddings().weight.shape[0], str(folder))
     missing = -(-max(0, config.answer_tokens - sum(done.lengths("answer_ids"))) // state.num_processes)  # of each, rounded up
     if not missing and before.get("complete"):
         if state.is_main_process:
@@ -135,19 +152,23 @@ def distill(
 def _written(folder: Path) -> dict[str, Any]:
     """What the folder says of itself; nothing, if it is not begun."""
     path = folder / "distill.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _check_same_job(before: dict[str, Any], folder: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:
     if not before:
         return
+    kinds: dict[str, Any] = {"fingerprint": dict, "config": dict, "prompts": dict}
+    kinds |= dict.fromkeys(_SUMMARY if before.get("complete") else (), int | float)
+    if broken := [name for name, kind in kinds.items() if not isinstance(before.get(name), kind)]:
+        raise UsageError(f"{folder / 'distill.json'} is broken ({', '.join(broken)}): use another folder, or put a whole copy in its place")
     other = fingerprint_differences(before["fingerprint"], settings["fingerprint"])
     # asking for more tokens than before goes on with the same data, and so do batches that fit into memory
     differing = [k for k in settings["config"] if k not in ("answer_tokens", "batch_size") and before["config"].get(k) != settings["config"][k]]
     if before.get("precision", settings["precision"]) != settings["precision"]:
         differing.append("precision")
-    asked = before.get("prompts", {"count": -1})
-    if not 0 <= asked["count"] <= len(prompts) or digest(prompts[: asked["count"]]) != asked["digest"]:
+    asked, count = before["prompts"], before["prompts"].get("count")
+    if type(count) is not int or not 0 <= count <= len(prompts) or digest(prompts[:count]) != asked.get("digest"):
         differing.append("prompts")
     if other or differing:
         raise UsageError(
@@ -239,4 +260,9 @@ def _closed(base: Base, ids: list[int], closing: str) -> str:
 
 
 def _drawn(folder: Path) -> list[dict[str, Any]]:
-    return [record for path in sorted(folder.glob("drawn-*.jsonl")) for record in read_jsonl(path)]
+    """Raises UsageError for a line that is no drawn prompt."""
+    found = [record for path in sorted(folder.glob("drawn-*.jsonl")) for record in read_jsonl(path)]
+    for record in found:
+        if not isinstance(record.get("prompt"), str) or not re.fullmatch(r"drawn-\d+", str(record.get("id"))):
+            raise UsageError(f"drawn prompts in {folder} are broken: a line must hold an id, drawn-<number>, and a prompt, got {str(record)[:80]}")
+    return found

@@ -45,10 +45,10 @@ def check_fit(model: Any, adapter: StreamAdapter) -> None:
     if adapter.config.rotate_values and not any(name.endswith("v_proj") for name in found):
         raise NotOfThisBase(f"rotate_values needs layers with a value projection of their own, {type(model).__name__} has none")
     ids = adapter.draft_ids
-    if ids is not None and int(ids.max()) >= text_config.vocab_size:
+    if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < text_config.vocab_size:
         raise UsageError(
-            f"the adapter drafts token {int(ids.max())}, the model's vocabulary ends at "
-            f"{text_config.vocab_size - 1}: it belongs to another model"
+            f"the adapter drafts token {int(ids.min() if ids.min() < 0 else ids.max())}, the model's vocabulary ends at "
+            f"{text_config.vocab_size - 1}: it belongs to another model, or is broken"
         )
 
 

@@ -27,7 +27,7 @@ from .config import StreamingConfig
 from .dice import FORESEEABLE, Dice, NoiseTape
 from .drafting.costs import CostCurve
 from .drafting.policy import DraftPolicy
-from .errors import UsageError
+from .errors import UsageError, nearest
 from .fit import new_adapter
 from .generation.attach import attach
 from .generation.measure import kept_curve
@@ -373,7 +373,11 @@ def accelerate(
             device does not give the exactness that was asked for.
     """
     if unknown := sorted(overrides.keys() - OVERRIDES):
-        raise UsageError(f"accelerate() takes {', '.join(sorted(OVERRIDES))} as overrides, got {', '.join(unknown)}")
+        raise UsageError(f"accelerate() takes {', '.join(sorted(OVERRIDES))} as overrides, got {', '.join(unknown)}{nearest(unknown[0], OVERRIDES)}")
+    if not all(hasattr(model, name) for name in ("generate", "get_input_embeddings", "config")):
+        raise UsageError(f"model must be a loaded Hugging Face causal LM, got {type(model).__name__}")
+    if not isinstance(adapter, str | Path | StreamingConfig | StreamAdapter):
+        raise UsageError(f"adapter must be a folder, a hub id, a StreamingConfig or a StreamAdapter, got {type(adapter).__name__}")
     if isinstance(adapter, StreamingConfig):
         adapter = new_adapter(model, adapter, tokenizer)
     elif not isinstance(adapter, StreamAdapter):

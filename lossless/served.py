@@ -94,6 +94,12 @@ def not_served_as_prepared(
         exact: what holds at best; under `near-tie` a processor may be asked twice about a position.
     """
     padded = False
+    rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+    past = model_kwargs.get("past_key_values")
+    if past is None or not past.get_seq_length():
+        width = getattr(generation_config, "_mask_length", rows) if attention_mask is None else attention_mask.shape[-1]
+        if width != rows:
+            return "an attention mask of another length than the prompt"
     if attention_mask is not None:
         seen = attention_mask != 0
         padded = not bool(seen.all())

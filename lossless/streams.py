@@ -174,8 +174,10 @@ class StreamRunner:
         plain = tree_mask is None and alone and cache.visible() is None
         allowed = None if plain else behind_the_past(own(torch.arange(count)), cache, len(ids))
         plan = Pass(self.implementation, len(ids), count, Sight(allowed, positions, keys), last_only=last_only)
-        plan.keeps_bits = self.limits is not None and len(ids) == 1 and cache.visible() is None
-        if plan.keeps_bits and not last_only:
+        unpadded = len(ids) == 1 and cache.visible() is None
+        plan.keeps_bits = self.limits is not None and unpadded
+        # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
+        if not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention)):
             paths = [[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()]
             plan.alone = row_calls(paths)
             plan.paths = Paths.of(paths) if self.implementation == GROUPED else None

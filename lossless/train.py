@@ -34,7 +34,7 @@ from .features import Features, FeatureStore, affordable, bytes_of
 from .fit import check_fit, new_adapter
 from .foretell import Foretold, walk_along
 from .loss import StreamLoss
-from .models import Base, differentiable, fingerprint, processes
+from .models import Base, alone_in, differentiable, fingerprint, processes
 from .probe import logit_scale
 from .storage import append_jsonl, versions, write_json
 from .streams import StreamRunner
@@ -66,9 +66,21 @@ def train(
 
     Raises:
         UsageError: no answers, answers of another base, another configuration than the checkpoint's, or
-            a loss that is no number (the last checkpoint stays).
+            a loss that is no number (the last checkpoint stays); another process is at work in `out`.
     """
     out = Path(out)
+    with alone_in(out):
+        return _train(base, data, out, streaming, config, kept)
+
+
+def _train(
+    base: Base,
+    data: Sequence[str | Path],
+    out: Path,
+    streaming: StreamingConfig,
+    config: TrainConfig,
+    kept: Kept | None,
+) -> tuple[StreamAdapter, Answers, dict[str, Any]]:
     answers, provenance = read_answers(base, [Path(folder) for folder in data])
     held_out, answers = split(answers, config)
     torch.manual_seed(config.seed)
@@ -94,8 +106,6 @@ def train(
     with differentiable(runner.parts):
         drafter = Drafter(adapter, base.model.get_input_embeddings(), base.model.get_output_embeddings(), logit_scale(runner))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config))
-    accelerator.register_for_checkpointing(schedule)  # not prepared: a step of it is a step, whatever the processes
     loss_module, optimizer = accelerator.prepare(StreamLoss(runner, drafter, config.logits_memory_gb, config.hard_labels), optimizer)
     checkpoints = Checkpoints(out, whose, accelerator, 4 * adapter.parameter_count())
     progress = checkpoints.resume()
@@ -126,6 +136,8 @@ def train(
             while progress.step < config.steps and not progress.stopped:
                 # 1. learn: every process and every part of an accumulated step visits answers of its own
                 parts = []
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * _warm_cosine(progress.step, config)
                 for part in range(config.gradient_accumulation):
                     visit = order.visit(progress.step * config.gradient_accumulation + part)
                     store.read_ahead(visit.near)
@@ -149,7 +161,6 @@ def train(
                         optimizer.step()
                         optimizer.zero_grad()
                     parts.append(torch.stack([loss.detach().expand(streaming.num_streams), each, agreement]))
-                schedule.step()
                 progress.step += 1
                 entry = _entry(progress.step, accelerator.reduce(torch.stack(parts).mean(0), "mean"))
                 bar.update()

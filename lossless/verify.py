@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 
 from .anatomy import as_decoding
 from .bench import settings, whose
+from .errors import UsageError, require_types
 from .evaluation.timing import Decoding, encode_checked
 from .generate import AcceleratedModel
 from .models import Base
@@ -224,6 +225,17 @@ class Checked:
     positions: list[Position]
     speedup: float | None
 
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Checked:
+        """A line of the journal; raises UsageError if it is none."""
+        try:
+            positions, speedup = [Position(*position) for position in line["positions"]], line["speedup"]
+            for position in positions:
+                require_types(position)
+            return cls(positions, None if speedup is None else float(speedup))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UsageError(f"a line of the journal is broken ({type(error).__name__}: {error}): remove the journal, and begin anew") from error
+
     def tokens(self) -> list[int]:
         return [position.emitted for position in self.positions]
 
@@ -233,7 +245,7 @@ def _check_all(
 ) -> list[Checked]:
     """Every answer, those of the journal first."""
     with resumed(journal, whose("verify", header, fast, encoded)) as (kept, write), tqdm(total=len(encoded), unit="prompt", desc="verify") as bar:
-        found = [Checked([Position(*position) for position in line["positions"]], line["speedup"]) for line in kept]
+        found = [Checked.of(line) for line in kept]
         bar.update(len(found))
         for ids in encoded[len(found) :]:
             found.append(_check(base, fast, ids, decoding))

@@ -28,7 +28,7 @@ VOCAB = 96
 torch.set_num_threads(1)  # tiny products are not worth a second thread, and the other core has a worker of its own
 
 
-_OF_COMMANDS = {"test_cli", "test_hub", "test_interruptions", "test_quantized", "test_readme"}
+_OF_COMMANDS = {"test_bad_input", "test_robustness", "test_cli", "test_hub", "test_interruptions", "test_quantized", "test_readme"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -111,6 +111,12 @@ def prompt_ids(length: int = 7, seed: int = 3) -> torch.Tensor:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model on disk, with a tokenizer of words and a chat template."""
     folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(folder)
+    return folder
+
+
+def save_tiny(folder: Path) -> None:
+    """The tiny model in a folder, with a tokenizer of words and a chat template."""
     build_tiny(seed=5).save_pretrained(folder)
     words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(VOCAB - 4)), "<unk>"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -122,7 +128,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
     )
     fast_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

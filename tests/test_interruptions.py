@@ -110,10 +110,10 @@ import os, sys
 from lossless.adapter import StreamAdapter
 from lossless.cli import main
 read = StreamAdapter.load_state_dict
-def note(self, *given):
-    if self.transition.out.any():
+def note(self, *given, **how):
+    if not self.transition.out.is_meta and self.transition.out.any():
         open(sys.argv[1] + os.environ["RANK"], "w").write(self.digest())
-    return read(self, *given)
+    return read(self, *given, **how)
 StreamAdapter.load_state_dict = note
 sys.exit(main(sys.argv[2:]))
 """

@@ -108,11 +108,23 @@ def test_bytes_that_are_no_text_cost_their_line_only(tmp_path: Path) -> None:
         read_prompts(packed)
 
 
-@pytest.mark.parametrize("content", ["", '[{"prompt": "a"}, {"pro'], ids=["empty", "cut short"])
+@pytest.mark.parametrize("content", ["", "PAR1 and no more"], ids=["empty", "cut short"])
 def test_files_that_datasets_cannot_read_are_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "p.parquet").write_text(content)
+    with pytest.raises(UsageError, match=r"no prompts at .*p.parquet: neither a file here nor a data set that can be read"):
+        read_prompts(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "count"), [('[{"prompt": "a"}, {"prompt": "b"}]', 2), ('{"prompt": "a"}', 1), ('{"prompt": "a"}\n{"prompt": "b"}\n', 2)]
+)
+def test_a_json_file_is_a_list_one_record_or_one_a_line(tmp_path: Path, content: str, count: int) -> None:
     (tmp_path / "p.json").write_text(content)
-    with pytest.raises(UsageError, match=r"no prompts at .*p.json: neither a file here nor a data set that can be read"):
-        read_prompts(tmp_path / "p.json")
+    assert [prompt.messages[0]["content"] for prompt in read_prompts(tmp_path / "p.json")] == ["a", "b"][:count]
+    (tmp_path / "p.json").write_text(content[:-4])
+    if count == 1:
+        with pytest.raises(UsageError, match=r"p.json holds no prompts .line 1: not JSON"):
+            read_prompts(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize(("content", "rule"), [("\n\n", "holds no prompts$"), ("oops\n", "holds no prompts .line 1: not JSON")])

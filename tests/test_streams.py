@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
 
 from lossless import fit
 from lossless.anatomy import decoder_layers, find_projections
@@ -15,6 +16,7 @@ from lossless.generate import AcceleratedModel
 from lossless.streams import StreamRunner
 from lossless.tree import DraftTree
 
+from .conformance.families import WINDOW, build
 from .conftest import build_tiny, prompt_ids, tiny_config
 
 TREE = DraftTree((11, 12, 13, 14, 15), (-1, 0, 0, 1, 3))
@@ -103,3 +105,17 @@ def test_streams_of_a_large_model_run_over_its_own_weights(tiny: LlamaForCausalL
         assert (part.weight is own) == shared
         assert bool(part._forward_hooks) == shared
     assert not runner._unhooked.get_submodule(name)._forward_hooks
+
+
+def test_a_row_alone_behind_a_sliding_window_has_the_base_s_bits_under_near_tie() -> None:
+    """What is read again because it is too close to call is read as the base reads it, not over masked keys."""
+    base = build("mistral").to(torch.bfloat16)
+    runner, ids = StreamRunner(base, new_adapter(base, tiny_config())), prompt_ids(1)
+    ours, theirs = RowCache(4), DynamicCache(config=base.config)
+    with torch.no_grad():
+        for place in range(3 * WINDOW):
+            found = runner.verify(ids, torch.tensor([[place]]), None, ours, None).logits
+            ours.keep([0])
+            expected = base(ids, past_key_values=theirs, use_cache=True).logits
+            assert torch.equal(found, expected), place
+            ids = expected[:, -1:].argmax(-1)

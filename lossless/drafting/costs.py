@@ -10,7 +10,7 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, require_types
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class CostCurve:
     row_key_s: float = 0.0
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not self.rows or self.rows[0] != 1 or list(self.rows) != sorted(set(self.rows)):
             raise UsageError(f"rows must rise from 1, got {self.rows}")
         if len(self.rows) != len(self.pass_s):

@@ -30,7 +30,7 @@ import torch
 from ..anatomy import decoder_layers
 from ..base.packed import pack
 from ..base.products import packable
-from ..errors import UsageError
+from ..errors import UsageError, nearest, require_one_of
 from ..models import Base, load_base, precision
 from .timing import Clock, Decoding, timed_generate
 
@@ -65,8 +65,7 @@ class Side:
     same_tokens: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in SIDES:
-            raise UsageError(f"a side must be one of {', '.join(SIDES)}, got {self.name!r}")
+        require_one_of(SIDES, "a side", self.name)
 
 
 def stock(base: Base) -> Side:
@@ -87,7 +86,7 @@ def wanted(names: Iterable[str]) -> list[str]:
     """
     asked = set(names)
     if unknown := sorted(asked - {*SIDES, ALL}):
-        raise UsageError(f"sides must be of {', '.join(SIDES)} or {ALL}, got {', '.join(unknown)}")
+        raise UsageError(f"sides must be of {', '.join(SIDES)} or {ALL}, got {', '.join(unknown)}{nearest(unknown[0], [*SIDES, ALL])}")
     if ALL in asked:
         asked |= set(SIDES) - {COMPILED}
     if ACCELERATED not in asked:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import UsageError, require_at_least
+from ..errors import UsageError, require_at_least, require_one_of
 from ..prompts import Message, Prompt, read_prompts
 
 FOLDER_VARIABLE = "LOSSLESS_SUITES"
@@ -56,8 +56,7 @@ def read_suite(name: str, folder: str | Path | None = None, limit: int | None = 
     Raises:
         UsageError: no such suite or file, or a limit below 1.
     """
-    if name not in SUITES:
-        raise UsageError(f"a suite must be one of {', '.join(SUITES)}, got {name!r}")
+    require_one_of(SUITES, "suite", name)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, got {limit}")
     suite = SUITES[name]

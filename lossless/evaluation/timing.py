@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..errors import UsageError, require_at_least
+from ..errors import UsageError, require_at_least, require_seed, require_types
 from ..models import Base, context_limit
 from ..prompts import Prompt, encode
 
@@ -33,7 +33,9 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_at_least(1, self, "max_new_tokens")
+        require_seed(self.seed)
         if self.temperature <= 0:
             raise UsageError(f"temperature must be above 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:

@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from ..draft import Drafter
 from ..drafting.costs import CostCurve
 from ..models import cache_dir, context_limit, precision
 from ..passes import PassOutput
-from ..storage import versions, write_json
+from ..storage import read_json, versions, write_json
 from ..streams import StreamRunner
 from ..tree import DraftTree
 
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)  # what reading a file that is no curve ends with
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of the passes that are measured
 _CONTEXT, _FAR = 128, 640  # tokens behind which they are, and those that tell what a longer text adds
 _REPEATS = 5
@@ -115,6 +117,11 @@ def _rising(seconds: list[float]) -> list[float]:
     return [min(seconds[i:]) for i in range(len(seconds))]
 
 
+def read_curve(path: Path) -> CostCurve:
+    """A curve that was kept; raises one of `BROKEN` if it is not there, or is none."""
+    return CostCurve.from_dict(read_json(path)["curve"])
+
+
 def kept_curve(
     reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_nodes: int, device_name: str, refresh: bool = False
 ) -> CostCurve:
@@ -133,10 +140,8 @@ def kept_curve(
     name = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = cache_dir() / "costs" / f"{name}.json"
     if not refresh:
-        try:
-            return CostCurve.from_dict(json.loads(path.read_text(encoding="utf-8"))["curve"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # not there yet, or broken: it is measured
+        with contextlib.suppress(*BROKEN):  # not there yet, or broken: it is measured
+            return read_curve(path)
     curve = measure(reader, runner, drafter, max_nodes)
     with contextlib.suppress(OSError):  # a cache that cannot be written to
         write_json(path, {"curve": curve.to_dict(), "depends_on": depends})

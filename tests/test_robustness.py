@@ -1,0 +1,66 @@
+"""Rough days, the short versions; and the table of the long ones is what was found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lossless.errors import UsageError
+
+from .robustness import calls, fuzz, long, soak, table
+from .robustness.report import Tally
+
+
+def test_random_calls_give_what_the_base_gives(tmp_path: Path) -> None:
+    assert fuzz.main(["--calls", "60", "--seed", "3", "--json", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["done"], found["failures"]) == (60, [])
+    assert found["counts"]["calls: exact"] > 20
+
+
+def test_a_case_is_made_of_its_seed_and_number_alone() -> None:
+    assert str(calls.make(0, 7)) == str(calls.make(0, 7)) != str(calls.make(1, 7))
+    assert calls.make(0, 7).ids.equal(calls.make(0, 7).ids)
+
+
+def test_broken_files_are_one_sentence_each_and_nothing_is_lost(tmp_path: Path) -> None:
+    arguments = ["--calls", "0", "--files", "150", "--seed", "5", "--json", str(tmp_path / "out.json")]
+    assert fuzz.main(arguments) == 0
+    assert fuzz.main(arguments) == 0  # nothing is left to do
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["done"], found["failures"]) == (150, [])
+    assert min(found["counts"].values()) > 20
+
+
+def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
+    Tally("fuzz", {"seed": 1}, tmp_path / "out.json").close()
+    with pytest.raises(UsageError, match="is of another run"):
+        Tally("fuzz", {"seed": 2}, tmp_path / "out.json")
+
+
+def test_threads_that_take_turns_get_the_lone_answers(tmp_path: Path) -> None:
+    assert soak.main(["--seconds", "3", "--threads", "4", "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["done"] > 0
+
+
+def test_long_texts_are_exact() -> None:
+    assert long.main(["--answer", "160", "--context", "320"]) == 0
+
+
+def test_a_fault_leaves_everything_whole_or_absent(tmp_path: Path) -> None:
+    """In a process of its own: kills, a second process, a full disk, a wrong clock."""
+    arguments = ["--kills", "1", "--jobs", "distill", "bench", "fetch", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run([sys.executable, "-m", "tests.robustness.faults", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["failures"] == []
+    if skipped := [kind for kind in found["counts"] if kind.startswith("skipped")]:
+        pytest.skip("; ".join(skipped))
+
+
+def test_the_table_of_the_long_runs_is_what_they_found() -> None:
+    assert table.current() == table.made()
