@@ -48,8 +48,8 @@ def interrupted(run: Callable[[], Any], at: int) -> bool:
 def elsewhere(look: Callable[[], Any]) -> Any:
     """What `look` gives in another thread, while this one waits."""
     given: list[Any] = []
-    thread = threading.Thread(target=lambda: given.append(look()))
+    thread = threading.Thread(target=lambda: given.append(look()), daemon=True)
     thread.start()
-    thread.join()
-    assert given, "it failed"
+    thread.join(60)  # this one may hold a lock that the other needs
+    assert given, "it failed, or hangs"
     return given[0]

@@ -485,3 +485,15 @@ def test_a_watermark_that_remembers_is_not_asked_twice() -> None:
     assert bitwise.stats.served
     with pytest.warns(UserWarning, match="a processor that may remember what it was asked, under near-tie"):  # which padding brings
         bitwise.generate(prompt_ids(), **options | {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])})
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_long_prompts_and_answers(do_sample: bool) -> None:
+    """The cache grows in the middle of the call."""
+    model = build_tiny(seed=5)
+    model.config.max_position_embeddings = 1024
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    expected, found = both(fast, prompt_ids(530), 2, do_sample=do_sample, max_new_tokens=300)
+    assert torch.equal(expected, found)
+    assert fast.stats.served
+    assert fast.stats.tokens == 300

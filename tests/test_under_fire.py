@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import threading
@@ -51,7 +52,7 @@ class State:
 
     def __init__(self, model: Any) -> None:
         self.model, self.objects, self.settings = model, dict(self._objects(model)), model.config.to_json_string()
-        self.bytes = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.bytes = {name: tensor.clone() for name, tensor in self._tensors(model)}
         self.logits = self._logits()
 
     @staticmethod
@@ -63,6 +64,10 @@ class State:
                     yield from (((name, key, inner), held) for inner, held in value.items())
         yield ("attention",), model.config._attn_implementation
 
+    @staticmethod
+    def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return itertools.chain(model.named_parameters(), model.named_buffers())
+
     def _logits(self) -> torch.Tensor:
         with torch.no_grad():
             return self.model(LOGITS_OF).logits
@@ -71,7 +76,7 @@ class State:
         """What is otherwise than it was."""
         now, gone = dict(self._objects(self.model)), object()
         found: list[Any] = [key for key in {**self.objects, **now} if self.objects.get(key, gone) is not now.get(key, gone)]
-        found += [name for name, tensor in self.model.state_dict().items() if not torch.equal(tensor, self.bytes[name])]
+        found += [name for name, tensor in self._tensors(self.model) if not torch.equal(tensor, self.bytes[name])]
         if self.model.config.to_json_string() != self.settings:
             found.append("settings")
         if not torch.equal(self._logits(), self.logits):
