@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from ..models import free_memory
+from ..models import free_memory, require_model
 from . import products
 from .attention import GROUPED
 from .structure import structure_of
@@ -204,6 +204,7 @@ def pack(model: Any) -> Any:
     Raises:
         UsageError: the model holds weights that ask for gradients, or nothing that can be packed here.
     """
+    require_model(model)
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("pack() takes a frozen model: call model.requires_grad_(False) first")
     if any(isinstance(module, PackedLinear) for module in model.modules()):
@@ -219,6 +220,7 @@ def pack(model: Any) -> Any:
 
 def unpack(model: Any) -> Any:
     """Dense weights again, bit for bit those that were packed; returns the model."""
+    require_model(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             sizes = (module.out_features, module.in_features) if module.origin is Conv1D else (module.in_features, module.out_features)
