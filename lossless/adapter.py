@@ -326,10 +326,11 @@ def _find(source: str) -> Path:
         return path
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UsageError(f"no adapter folder at {path}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    try:  # file by file: a whole snapshot is asked for without a limit of time, which a hub that is silent would need
+        folder = Path(hf_hub_download(name, CONFIG_FILE, revision=revision or None)).parent
+        return Path(hf_hub_download(name, WEIGHTS_FILE, revision=folder.name)).parent
     except _hub_errors() as error:
         raise UsageError(f"no adapter folder at {path}, and the hub gave none by that name: {error}") from None
 

@@ -64,8 +64,13 @@ def _decoding(arguments: argparse.Namespace) -> benchmark.Decoding:
 
 def _load(arguments: argparse.Namespace) -> Base:
     for flag in ("json", "plot"):  # before any work is done
-        if (path := getattr(arguments, flag, None)) is not None and (not path or Path(path).is_dir()):
-            raise UsageError(f"--{flag} must name a file, got {path!r}")
+        if (path := getattr(arguments, flag, None)) is not None:
+            if not path or Path(path).is_dir():
+                raise UsageError(f"--{flag} must name a file, got {path!r}")
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--{flag} must name a file in a folder that is there or can be made, got {path!r} ({error.strerror})") from error
     base = load_base(arguments.model, arguments.dtype, arguments.load_in, arguments.device)
     if getattr(arguments, "pack", False):
         pack(base.model)

@@ -190,13 +190,14 @@ def _estimate(base: Base, config: DistillConfig, tokens: int, processes: int) ->
             pass
         return time.monotonic() - started
 
+    gigabytes = _batch_gb(base, config)  # before there is a batch of that size
     trial(1)  # the first passes of a program are slow
     tokens_to_draw = config.self_drawn * _DRAWN_PROMPT_TOKENS // processes
     seconds = (2 * tokens + tokens_to_draw) * trial(_TRIAL_TOKENS) / (_TRIAL_TOKENS * config.batch_size)
     disk = tokens * processes * 2 * _TOKEN_BYTES
     return (
         f"{tokens * processes:,} answer tokens to go at most: about {_duration(seconds)}, longer where texts are long, "
-        f"{disk / 2**20:,.1f} MB of disk, and up to {_batch_gb(base, config):.1f} GB of memory for keys and values"
+        f"{disk / 2**20:,.1f} MB of disk, and up to {gigabytes:.1f} GB of memory for keys and values"
     )
 
 

@@ -32,7 +32,7 @@ from .fit import new_adapter
 from .generation.attach import attach
 from .generation.measure import kept_curve
 from .lookup import TextMemory
-from .models import device_name, fingerprint
+from .models import device_name, fingerprint, require_model
 from .passes import PassOutput
 from .served import exactness, not_served, not_served_as_prepared, turn_of, with_stop_strings
 from .stats import Stats
@@ -374,8 +374,7 @@ def accelerate(
     """
     if unknown := sorted(overrides.keys() - OVERRIDES):
         raise UsageError(f"accelerate() takes {', '.join(sorted(OVERRIDES))} as overrides, got {', '.join(unknown)}{nearest(unknown[0], OVERRIDES)}")
-    if not all(hasattr(model, name) for name in ("generate", "get_input_embeddings", "config")):
-        raise UsageError(f"model must be a loaded Hugging Face causal LM, got {type(model).__name__}")
+    require_model(model)
     if not isinstance(adapter, str | Path | StreamingConfig | StreamAdapter):
         raise UsageError(f"adapter must be a folder, a hub id, a StreamingConfig or a StreamAdapter, got {type(adapter).__name__}")
     if isinstance(adapter, StreamingConfig):

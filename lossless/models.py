@@ -170,6 +170,12 @@ def precision(model: Any) -> str:
     return ", ".join([str(model.dtype).removeprefix("torch."), *how])
 
 
+def require_model(model: Any) -> None:
+    """Raises UsageError for anything that is not a loaded model, whatever wraps it."""
+    if not all(hasattr(model, name) for name in ("generate", "get_input_embeddings", "config")):
+        raise UsageError(f"model must be a loaded Hugging Face causal LM, got {type(model).__name__}")
+
+
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Eval mode, and no parameter asks for a gradient."""
     return model.eval().requires_grad_(False)

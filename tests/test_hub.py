@@ -134,7 +134,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Any, tiny_folder: Path, 
     assert any("/resolve/" in line and "adapter.safetensors" in line for line in hub.asked)
     branch = run(*ask, "--adapter", "owner/streams@other")
     assert branch.returncode == 0, branch.stderr
-    assert any("/revision/other" in line for line in hub.asked)
+    assert any("/resolve/other/" in line for line in hub.asked)
     with socket.socket() as closed:  # bound, and nobody listens
         closed.bind(("127.0.0.1", 0))
         cut = run("push", "--adapter", str(folder), "--repo", "owner/streams", address=f"http://127.0.0.1:{closed.getsockname()[1]}")

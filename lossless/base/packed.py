@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from ..models import free_memory
+from ..models import free_memory, require_model
 from . import kernels, products
 from .attention import GROUPED
 from .linears import FourBitLinear, PackedLinear, StoredLinear, scales_of, stored_pairs
@@ -130,6 +130,7 @@ def pack(model: Any) -> Any:
     Raises:
         UsageError: the model holds weights that ask for gradients, or nothing that can be packed here.
     """
+    require_model(model)
     if any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("pack() takes a frozen model: call model.requires_grad_(False) first")
     if is_packed(model):
@@ -147,6 +148,7 @@ def pack(model: Any) -> Any:
 
 def unpack(model: Any) -> Any:
     """The modules that were there before, with the very numbers that were packed; returns the model."""
+    require_model(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, _STANDING_IN):
             _put(model, name, module.original().train(module.training))
