@@ -200,11 +200,12 @@ def test_a_mask_of_another_length_than_the_prompt_is_the_base_s_to_refuse(fast: 
 
 
 
-# the command, which does not wait between the tries that huggingface_hub makes
+# the command, which waits a fifth of a second where huggingface_hub waits for minutes, and not at all between its tries
 _HASTY = """
 import sys, time
+from huggingface_hub import file_download
 from lossless.cli import main
-time.sleep = lambda seconds: None
+time.sleep, file_download._ETAG_RETRY_TIMEOUT = lambda seconds: None, 0.2
 sys.exit(main(sys.argv[1:]))
 """
 
