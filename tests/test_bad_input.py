@@ -186,9 +186,10 @@ def test_a_function_says_in_one_sentence_what_is_wrong(name: str, fast: Accelera
 
 
 @pytest.mark.filterwarnings("ignore:not accelerated")
-def test_a_mask_of_another_length_than_the_prompt_is_the_base_s_to_refuse(fast: AcceleratedModel) -> None:
+@pytest.mark.parametrize("shape", [(1, 2), (7, 2), (7, 5)], ids=str)
+def test_a_mask_of_another_shape_than_the_prompt_is_the_base_s_to_refuse(shape: tuple[int, int], fast: AcceleratedModel) -> None:
     """Hugging Face leaves a mask of ones out on its way to a custom loop, of whatever shape it is."""
-    given = {"attention_mask": torch.ones(1, 2, dtype=torch.long), "max_new_tokens": 4, "do_sample": False}
+    given = {"attention_mask": torch.ones(shape, dtype=torch.long), "max_new_tokens": 4, "do_sample": False}
     ids = torch.tensor([[4, 5, 6, 7, 8]])
     said = []
     for model in (fast.base, fast):
