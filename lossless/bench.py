@@ -84,15 +84,18 @@ class Run:
     sides: dict[str, SideRun] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Run:
+    def from_dict(cls, values: dict[str, Any], names: Sequence[str]) -> Run:
         """What `asdict` gave, through JSON and back.
+
+        Args:
+            names: the sides that it is of.
 
         Raises:
             UsageError: it is something else.
         """
         try:
             accepted = {int(emitted): int(passes) for emitted, passes in values["accepted"].items()}
-            sides = {name: SideRun(**side) for name, side in values["sides"].items()}
+            sides = {name: SideRun(**values["sides"][name]) for name in names}
             run = cls(**{**values, "accepted": accepted, "sides": sides})
             for part in (run, *sides.values()):
                 require_types(part)
@@ -192,7 +195,7 @@ def bench(
     header = settings(base, fast, name, load_in, decoding) | {"plain": plain}
     asked = whose("bench", header | {"sides": [side.name for side in sides]}, fast, encoded)
     with resumed(journal, asked) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
-        runs = [Run.from_dict(run) for run in kept]
+        runs = [Run.from_dict(run, [side.name for side in sides]) for run in kept]
         bar.update(len(runs))
         if len(runs) < len(prompts):
             run_sides(base, fast, prompts[0], encoded[0], Decoding(max_new_tokens=min(8, decoding.max_new_tokens)), sides)

@@ -38,6 +38,9 @@ def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) 
             return "input_ids and inputs_embeds were both given"
     elif not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
         return "the prompt is not given as input_ids of shape [batch, length]"
+    rows, mask = kwargs["inputs_embeds"] if ids is None else ids, kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape[:1] != rows.shape[:1]:
+        return "an attention mask for another number of prompts"
     for name in ("assistant_model", "custom_generate", "negative_prompt_ids"):
         if kwargs.get(name) is not None:
             return f"{name} was given"

@@ -186,9 +186,10 @@ def test_a_function_says_in_one_sentence_what_is_wrong(name: str, fast: Accelera
 
 
 @pytest.mark.filterwarnings("ignore:not accelerated")
-def test_a_mask_of_another_length_than_the_prompt_is_the_base_s_to_refuse(fast: AcceleratedModel) -> None:
+@pytest.mark.parametrize("shape", [(1, 2), (7, 2), (7, 5)], ids=str)
+def test_a_mask_of_another_shape_than_the_prompt_is_the_base_s_to_refuse(shape: tuple[int, int], fast: AcceleratedModel) -> None:
     """Hugging Face leaves a mask of ones out on its way to a custom loop, of whatever shape it is."""
-    given = {"attention_mask": torch.ones(1, 2, dtype=torch.long), "max_new_tokens": 4, "do_sample": False}
+    given = {"attention_mask": torch.ones(shape, dtype=torch.long), "max_new_tokens": 4, "do_sample": False}
     ids = torch.tensor([[4, 5, 6, 7, 8]])
     said = []
     for model in (fast.base, fast):
@@ -200,11 +201,12 @@ def test_a_mask_of_another_length_than_the_prompt_is_the_base_s_to_refuse(fast: 
 
 
 
-# the command, which does not wait between the tries that huggingface_hub makes
+# the command, which waits a fifth of a second where huggingface_hub waits for minutes, and not at all between its tries
 _HASTY = """
 import sys, time
+from huggingface_hub import file_download
 from lossless.cli import main
-time.sleep = lambda seconds: None
+time.sleep, file_download._ETAG_RETRY_TIMEOUT = lambda seconds: None, 0.2
 sys.exit(main(sys.argv[1:]))
 """
 
