@@ -136,3 +136,12 @@ def test_overrides_are_checked(tiny: LlamaForCausalLM) -> None:
     ):
         with pytest.raises(UsageError, match=rule):
             accelerate(tiny, adapter, **override)  # type: ignore[arg-type]
+
+
+def test_what_a_broken_config_asks_for_takes_no_memory(tiny: LlamaForCausalLM, tmp_path: Path) -> None:
+    new_adapter(tiny, tiny_config()).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / CONFIG_FILE).read_text())
+    written["streaming"]["transition_rank"] = 10**9  # 128 GB, if it were laid out
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(written))
+    with pytest.raises(UsageError, match="broken or cut short"):
+        accelerate(tiny, tmp_path)
