@@ -10,6 +10,7 @@ N - N_s as S[t, j] = f(M[t]) + P[j], and stands for the token at t + 1 + j. f is
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .base.packed import draft_linear
+from .base.linears import draft_linear
 from .config import StreamingConfig
 from .errors import UsageError
 from .models import fingerprint_differences
@@ -213,13 +214,11 @@ class StreamAdapter(nn.Module):
 
     def copy_as(self, device: torch.device, dtype: torch.dtype) -> StreamAdapter:
         """A frozen copy for inference: drafts need no more precision than the base's own activations."""
-        copy = StreamAdapter(self.config, self.dim, self.projections(), self.draft_ids, self.base)
-        copy.load_state_dict(self.state_dict())
-        copy.to(device, dtype).eval().requires_grad_(False)
-        for part in (copy.transition, copy.told, copy.start):
+        copied = copy.deepcopy(self).to(device, dtype).eval().requires_grad_(False)
+        for part in (copied.transition, copied.told, copied.start):
             if part is not None:
                 part.cheapen()
-        return copy
+        return copied
 
     @property
     def device(self) -> torch.device:

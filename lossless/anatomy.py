@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .base.packed import PackedLinear
+from .base.linears import FourBitLinear, PackedLinear
 from .errors import NotOfThisBase, UsageError
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm", "norm_f")
@@ -151,7 +151,7 @@ def own_window(layer: nn.Module) -> int | None:
 
 def is_projection(module: nn.Module) -> bool:
     """Whether it multiplies rows with a matrix and does nothing else (some routers are linear, and then choose)."""
-    return isinstance(module, nn.Linear | Conv1D | PackedLinear) and "Router" not in type(module).__name__
+    return isinstance(module, nn.Linear | Conv1D | PackedLinear | FourBitLinear) and "Router" not in type(module).__name__
 
 
 def find_projections(model: PreTrainedModel, num_msa_layers: int) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ def continue_all(
     batch_size: int,
     max_new_tokens: int,
     generator: torch.Generator,
-) -> Iterator[tuple[Job, list[int]]]:
+) -> Generator[tuple[Job, list[int]], None, None]:
     """Continue every job with the base alone, yielding each as it finishes.
 
     The batch stays full: when enough rows have finished, waiting jobs take their places. Whoever is given an answer may
@@ -94,7 +94,7 @@ def _dense_rows(head: torch.nn.Module) -> Iterator[None]:
 
 def _keep_full(
     batch: _Batch, queue: JobQueue, eos_ids: set[int], max_new_tokens: int
-) -> Iterator[tuple[Job, list[int]]]:
+) -> Generator[tuple[Job, list[int]], None, None]:
     while True:
         idle = batch.idle()
         fresh = queue.take(len(idle)) if len(idle) * _REFILL_SHARE >= len(batch.slots) else []

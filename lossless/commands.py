@@ -22,7 +22,8 @@ from .ablation import table
 from .adapter import StreamAdapter, push_to_hub
 from .anatomy import depth
 from .answers import Answers
-from .base.packed import is_packed, pack, packed_bytes
+from .base import kernels
+from .base.packed import copied_bytes, is_packed, pack, packed_bytes
 from .card import draw_curve, write_card
 from .config import DistillConfig, StreamingConfig, TrainConfig
 from .distill import distill as collect
@@ -206,6 +207,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         ("drafts", f"{fast.schedule}, {'trees that fit, ' if fast.adaptive else ''}of at most {fast.tree_nodes} rows"),
         ("exact", found.level),
         ("packed weights", _packed(fast)),
+        ("kernels of our own", "compiled" if kernels.available() else "none: they take gcc"),
         ("noise", f"{found.noise:.2g} logits between passes of different shapes" if found.noise else "not measured"),
         *((f"  {kind}", f"{rows} rows at a time keep their bits") for kind, rows in found.operations.items()),
         ("plain token", f"{1000 * costs.plain_s:.1f} ms"),
@@ -222,7 +224,7 @@ def _packed(fast: AcceleratedModel) -> str:
     if is_packed(fast.base):
         return "the model's own"
     if fast.runner is not fast.reader:
-        return f"a twin for passes over trees, {needed:.0f} MB beside the model's own weights"
+        return f"a twin for passes over trees, {copied_bytes(fast.runner.model) / 2**20:.0f} MB beside the model's own weights"
     free = f"{1024 * free_memory(torch.device('cpu')):.0f} MB are free"
     return f"none; a twin would take {needed:.0f} MB, and {free}" if needed else "none: this device and dtype have none"
 

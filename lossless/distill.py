@@ -10,6 +10,7 @@ A folder holds `distill.json` (what was asked for, of which base), the answers i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -115,17 +116,18 @@ def _distill(
     started, fresh = time.monotonic(), 0
     bar = tqdm(total=missing, unit="tok", desc="answers", disable=not state.is_main_process)
     with AnswerWriter(folder, state.process_index, settings | {"versions": versions()}) as writer, bar:
-        answers = continue_all(
+        decoding = continue_all(
             base.model, queue, eos_ids=eos_ids(base), batch_size=config.batch_size, max_new_tokens=config.max_new_tokens,
             generator=torch.Generator(base.model.device).manual_seed(config.seed + len(done) + state.process_index),
         )  # fmt: skip
-        while fresh < missing and (answered := next(answers, None)):
-            job, answer = answered
-            writer.write(talks.record(job, answer))
-            if following := talks.go_on(job, answer):
-                queue.put(following)
-            fresh += len(answer)
-            bar.update(len(answer))
+        with contextlib.closing(decoding) as answers:  # its hook leaves the base with it, whatever holds on to this frame
+            while fresh < missing and (answered := next(answers, None)):
+                job, answer = answered
+                writer.write(talks.record(job, answer))
+                if following := talks.go_on(job, answer):
+                    queue.put(following)
+                fresh += len(answer)
+                bar.update(len(answer))
     state.wait_for_everyone()
     seconds, done = time.monotonic() - started, Answers.read(folder)
     told = gather_object([(talks.skipped, fresh)])

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adapter import StreamAdapter
-from .base.packed import Int8Linear, draft_linear
+from .base.linears import Int8Linear, draft_linear
 from .dice import Dice
 from .drafting.builder import TreeBuilder
 from .drafting.costs import CostCurve

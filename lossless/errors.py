@@ -56,7 +56,7 @@ def require_types(record: Any) -> None:
 def _is(value: Any, kind: str) -> bool:
     if kind.startswith("tuple"):
         return isinstance(value, tuple | list) and all(_is(each, kind[6:-6]) for each in value)
-    if kind == "float" and type(value) is float:
+    if kind == "float" and isinstance(value, float):  # numpy's are, too
         return math.isfinite(value)
     return type(value).__name__ in {"float": ("int",), "None": ("NoneType",)}.get(kind, (kind,))
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from .adapter import StreamAdapter
 from .anatomy import device_of, find_projections
-from .base.packed import dense, draft_itemsize, draft_linear, product_dtype
+from .base.linears import draft_itemsize, draft_linear
+from .base.packed import dense, product_dtype
 from .base.structure import structure_of
 from .config import StreamingConfig
 from .errors import NotOfThisBase, UsageError

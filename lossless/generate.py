@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter import StreamAdapter
 from .anatomy import as_decoding, device_of, input_device
+from .base.packed import product_dtype
 from .base.structure import state_of
 from .cache import RowCache
 from .config import StreamingConfig
@@ -33,7 +34,7 @@ from .generation.measure import kept_curve
 from .lookup import TextMemory
 from .models import device_name, fingerprint, require_model
 from .passes import PassOutput
-from .served import exactness, not_served, not_served_as_prepared, tokenizer_at_hand, turn_of
+from .served import exactness, not_served, not_served_as_prepared, turn_of, with_stop_strings
 from .stats import Stats
 from .text import Text, result
 from .tree import DraftTree
@@ -75,7 +76,8 @@ class AcceleratedModel:
     def measure_costs(self, refresh: bool = True) -> CostCurve:
         """What the parts of a step cost here: measured, or, without `refresh`, as it was measured before; seconds the first time."""
         device = device_name(input_device(self.base))
-        self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, device, refresh)
+        with self._turn.lock:  # beside a call everything takes longer
+            self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, device, refresh)
         return self.costs
 
     def __getattr__(self, name: str) -> Any:
@@ -89,7 +91,7 @@ class AcceleratedModel:
     def _place(self) -> tuple[Any, ...]:
         """Where the base is, and in which dtype: what was probed at attach holds there."""
         ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
-        return tuple((str(device_of(end)), end.weight.dtype) for end in ends)
+        return tuple((str(device_of(end)), product_dtype(end) or end.weight.dtype) for end in ends)  # a packed weight is not unpacked for it
 
     def detach(self) -> PreTrainedModel:
         """The base, as it was."""
@@ -100,7 +102,7 @@ class AcceleratedModel:
 
         What is not served (beams, assistants, caches of a fixed size, attentions or hidden states as output; in
         batches also a passed-in cache, streamers, scores, and processors or criteria of your own, whose sequences might
-        depend on each other) goes to the base's own `generate`, with one warning for each reason.
+        depend on each other; under near-tie processors of your own, which might not bear to be asked twice) goes to the base's own `generate`, with one warning for each reason.
         """
         with self._turn.lock:
             if self._turn.taken:  # by a processor, criterion or streamer of the call that is being served
@@ -114,8 +116,11 @@ class AcceleratedModel:
             if reason := not_served(self.base, inputs, kwargs):
                 self._hand_over(reason)
                 return self.base.generate(inputs, **kwargs)
-            with self._turn.take(), tokenizer_at_hand(self.base, kwargs.get("tokenizer")):
-                return self._serve(inputs, kwargs)
+            try:  # no context manager: Ctrl-C at the entry of its exit would leave the turn taken
+                self._turn.taken = True
+                return self._serve(inputs, with_stop_strings(self.base, kwargs))
+            finally:
+                self._turn.taken = False
 
     def _serve(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         passed_in = kwargs.get("past_key_values") is not None
@@ -192,7 +197,8 @@ class AcceleratedModel:
                 for text, tree, accepted in zip(active, trees, walks, strict=True):
                     text.remember(accepted.tokens)
                     self.stats.count(len(tree) - 1, len(accepted.tokens))
-                policy.note(*self._cost(trees), sum(len(accepted.tokens) for accepted in walks) / len(walks))
+                emitted = sum(len(accepted.tokens) for accepted in walks) / len(walks)
+                policy.note(*self._cost(trees), emitted, self.stats.draft_s + self.stats.pass_s)
                 # 5. keep the accepted rows; the last choice is the next root
                 cache.keep_each([accepted.path for accepted in walks])
                 rows = [accepted.path[-1] for accepted in walks]

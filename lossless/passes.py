@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .base import kernels
 from .base.attention import SDPA, grouped
 from .rows import RowCall, in_pieces, one_by_one
 from .sight import Reach, Sight
@@ -73,6 +74,7 @@ class Pass:
     cache: Any = None
     keeps_bits: bool = False  # main rows are to have the bits of the base's own passes
     alone: list[RowCall] | None = None  # how each main row is read alone, if it would be a pass of one row
+    paths: kernels.Paths | None = None  # the same for a packed model's attention
     rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window
     entry: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] at layer N - N_s
@@ -143,7 +145,11 @@ def _attend(
     if plan.main is not None:
         keys = key.shape[2] - (query.shape[2] - rows)
         main = (query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]) if query.shape[2] > rows else (query, key, value)
-        if plan.alone is not None:
+        if plan.alone is not None and plan.paths is not None and kernels.attendable(*main[:2]) and kwargs.get("position_bias") is None:
+            past, limited = main[1].shape[2] - rows, reach.window is not None or reach.chunk is not None
+            starts = [reach.first(past + call.length - 1) for call in plan.alone] if limited else None
+            outputs.append(kernels.attend(*main, kwargs.get("scaling"), plan.paths, starts))
+        elif plan.alone is not None:
             attend = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
             outputs.append(one_by_one(attend, *main, plan.alone, lambda length: reach.first(length - 1)))
         else:
@@ -195,13 +201,17 @@ def note_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         plan.rotaries.append((RotaryCall(module, tuple(given[2:]), dict(kwargs)), output))
 
 
-@contextlib.contextmanager
-def running(plan: Pass) -> Iterator[None]:
-    token = PASS.set(plan)
+def following(plan: Pass, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `run` gives while hooks and attention go by this plan.
+
+    No context manager: Ctrl-C at the entry of its exit would leave the plan behind.
+    """
+    before = PASS.get()
     try:
-        yield
+        PASS.set(plan)
+        return run()
     finally:
-        PASS.reset(token)
+        PASS.set(before)
 
 
 @contextlib.contextmanager

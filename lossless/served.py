@@ -6,16 +6,14 @@ Does not know: how calls are served.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
 from .anatomy import counts_padding, decoder, rotary_turns, shares_position_bias
 
@@ -50,9 +48,7 @@ def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) 
         not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers)
     ):
         return "past_key_values is not a DynamicCache that keeps every row"
-    options = {k: v for k, v in kwargs.items() if k not in _CALL_ARGUMENTS}
-    config: GenerationConfig
-    config, given = model._prepare_generation_config(kwargs.get("generation_config"), **options)
+    config, given = _prepared(model, kwargs)
     mode = config.get_generation_mode(None)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"the generation mode {mode.value}"
@@ -65,6 +61,13 @@ def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) 
     if config.guidance_scale not in (None, 1, 1.0) or config.use_cache is False or config.prefill_chunk_size:
         return "guidance_scale, prefill_chunk_size or use_cache=False was set"
     return None
+
+
+def _prepared(model: Any, kwargs: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The generation config of a call, and what of its arguments is left for the base's forward."""
+    options = {name: value for name, value in kwargs.items() if name not in _CALL_ARGUMENTS}
+    found: tuple[GenerationConfig, dict[str, Any]] = model._prepare_generation_config(kwargs.get("generation_config"), **options)
+    return found
 
 
 def exactness(best: str, texts: int, padded: bool) -> str:
@@ -113,8 +116,9 @@ def not_served_as_prepared(
     if any(longest > turn and (prompt <= turn or again) for turn, again in rotary_turns(model)):
         return "a text that may outgrow the length from which on this base turns its positions otherwise"
     if len(input_ids) == 1:
-        if exactness(exact, 1, padded) == "near-tie" and any(type(part).__name__.startswith(_REMEMBERING) for part in logits_processor):
-            return "a processor that remembers what it was asked, under near-tie"
+        remembering = next((type(part).__name__ for part in logits_processor if _may_remember(part)), None)
+        if remembering and exactness(exact, 1, padded) == "near-tie":
+            return f"{remembering}, a processor that may remember what it was asked, under near-tie"
         return None
     # texts of a batch are chosen for one by one
     if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():
@@ -134,19 +138,17 @@ def not_served_as_prepared(
     return None
 
 
+def _may_remember(processor: Any) -> bool:
+    """Whether it may answer otherwise when it is asked again: grammars go on by one token with each call. HF's own do not, but for two."""
+    kind = type(processor)
+    return not kind.__module__.startswith("transformers.") or kind.__name__.startswith(_REMEMBERING)
+
+
 class Turn:
     """Whose turn it is on a base: it serves one call at a time, whatever is attached to it, and none within another."""
 
     def __init__(self) -> None:
         self.lock, self.taken = threading.RLock(), False
-
-    @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        self.taken = True
-        try:
-            yield
-        finally:
-            self.taken = False
 
 
 _TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
@@ -157,16 +159,14 @@ def turn_of(model: PreTrainedModel) -> Turn:
     return _TURNS.setdefault(decoder(model), Turn())
 
 
-@contextlib.contextmanager
-def tokenizer_at_hand(model: Any, tokenizer: Any) -> Iterator[None]:
-    """HF drops the tokenizer on its way to a custom loop, and then cannot make its criterion for stop strings."""
-    if tokenizer is None:
-        yield
-        return
-    make = model._get_stopping_criteria
-    model = make.__self__  # the base itself, whatever wraps it
-    model._get_stopping_criteria = lambda *args, **kwargs: make(*args, **{**kwargs, "tokenizer": tokenizer})
-    try:
-        yield
-    finally:
-        del model._get_stopping_criteria
+def with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, with the criterion for its stop strings in place of them.
+
+    HF drops the tokenizer on its way to a custom loop, and then cannot make that criterion.
+    """
+    if (tokenizer := kwargs.get("tokenizer")) is None or (strings := _prepared(model, kwargs)[0].stop_strings) is None:
+        return kwargs
+    criteria = list(kwargs.get("stopping_criteria") or ())
+    if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # HF, too, takes the caller's own then
+        criteria.insert(0, StopStringCriteria(tokenizer, strings))
+    return kwargs | {"stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}

@@ -38,7 +38,8 @@ from .anatomy import (
     shares_position_bias,
     uses_attention_interface,
 )
-from .base.attention import SDPA
+from .base.attention import GROUPED, SDPA
+from .base.kernels import Paths
 from .base.packed import model_bytes
 from .base.structure import structure_of
 from .cache import RowCache
@@ -52,10 +53,10 @@ from .passes import (
     RotaryCall,
     Slot,
     adapt,
+    following,
     keep_bits,
     named,
     note_rotary,
-    running,
 )
 from .rows import row_calls
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
@@ -177,7 +178,9 @@ class StreamRunner:
         plan.keeps_bits = self.limits is not None and unpadded
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         if not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention)):
-            plan.alone = row_calls([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
+            paths = [[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()]
+            plan.alone = row_calls(paths)
+            plan.paths = Paths.of(paths) if self.implementation == GROUPED else None
 
         def begin(entry: torch.Tensor) -> None:
             chosen: Any = nodes(entry) if callable(nodes) else nodes
@@ -221,9 +224,8 @@ class StreamRunner:
     def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
         plan.cache = cache
-        with running(plan):
-            given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
-            return self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
+        return following(plan, lambda: self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits)
 
     def speculate(
         self,
@@ -251,14 +253,17 @@ class StreamRunner:
         keys = cache.places().to(entry.device).expand(len(entry), -1)
         sight = self._stream_sight(context, positions, keys)
         plan = Pass(self.implementation, len(entry), 0, stream=sight, cache=cache)
-        hidden = self.adapter.start_streams(entry, told)
-        with running(plan):
+
+        def through_the_layers() -> torch.Tensor:
+            hidden = self.adapter.start_streams(entry, told)
             for number, layer in enumerate(self.stream_layers, self.first_top):
                 if (habit := self._habits.get(number)) is None:
                     continue  # a layer that the base itself passes over
                 hidden = layer(hidden, **self._filled(number, habit, plan, hidden))
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return self.finish(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
+            return hidden
+
+        return self.finish(following(plan, through_the_layers)).unflatten(1, (-1, self.adapter.config.num_streams))
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """From the last layer to what the LM head reads."""

@@ -165,8 +165,8 @@ def _of_one(processors: Any, number: int) -> Any:
     """The processors as sequence `number` of the batch is to see them: it will be called alone."""
     alone = type(processors)()
     for processor in processors:
-        if isinstance(processor, PrefixConstrainedLogitsProcessor) and number > 0:
-            processor = PrefixConstrainedLogitsProcessor(_for(number, processor._prefix_allowed_tokens_fn), 1)
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            processor = PrefixConstrainedLogitsProcessor(_asked_once(number, processor._prefix_allowed_tokens_fn), 1)
         ignored = getattr(processor, "prompt_ignore_length", None)  # of a repetition penalty: the padding
         if isinstance(ignored, torch.Tensor):
             processor = copy(processor)
@@ -175,8 +175,17 @@ def _of_one(processors: Any, number: int) -> Any:
     return alone
 
 
-def _for(number: int, allowed: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
-    return lambda _, ids: allowed(number, ids)
+def _asked_once(number: int, allowed: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
+    """A caller's function, for sequence `number`: it may count its calls, and its processor may be called again for a position."""
+    length, answer = -1, list[int]()
+
+    def ask(_: int, ids: torch.Tensor) -> list[int]:
+        nonlocal length, answer
+        if len(ids) != length:
+            length, answer = len(ids), allowed(number, ids)
+        return answer
+
+    return ask
 
 
 def result(texts: list[Text], cache: Any) -> Any:

@@ -46,7 +46,7 @@ def test_a_report_adds_up(pair) -> None:  # type: ignore[no-untyped-def]
     prompts = [from_text(f"w{i} w{i + 1}", f"p{i}") for i in range(4)]
     decoding = Decoding(max_new_tokens=9, do_sample=True, temperature=0.8, seed=3)
     found = bench(base, fast, "here", prompts, decoding)
-    runs = [Run.from_dict(run) for run in found["runs"]]
+    runs = [Run.from_dict(run, list(run["sides"])) for run in found["runs"]]
     assert {"model", "adapter", "dtype", "device", "threads", "versions", "prompts", "tokens", "identical",
             "acceptance_length", "baseline_tokens_per_s", "tokens_per_s", "speedup", "categories", "runs"} <= found.keys()  # fmt: skip
     assert found["dtype"] == "float32"
@@ -217,4 +217,4 @@ def test_a_clock_gives_tokens_that_come_together_one_time() -> None:
 
 def test_runs_survive_json() -> None:
     run = Run("id", "", 3, 9, 1.0, 4, 9, 0, 0, 0, 2.0, 8.0, "", accepted={1: 2, 4: 1}, sides={"stock": SideRun(9, 0.1, 1.0, 8.0)})
-    assert Run.from_dict(json.loads(json.dumps(asdict(run)))) == run
+    assert Run.from_dict(json.loads(json.dumps(asdict(run))), list(run.sides)) == run

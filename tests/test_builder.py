@@ -140,10 +140,13 @@ def test_a_curve_that_is_none_is_refused(changes: dict[str, object], rule: str) 
 
 
 def test_drafts_that_give_nothing_are_left_out_for_longer_and_longer() -> None:
-    policy, drafted = DraftPolicy(curve(0.01, streams_s=0.5)), []
+    costs, drafted, spent = curve(0.01, streams_s=0.5), [], 0.0
+    policy = DraftPolicy(costs)
     for _ in range(600):
         drafted.append(policy.drafting)
-        policy.note(1 if not policy.drafting else 2, 0 if not policy.drafting else 3, 1.0)
+        rows, levels = (2, 3) if policy.drafting else (1, 0)
+        spent += costs.verify_s(rows) + costs.draft_s(levels)
+        policy.note(rows, levels, 1.0, spent)
     assert drafted[:4] == [True] * 4
     assert sum(drafted) <= 16
     pauses = [len(list(run)) for on, run in itertools.groupby(drafted) if not on]
@@ -152,14 +155,22 @@ def test_drafts_that_give_nothing_are_left_out_for_longer_and_longer() -> None:
 
 
 def test_drafts_that_pay_go_on_and_are_tried_again_when_they_may() -> None:
-    policy = DraftPolicy(curve(0.01, streams_s=0.5))
-    for _ in range(50):
-        assert policy.drafting
-        policy.note(8, 3, 3.0)
+    costs, spent = curve(0.01, streams_s=0.5), 0.0
+    policy = DraftPolicy(costs)
+
+    def steps(count: int, emitted: float) -> None:
+        nonlocal spent
+        for _ in range(count):
+            rows, levels = (8, 3) if policy.drafting else (1, 0)
+            spent += costs.verify_s(rows) + costs.draft_s(levels)
+            policy.note(rows, levels, emitted, spent)
+
+    steps(50, 3.0)
+    assert policy.drafting
     for _ in range(30):
-        policy.note(8, 3, 1.0)
+        if policy.drafting:
+            steps(1, 1.0)
     assert not policy.drafting
-    for _ in range(400):
-        policy.note(8, 3, 3.0)
+    steps(400, 3.0)
     assert policy.drafting
     assert DraftPolicy(None).drafting

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from lossless.cache import RowCache
@@ -56,3 +61,52 @@ def test_a_model_reads_it_as_it_reads_hf_s_own() -> None:
         b = model(step, past_key_values=theirs, use_cache=True).logits
         ours.keep(range(step.shape[1]))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_texts_of_a_batch_keep_rows_of_their_own(texts: int, capacity: int, luck: random.Random) -> None:
+    """Against lists: any paths of any lengths, storage that grows, texts that leave."""
+    cache, numbers = RowCache(2, capacity), itertools.count(1.0)
+    kept: list[list[float]] = [[] for _ in range(texts)]
+    for _ in range(luck.randint(1, 8)):
+        count = luck.randint(1, 5)
+        fresh = torch.tensor([[next(numbers) for _ in range(count)] for _ in kept])
+        states = fresh[:, None, :, None].expand(-1, 2, -1, 3)
+        for layer in range(2):
+            cache.update(states, -states, layer)
+        paths = [[0, *sorted(luck.sample(range(1, count), luck.randint(0, count - 1)))] for _ in kept]
+        cache.keep_each(paths)
+        for own, path, row in zip(kept, paths, fresh.tolist(), strict=True):
+            own += [row[node] for node in path]
+        if len(kept) > 1 and luck.random() < 0.3:
+            staying = sorted(luck.sample(range(len(kept)), luck.randint(1, len(kept) - 1)))
+            cache.select(staying)
+            kept = [kept[text] for text in staying]
+        if len(kept) == 1 and luck.random() < 0.3:
+            length = luck.randint(0, len(kept[0]))
+            cache.forget(length)
+            del kept[0][length:]
+        seen = cache.visible()
+        assert cache.length == max(map(len, kept))
+        for layer in cache.rows:
+            for text, own in enumerate(kept):
+                columns = slice(0, cache.length) if seen is None else seen[text].nonzero().flatten()
+                assert layer.keys[text, 1, : cache.length][columns][:, 0].tolist() == own
+                assert layer.values[text, 0, : cache.length][columns][:, 2].tolist() == [-number for number in own]
+
+
+def test_rows_come_from_another_cache_and_go_back_to_it() -> None:
+    theirs, ours = DynamicCache(), RowCache(2)
+    for layer in range(2):
+        theirs.update(rows([1, 2, 3]), rows([4, 5, 6]), layer)
+    ours.adopt(theirs)
+    assert ours.length == 3
+    for layer in range(2):
+        ours.update(rows([7, 8, 9]), rows([7, 8, 9]), layer)
+    ours.keep([0, 2])
+    ours.pass_on(theirs)
+    assert theirs.get_seq_length() == 5
+    for layer in theirs.layers:
+        assert layer.keys[0, 0, :, 0].tolist() == [1, 2, 3, 7, 9]
+        assert layer.values[0, 1, :, 2].tolist() == [4, 5, 6, 7, 9]

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import lossless
+from lossless.base import kernels, products
 from lossless.base import packed as module
-from lossless.base import products
-from lossless.base.packed import Int8Linear, PackedLinear, dense, draft_linear, is_packed, packed_bytes, packed_twin
+from lossless.base.linears import Int8Linear, PackedLinear, StoredLinear, draft_linear
+from lossless.base.packed import dense, is_packed, packed_bytes, packed_twin
 from lossless.base.structure import state_of, structure_of
 from lossless.errors import UsageError
 from lossless.fit import new_adapter
@@ -89,7 +90,7 @@ def test_an_operator_that_is_wrong_or_missing_is_not_used(monkeypatch: pytest.Mo
         monkeypatch.setattr(products, "multiply", broken)
         products.packable.cache_clear()
         assert not products.packable(torch.float32)
-        assert packed_twin(build_tiny()) is None
+        assert not any(isinstance(part, PackedLinear) for part in (packed_twin(build_tiny()) or build_tiny()).modules())
     monkeypatch.undo()
     products.packable.cache_clear()
     assert products.packable(torch.float32)
@@ -163,15 +164,23 @@ def test_a_twin_is_a_second_model_over_its_own_weights(monkeypatch: pytest.Monke
     assert packed_bytes(model) == sum(part.weight.nbytes for part in products_of)
     assert packed_bytes(lossless.pack(build_tiny(seed=5))) == 0
     monkeypatch.setattr(module, "free_memory", lambda device: 1e-6)
+    monkeypatch.setattr(kernels, "available", lambda: False)
     assert packed_twin(model) is None  # no memory
 
 
-def test_a_base_without_memory_for_a_twin_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiler", [True, False], ids=["kernels", "no kernels"])
+def test_a_base_without_memory_for_a_twin_is_served_all_the_same(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler and not kernels.available():
+        pytest.skip("no kernels on this machine: they take gcc")
     monkeypatch.setattr(module, "free_memory", lambda device: 0.0)
+    monkeypatch.setattr(kernels, "available", lambda: compiler)
     model = build_tiny(seed=5)
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
-    assert not fast.guarantee.twin
-    assert fast.runner is fast.reader
+    assert fast.guarantee.twin == (fast.runner is not fast.reader) == compiler
+    stored = [part for part in fast.runner.model.modules() if isinstance(part, StoredLinear)]
+    own = {id(parameter) for parameter in model.parameters()}
+    assert bool(stored) == compiler
+    assert all(id(part.weight) in own for part in stored)  # the weights of the base, not copies of them
     expected, found = both(fast, prompt_ids())
     assert torch.equal(expected, found)
 
@@ -218,3 +227,10 @@ def test_a_base_that_was_changed_is_looked_at_again(what: str) -> None:
     changed, found = both(fast, prompt_ids())
     assert torch.equal(changed, found)
     assert not torch.equal(changed, expected)
+
+
+def test_a_call_does_not_unpack_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lossless.pack(build_tiny(seed=5, hidden=64, inner=160))
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    monkeypatch.setattr(products, "unpack", lambda packed: pytest.fail("a packed weight was unpacked"))
+    fast.generate(prompt_ids(9), max_new_tokens=5, do_sample=False)

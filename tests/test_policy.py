@@ -14,10 +14,13 @@ CURVE = CostCurve(1.0, (1, 2, 32), (1.0, 1.05, 2.0), streams_s=0.4, level_s=0.02
 ROWS, LEVELS = 4, 3
 
 
-def speed(tokens_per_step: float, texts: int = 200, length: int = 128) -> tuple[float, float]:
-    """Of a policy over texts whose drafts emit so many tokens a step, at most 6, and of always drafting; against plain steps."""
+def speed(tokens_per_step: float, texts: int = 200, length: int = 128, drafted: float = 1.0, plain: float = 1.0) -> tuple[float, float]:
+    """Of a policy over texts whose drafts emit so many tokens a step, at most 6, and of always drafting; against plain steps.
+
+    drafted, plain: how much longer steps take than the curve says.
+    """
     found: tuple[list[float], list[float]] = ([], [])
-    drafted_s = CURVE.verify_s(ROWS) + CURVE.draft_s(LEVELS)
+    drafted_s, plain_s = drafted * (CURVE.verify_s(ROWS) + CURVE.draft_s(LEVELS)), plain * CURVE.verify_s(1)
     for seed in range(texts):
         for always, ratios in enumerate(found):
             dice, policy, tokens, seconds = random.Random(seed), DraftPolicy(CURVE), 0, 0.0
@@ -28,10 +31,10 @@ def speed(tokens_per_step: float, texts: int = 200, length: int = 128) -> tuple[
                         emitted += 1
                     seconds += drafted_s
                 else:
-                    seconds += CURVE.verify_s(1)
-                policy.note(ROWS, LEVELS, emitted)
+                    seconds += plain_s
+                policy.note(ROWS, LEVELS, emitted, seconds)
                 tokens += emitted
-            ratios.append(tokens / seconds)
+            ratios.append(tokens / seconds * plain_s)
     return mean(found[0]), mean(found[1])
 
 
@@ -46,3 +49,17 @@ def test_where_drafts_do_not_pay_little_is_lost(tokens_per_step: float) -> None:
 def test_where_they_pay_they_are_not_given_up(tokens_per_step: float) -> None:
     ours, always = speed(tokens_per_step)
     assert ours > 0.97 * always > 1
+
+
+def test_a_curve_that_is_wrong_is_found_out() -> None:
+    ours, always = speed(1.8, drafted=1.5)  # by the curve drafts pay, by the clock they do not
+    assert always < 0.85
+    assert ours > 0.93
+    ours, always = speed(1.8, plain=1.5)  # plain steps are slower than the curve has them
+    assert always > 1.5
+    assert ours > 0.95 * always
+
+
+def test_a_busy_machine_is_not_held_against_drafts() -> None:
+    ours, always = speed(2.2, drafted=2.0, plain=2.0)
+    assert ours > 0.93 * always > 1

@@ -1,8 +1,8 @@
-"""Attention of one row whose heads share keys: the heads of a group side by side as rows of one product.
+"""Attention of a packed model: the rows of a draft tree in one call, each with the bits that it has alone.
 
-Knows: how transformers calls an attention by name, and that torch's own takes grouped heads one by one, each for itself. Does not
-know: trees, streams, or passes. A packed model attends so (base/packed.py): it is part of what that model is, plain and
-accelerated alike.
+Knows: how transformers calls an attention by name, and two ways to attend whose rows do not hang on each other: a kernel of ours, and
+where that is not to be had, torch's own for one row, the heads of a group side by side as rows of one product. Does not know:
+streams, or passes. A packed model attends so (base/packed.py): it is part of what that model is, plain and accelerated alike.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from . import kernels
 
 GROUPED = "lossless_grouped"
 SDPA = ("sdpa", GROUPED)  # attentions that take boolean masks, and are causal by themselves over rows that are all of their keys
@@ -36,12 +38,17 @@ def _attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' own attention through torch, but for one row without a mask."""
-    alone = query.shape[2] == 1 and attention_mask is None and kwargs.get("position_bias") is None
-    if alone and query.shape[1] > key.shape[1]:
-        return grouped(scaling, query, key, value), None
+    """transformers' own attention through torch, but for one row that sees all keys (layers with a window have a mask even then)."""
+    alone = query.shape[2] == 1 and kwargs.get("position_bias") is None
+    if alone and (attention_mask is None or (attention_mask.dtype == torch.bool and bool(attention_mask.all()))):
+        if kernels.attendable(query, key):
+            return kernels.attend(query, key, value, scaling, _ITSELF), None
+        if query.shape[1] > key.shape[1]:
+            return grouped(scaling, query, key, value), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0], None
 
+
+_ITSELF = kernels.Paths.of([[0]])
 
 AttentionInterface.register(GROUPED, _attend)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)

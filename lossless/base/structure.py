@@ -18,10 +18,16 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class _SharedTensors(TorchFunctionMode):
-    """Tensors are not copied but shared."""
+    """Tensors are not copied but shared, in the one deep copy that has this memo: Ctrl-C may leave the mode on."""
+
+    def __init__(self, memo: dict[int, Any]) -> None:
+        super().__init__()
+        self.memo = memo
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__deepcopy__ and args[1] is self.memo:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def structure_of(model: Module) -> Module:
@@ -34,21 +40,27 @@ def structure_of(model: Module) -> Module:
     for module in model.modules():
         if hasattr(module, "alike"):  # a packed weight cannot be copied
             shared[id(module)] = module.alike()
-    with _SharedTensors():
+    with _SharedTensors(shared):
         return copy.deepcopy(model, shared)
+
+
+_SWITCHES = frozenset((bool, int, float, str))  # attributes of these types may change what a module computes
 
 
 def state_of(model: nn.Module) -> int:
     """A number that changes when a copy of the structure is no longer the model's: other modules, other tensors, tensors written
-    to, hooks, patched forwards, switches (an adapter of the user's turned off, for example)."""
+    to, hooks, patched forwards, switches (an adapter of the user's turned off, for example). Asked for at each call: it takes a
+    few milliseconds."""
     parts: list[Any] = []
     for module in model.modules():
-        parts += [id(module), len(module._forward_hooks), len(module._forward_pre_hooks), id(module.__dict__.get("forward"))]
-        for tensor in module._parameters.values():
-            if tensor is not None and not hasattr(module, "_hf_hook"):  # Accelerate may fetch and drop them
-                parts += [id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
+        own = module.__dict__
+        parts += [id(module), len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), id(own.get("forward"))]
+        if "_hf_hook" not in own:  # Accelerate may fetch and drop them
+            for tensor in own["_parameters"].values():
+                if tensor is not None:
+                    parts += [id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
         if "Rotary" not in type(module).__name__:  # some count how far they have come
-            parts += [(name, value) for name, value in module.__dict__.items() if isinstance(value, bool | int | float | str)]
-            active = module.__dict__.get("_active_adapter")  # of PEFT
+            parts += [value for value in own.values() if type(value) in _SWITCHES]
+            active = own.get("_active_adapter")  # of PEFT
             parts.append(tuple(active) if isinstance(active, list) else active)
     return hash(tuple(parts))

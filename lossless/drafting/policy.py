@@ -1,7 +1,7 @@
-"""Whether drafts pay on this text: decided step by step from what they gave, and from what steps cost.
+"""Whether drafts pay on this text: decided step by step from what they gave, and from what steps took.
 
-Knows: a cost curve, and how many tokens the last steps emitted. State of one call. Does not know: trees, or models. It decides
-how fast tokens come, never which.
+Knows: a cost curve, how many tokens the last steps emitted, and how long they took. State of one call. Does not know: trees, or
+models. It decides how fast tokens come, never which.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class DraftPolicy:
 
     def __init__(self, curve: CostCurve | None) -> None:
         self.curve, self._near = curve, curve
-        self._emitted = self._seconds = 0.0  # running sums over steps with drafts
+        self._emitted = self._seconds = self._foretold = 0.0  # running sums over steps with drafts: tokens, their time, and by the curve
+        self._plain_seconds = self._plain_foretold = 0.0  # the same over plain steps
+        self._spent = 0.0
         self._trials, self._pause, self._left = _TRIALS, _FIRST_PAUSE, 0
 
     @property
@@ -38,20 +40,32 @@ class DraftPolicy:
         if self._near is not None:
             self.curve = self._near.at(context)
 
-    def note(self, rows: int, levels: int, emitted: float) -> None:
-        """What a step gave: tokens a text from a pass of so many rows a text."""
+    def note(self, rows: int, levels: int, emitted: float, spent_s: float) -> None:
+        """What a step gave: tokens a text from a pass of so many rows a text.
+
+        spent_s: what drafts and passes of this call took so far.
+        """
         if self.curve is None:
             return
+        took, self._spent = spent_s - self._spent, spent_s
         if not self.drafting:
+            self._plain_seconds += took
+            self._plain_foretold += self.curve.verify_s(1)
             self._left -= 1
             return
         self._emitted = (1 - _WEIGHT) * self._emitted + emitted
-        self._seconds = (1 - _WEIGHT) * self._seconds + self.curve.verify_s(rows) + self.curve.draft_s(levels)
+        self._seconds = (1 - _WEIGHT) * self._seconds + took
+        self._foretold = (1 - _WEIGHT) * self._foretold + self.curve.verify_s(rows) + self.curve.draft_s(levels)
         self._trials = max(0, self._trials - 1)
         if self._trials:
             return
-        plain = min(self.curve.verify_s(1), self.curve.plain_s)
-        if self._emitted * plain < _CLEARLY * self._seconds:
+        if self._emitted * self._plain_s(self.curve) < _CLEARLY * self._seconds:
             self._left, self._pause = self._pause, min(_LAST_PAUSE, 2 * self._pause)
         else:
             self._pause = max(_FIRST_PAUSE, self._pause // 2)
+
+    def _plain_s(self, curve: CostCurve) -> float:
+        """What a plain step takes: the curve, corrected by plain steps that were seen. Before any were, it is taken to hold, or to be
+        too high by as much as it was for steps with drafts."""
+        seen = self._plain_seconds / self._plain_foretold if self._plain_foretold else min(1.0, self._seconds / self._foretold)
+        return seen * min(curve.verify_s(1), curve.plain_s)

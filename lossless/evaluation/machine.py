@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..base.packed import PackedLinear
+from ..base.linears import FourBitLinear, PackedLinear
 from ..models import Base, of_processor
 
 _READ_MIB = 512  # far more than the caches hold
@@ -63,12 +63,11 @@ def weights_read(model: Any) -> tuple[int, int]:
     Input embeddings count only where they are the output embeddings too: of others a pass reads a single row.
     """
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = outputs is not None and not isinstance(outputs, PackedLinear) and outputs.weight is inputs.weight
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear | FourBitLinear)]  # their weights are not parameters
+    tied = outputs is not None and outputs not in packed and outputs.weight is inputs.weight
     read = [p for p in model.parameters() if tied or p is not inputs.weight]
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]  # no parameters, and each has a dtype of its own
     numbers = sum(m.in_features * m.out_features for m in packed)
-    in_packed = sum(m.in_features * m.out_features * m.dtype.itemsize for m in packed)
-    return in_packed + sum(p.nbytes for p in read), numbers + sum(p.numel() for p in read)
+    return sum(m.weight_bytes for m in packed) + sum(p.nbytes for p in read), numbers + sum(p.numel() for p in read)
 
 
 def read_bandwidth(device: torch.device) -> float:

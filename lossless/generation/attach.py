@@ -38,7 +38,7 @@ class Attachment:
 
 
 def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None) -> Attachment:
-    """Look at a base as it is now: what it can do, and how exactly. No random generator is moved.
+    """Look at a base as it is now: what it can do, and how exactly. No random generator is moved, not even for a while: others may draw.
 
     Args:
         exact: the level that is wanted, None for the strongest that pays.
@@ -48,18 +48,16 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None) -> 
     """
     check_level(exact)
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
-    gpus = [where] if (where := device_of(head)).type == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        dtype: Any = embeddings.weight.dtype
-        adapter = adapter.copy_as(where, dtype)
-        reader = StreamRunner(base, adapter)
-        check_served(reader)
-        model = None if exact == "bitwise" else packed_twin(base)
-        twin = None if model is None else StreamRunner(base, adapter, model)
-        guarantee = find_guarantee(reader, exact, twin)
-        if guarantee.limits is not None:
-            reader.keep_bits(guarantee.limits)
-        drafter = Drafter(adapter, embeddings, head, logit_scale(reader))
+    dtype: Any = embeddings.weight.dtype
+    adapter = adapter.copy_as(device_of(head), dtype)
+    reader = StreamRunner(base, adapter)
+    check_served(reader)
+    model = None if exact == "bitwise" else packed_twin(base)
+    twin = None if model is None else StreamRunner(base, adapter, model)
+    guarantee = find_guarantee(reader, exact, twin)
+    if guarantee.limits is not None:
+        reader.keep_bits(guarantee.limits)
+    drafter = Drafter(adapter, embeddings, head, logit_scale(reader))
     serves = twin is not None and (guarantee.twin or guarantee.level == "off")
     runner = twin if twin is not None and serves else reader
     with torch.no_grad():

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from ..anatomy import as_decoding, input_device
+from ..base import kernels
 from ..base.packed import is_packed
 from ..cache import RowCache
 from ..draft import Drafter
@@ -133,7 +135,7 @@ def kept_curve(
         "base": type(runner.base).__name__, "shape": shape, "precision": precision(runner.base), "device": device_name, "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "attention": runner.implementation, "twin": runner is not reader, "packed": is_packed(runner.base),
         "bitwise": runner.limits is not None, "max_nodes": max_nodes, "adapter": runner.adapter.config.to_dict(),
-        "versions": versions(), "modules": len(list(runner.model.modules())),
+        "versions": versions(), "modules": Counter(type(module).__name__ for module in runner.model.modules()), "kernels": kernels.available(),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = cache_dir() / "costs" / f"{name}.json"

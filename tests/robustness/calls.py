@@ -27,6 +27,7 @@ from lossless.generate import AcceleratedModel, accelerate
 
 from ..conformance.families import build
 from ..conftest import VOCAB, build_tiny, tiny_config
+from ..test_generate import letters as make_letters
 
 BASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: build_tiny(seed=5, hidden=64, inner=160),
@@ -41,6 +42,12 @@ _HOME = str(Path(lossless.__file__).parent)
 
 class Broken(RuntimeError):
     """What a caller's own code may raise."""
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    """Its tokens are letters, and strings to stop at are made of them."""
+    return make_letters()
 
 
 @functools.cache
@@ -105,19 +112,6 @@ class Advancing(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.seen.append(input_ids.shape[1])
         return scores.roll(len(self.seen) % 3, dims=-1)
-
-
-class Words:
-    """As much of a tokenizer as a stop string asks for: each token is a letter."""
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(200 + i): i for i in range(VOCAB)}
-
-    def __len__(self) -> int:
-        return VOCAB
-
-    def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        return [ord(token) - 200 for token in tokens] if isinstance(tokens, list) else ord(tokens) - 200
 
 
 @dataclass
@@ -194,7 +188,7 @@ def make(seed: int, number: int) -> Case:
     error = rng.choice((Broken, KeyboardInterrupt))
     stops = rng.choice((None, None, 4, 11))
     allowed = [rng.sample(range(3, VOCAB), rng.randint(1, 12)) for _ in range(5)]
-    letters = [chr(200 + rng.randrange(3, VOCAB)) for _ in range(3)]
+    letters = [chr(rng.randrange(33, 127)) for _ in range(3)]
 
     def options(fast: AcceleratedModel) -> tuple[dict[str, Any], list[Any]]:
         calls, given, witnesses = iter(range(breaks_at or 0)), dict(fixed), []
@@ -219,7 +213,7 @@ def make(seed: int, number: int) -> Case:
         if "allowed" in kinds:
             given["prefix_allowed_tokens_fn"] = lambda row, text: allowed[(int(text[-1]) + row) % 5]
         if "stop" in kinds:
-            given |= {"stop_strings": letters, "tokenizer": Words()}
+            given |= {"stop_strings": letters, "tokenizer": _tokenizer()}
         if "cache" in kinds and batch == 1 and width > 2 and mask is None:
             given["past_key_values"] = cache = DynamicCache(config=fast.base.config)
             with torch.no_grad():

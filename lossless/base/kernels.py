@@ -1,0 +1,251 @@
+"""Products of a few rows with weights as they are stored, and attention of a few rows, in C of our own.
+
+Knows: how kernels.c is compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know: modules,
+models, or trees. Where there is no gcc, or where what it makes is wrong, `available()` is False and nothing else here may be
+called. `$LOSSLESS_CC` names another compiler, with flags if need be; empty, none is used.
+
+    linear      weights in float32 or bfloat16, as torch keeps them: no copy of them is made
+    FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them, in an order in which whole vectors are decoded at a time
+    attend      rows of a draft tree over the past and their own paths
+
+Of each, a row has the same bits beside any number of others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ..models import cache_dir
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_SECONDS = 120  # that compiling may take; it takes two
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_FOUR_BITS = 2
+_WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
+_LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
+_BLOCK = 64  # 4-bit numbers with one scale
+_MANY = 128  # rows from which on the products of torch are faster; as many are read of prompts, not of trees
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can be had here, and are right; compiled and tested at the first call."""
+    return _library() is not None and _right()
+
+
+@functools.cache
+def _library() -> Any | None:
+    """kernels.c, compiled for this processor; None if it cannot be."""
+    command = [*shlex.split(os.environ.get("LOSSLESS_CC", "gcc")), *_FLAGS]
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        version = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
+        made_from = (_SOURCE.read_bytes(), version, *(part.encode() for part in command), _processor().encode())
+        return _load(command, hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16])
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return None
+
+
+def _load(command: list[str], name: str) -> Any:
+    """The library of this name from the cache, or compiled into it; into a folder of this process alone if it cannot be written to."""
+    for folder in (cache_dir() / "kernels", Path(tempfile.mkdtemp(prefix="lossless-"))):
+        path = folder / f"{name}.so"
+        try:
+            return _declared(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):
+            pass  # not there yet, or broken
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own = folder / f".{name}.{os.getpid()}"
+            subprocess.run([*command, "-o", str(own), str(_SOURCE), "-lm"], capture_output=True, timeout=_SECONDS, check=True)
+            own.replace(path)
+        except OSError:
+            continue
+        return _declared(ctypes.CDLL(str(path)))
+    raise OSError("no folder to compile in")
+
+
+def _declared(library: Any) -> Any:
+    pointer, size, number = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
+    library.lossless_linear.argtypes = [number, *[pointer] * 5, *[size] * 3, number]
+    library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
+    for function in (library.lossless_linear, library.lossless_attend):
+        function.restype = None
+    return library
+
+
+def _processor() -> str:
+    """What code made for this processor depends on: a home folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.machine() + platform.processor()
+
+
+def multipliable(outs: int, ins: int, dtype: torch.dtype) -> bool:
+    """Whether weights of this shape and dtype have a kernel here."""
+    return dtype in _KINDS and ins % _LANES == 0 and ins <= _WIDEST and outs >= 4 and available()
+
+
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`[..., in]` times `weight` `[out, in]` -> `[..., out]`, in the dtype of the rows; sums are in float32."""
+    if rows.numel() >= _MANY * rows.shape[-1]:
+        return F.linear(rows, weight.to(rows.dtype), bias)
+    return _multiply(rows, _KINDS[weight.dtype], weight.contiguous(), None, None, len(weight), bias)
+
+
+def _multiply(
+    rows: torch.Tensor, kind: int, weight: torch.Tensor, scales: torch.Tensor | None, code: torch.Tensor | None, outs: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    *before, ins = rows.shape
+    plain = rows if rows.dtype is torch.float32 and rows.is_contiguous() else rows.float().contiguous()
+    out = torch.empty(*before, outs)
+    _library().lossless_linear(  # type: ignore[union-attr]
+        kind, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
+        plain.data_ptr(), out.data_ptr(), math.prod(before), ins, outs, torch.get_num_threads(),
+    )  # fmt: skip
+    if bias is not None:
+        out += bias
+    return out if rows.dtype is torch.float32 else out.to(rows.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class FourBits:
+    """A weight in 4 bits.
+
+    Attributes:
+        numbers: `[out, in / 2]` bytes; a block of 64 numbers is 16 words of 16 bits, and the j-th four bits of word l are its number
+            16 j + l.
+        scales: `[out, in / 64]` float32, one for each block of 64 numbers.
+        code: `[16]` float32, what each number stands for.
+    """
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    code: torch.Tensor
+
+    @classmethod
+    def from_pairs(cls, pairs: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, outs: int) -> FourBits:
+        """From bytes that hold two neighbours each, the first in the high half, as bitsandbytes stores them."""
+        four = torch.stack([pairs.reshape(-1) >> 4, pairs.reshape(-1) & 15], dim=-1).view(outs, -1, 4, 16)
+        words = torch.stack([four[:, :, 0] | four[:, :, 1] << 4, four[:, :, 2] | four[:, :, 3] << 4], dim=-1)  # [out, blocks, 16, 2]
+        return cls(words.view(outs, -1), scales.float().view(outs, -1).contiguous(), code.float().contiguous())
+
+    def pairs(self) -> torch.Tensor:
+        """`[out * in / 2]` bytes, in the order that they came in."""
+        found = self._numbers().view(-1, 2)
+        return found[:, 0] << 4 | found[:, 1]
+
+    def dense(self) -> torch.Tensor:
+        """`[out, in]` in float32."""
+        blocks = self.code[self._numbers().long()].view(len(self.numbers), -1, _BLOCK)
+        return (blocks * self.scales[..., None]).view(len(self.numbers), -1)
+
+    def _numbers(self) -> torch.Tensor:
+        low, high = self.numbers.view(len(self.numbers), -1, 16, 2).unbind(-1)
+        return torch.stack([low & 15, low >> 4, high & 15, high >> 4], dim=2).view(len(self.numbers), -1)  # [out, in]
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`, in the dtype of the rows; sums are in float32."""
+        if rows.numel() >= _MANY * rows.shape[-1]:
+            return F.linear(rows.float(), self.dense(), None if bias is None else bias.float()).to(rows.dtype)
+        return _multiply(rows, _FOUR_BITS, self.numbers, self.scales, self.code, len(self.numbers), bias)
+
+
+def four_bits_multipliable(outs: int, ins: int) -> bool:
+    """Whether 4-bit weights of this shape, in blocks of 64, have a kernel here."""
+    return ins % _BLOCK == 0 and ins <= _WIDEST and outs >= 4 and available()
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Which rows of a pass each of its rows sees: those on its path from the root, itself the last.
+
+    Attributes:
+        lengths: `[rows]` int32; rows: `[rows, depth]` int32.
+    """
+
+    lengths: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, paths: Sequence[Sequence[int]]) -> Paths:
+        depth = max(map(len, paths))
+        filled = [[*path, *[0] * (depth - len(path))] for path in paths]
+        return cls(torch.tensor([len(path) for path in paths], dtype=torch.int32), torch.tensor(filled, dtype=torch.int32))
+
+
+def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether `attend` has a kernel for these here."""
+    alike = query.dtype in _KINDS and key.dtype == query.dtype and query.device.type == "cpu" and not query.requires_grad
+    return alike and len(query) == 1 and query.shape[-1] % (2 * _LANES) == 0 and available()
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: Paths, starts: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Softmax attention of each row over the keys of the past and of the rows on its own path.
+
+    Args:
+        query: `[1, heads, rows, dim]`; key, value: `[1, kv_heads, past + rows, dim]`.
+        scale: of the scores; None for 1 / sqrt(dim).
+        starts: of each row the first key that it sees; None: all are seen.
+
+    Returns:
+        `[1, rows, heads, dim]`.
+    """
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    _, heads, rows, dim = query.shape
+    kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
+    out = torch.empty(1, rows, heads, dim, dtype=query.dtype)
+    scratch = torch.empty(heads * rows * (2 * dim + past + depth) + threads * 32 * dim)
+    first = torch.tensor(starts, dtype=torch.int32) if starts is not None else torch.zeros(rows, dtype=torch.int32)
+    strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
+    _library().lossless_attend(  # type: ignore[union-attr]
+        _KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(), first.data_ptr(),
+        paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,
+        strides, threads,
+    )  # fmt: skip
+    return out
+
+
+def _right() -> bool:
+    """Whether the kernels compute what torch computes, and keep the bits of a row beside others."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(7, 64, generator=generator), torch.randn(70, 64, generator=generator)
+    pairs = torch.randint(256, (70 * 32,), generator=generator, dtype=torch.uint8)
+    four = FourBits.from_pairs(pairs, torch.rand(70, generator=generator), torch.randn(16, generator=generator), 70)
+    dense = {"float32": weight, "bfloat16": weight.bfloat16(), "4 bits": four.dense()}
+    for kind, expected in dense.items():
+        found, alone = (
+            torch.cat([four.multiply(some, None) if kind == "4 bits" else linear(some, expected, None) for some in rows.split(size)])
+            for size in (7, 1)
+        )
+        if not torch.equal(found, alone) or not torch.allclose(found, rows @ expected.float().T, rtol=1e-4, atol=1e-3):
+            return False
+    query, key, value = (torch.randn(1, heads, count, 64, generator=generator) for heads, count in ((4, 3), (2, 40), (2, 40)))
+    paths = Paths.of([[0], [0, 1], [0, 2]])
+    seen = torch.ones(3, 40, dtype=torch.bool)
+    seen[0, 38:] = seen[1, 39] = seen[2, 38] = False
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    return bool(torch.allclose(attend(query, key, value, None, paths), expected, rtol=1e-4, atol=1e-4))

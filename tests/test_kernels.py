@@ -1,0 +1,253 @@
+"""Kernels of our own: right numbers, the same bits for any number of rows, and nothing lost where they cannot be had."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.nn import functional as F
+from transformers import MistralConfig, MistralForCausalLM
+
+import lossless
+from lossless.base import kernels
+from lossless.base.attention import GROUPED
+from lossless.base.linears import FourBitLinear, StoredLinear
+from lossless.base.packed import dense, is_packed, packed_twin
+from lossless.errors import UsageError
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
+from lossless.models import freeze
+
+from .conftest import build_tiny, prompt_ids, tiny_config
+from .test_lossless import both
+
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Kernels as in a new process, with an empty cache."""
+    monkeypatch.setattr(kernels, "cache_dir", lambda: tmp_path)
+    for cached in (kernels.available, kernels._library):
+        cached.cache_clear()
+    yield tmp_path / "kernels"
+    for cached in (kernels.available, kernels._library):
+        cached.cache_clear()
+
+
+def four_bit_linear(outs: int, ins: int, quant_type: str = "nf4", nested: bool = False) -> Linear4bit:
+    module = Linear4bit(ins, outs, compute_dtype=torch.float32, quant_type=quant_type, compress_statistics=nested)
+    module.load_state_dict({"weight": torch.randn(outs, ins), "bias": torch.randn(outs)})
+    return freeze(module.to("cpu"))  # quantized on its way
+
+
+def four_bit_model(seed: int = 5) -> nn.Module:
+    model = build_tiny(seed=seed, hidden=64, inner=128)
+    for name, part in list(model.model.named_modules()):
+        if type(part) is nn.Linear:
+            made = Linear4bit(part.in_features, part.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=False)
+            made.load_state_dict({"weight": part.weight.data})
+            model.model.set_submodule(name, made.to("cpu"))
+    return freeze(model)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(96, 64), (70, 576), (576, 1536), (5, 16)], ids=str)
+def test_a_row_has_the_same_bits_beside_any_number_of_others(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, bias, rows = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype), torch.randn(33, shape[1]).to(dtype)
+    product = StoredLinear.over(nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False))
+    alone = torch.cat([product(row[None, None])[0] for row in rows])
+    for count in range(2, 34):
+        assert torch.equal(torch.cat([product(some) for some in rows.split(count)]), alone), count
+    expected = F.linear(rows.float(), weight.float(), bias.float())
+    assert alone.dtype == dtype
+    assert (alone.float() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.03) * expected.std()
+    assert torch.equal(product.original()(rows), F.linear(rows, weight, bias))
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [kernels._MANY - 1, kernels._MANY])
+def test_many_rows_are_multiplied_by_torch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = kernels._multiply
+    monkeypatch.setattr(kernels, "_multiply", lambda *given: calls.append(len(given[0])) or real(*given))
+    weight, rows = torch.randn(8, 64), torch.randn(count, 64)
+    torch.testing.assert_close(kernels.linear(rows, weight, None), rows @ weight.T)
+    assert calls == [count] * (count < kernels._MANY)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("quant_type", "nested"), [("nf4", False), ("nf4", True), ("fp4", False)])
+@pytest.mark.parametrize("answered", [False, True], ids=["new", "has answered"])
+def test_four_bits_are_those_of_bitsandbytes(quant_type: str, nested: bool, answered: bool) -> None:
+    module, rows = four_bit_linear(96, 128, quant_type, nested), torch.randn(1, 9, 128)
+    expected = dequantize_4bit(module.weight.data, module.weight.quant_state)  # [96, 128]
+    plain = module(rows) if answered else None  # some processors have a kernel with an order of its own
+    product = FourBitLinear(module)
+    rounded = answered and getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+    torch.testing.assert_close(product.weight, expected, rtol=0.005 if rounded else 0, atol=1e-3 if nested and rounded else 1e-6)
+    found = product(rows)
+    torch.testing.assert_close(found, F.linear(rows, product.weight, module.bias), rtol=1e-5, atol=1e-5)
+    for count in range(1, 9):
+        assert torch.equal(torch.cat([product(some) for some in rows.split(count, dim=1)], dim=1), found)
+    again = product.original()
+    assert torch.equal(dequantize_4bit(again.weight.data, again.weight.quant_state), product.weight) or nested
+    if plain is not None:
+        assert (again(rows) - plain).abs().max() < 0.05 * plain.std()
+    assert dense(product)[0].shape == (96, 128)  # type: ignore[index]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("past", [0, 3, 41, 100])
+def test_a_row_attends_to_its_own_path_with_the_bits_that_it_has_alone(past: int, dim: int, dtype: torch.dtype) -> None:
+    heads, kv_heads, parents = 6, 2, [-1, 0, 0, 1, 1, 2, 4, 6]
+    rows, paths = len(parents), []
+    for node in range(rows):
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        paths.append(path)
+    query = torch.randn(1, rows, heads, dim).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(1, kv_heads, past + rows + 5, dim).to(dtype)[:, :, : past + rows] for _ in range(2))
+    for starts in (None, [max(0, past + len(path) - 30) for path in paths], [past] * rows):
+        found = kernels.attend(query, key, value, 0.2, kernels.Paths.of(paths), starts)
+        for node, path in enumerate(paths):
+            seen = [*range(past), *(past + other for other in path)][0 if starts is None else starts[node] :]
+            own = (query[:, :, node : node + 1], key[:, :, seen], value[:, :, seen])
+            assert torch.equal(found[:, node : node + 1], kernels.attend(*own, 0.2, kernels.Paths.of([[0]]))), (node, starts)
+            expected = F.scaled_dot_product_attention(*(t.float() for t in own), scale=0.2, enable_gqa=True).transpose(1, 2)
+            torch.testing.assert_close(found[:, node : node + 1].float(), expected, rtol=1e-2, atol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@needs_kernels
+def test_what_has_no_kernel_is_told_apart() -> None:
+    assert not kernels.multipliable(8, 24, torch.float32)  # inputs in whole vectors
+    assert not kernels.multipliable(8, 32, torch.float16)
+    assert not kernels.multipliable(3, 32, torch.float32)
+    assert not kernels.four_bits_multipliable(8, 96)
+    rows = torch.randn(1, 4, 2, 48)
+    assert not kernels.attendable(rows, rows)  # dimensions in whole vectors
+    assert not kernels.attendable(rows[..., :32].expand(2, -1, -1, -1), rows[..., :32])  # a batch
+    product = StoredLinear.over(nn.Parameter(torch.randn(8, 32).half(), requires_grad=False), None)
+    torch.testing.assert_close(product(torch.ones(1, 32).half()), product.original()(torch.ones(1, 32).half()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_a_four_bit_model_is_packed_accelerated_saved_and_unpacked(do_sample: bool) -> None:
+    model, ids = four_bit_model(), prompt_ids(9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = copy.deepcopy(model)(ids).logits
+    lossless.pack(model)
+    assert is_packed(model)
+    assert sum(isinstance(part, FourBitLinear) for part in model.modules()) == 28
+    assert (model(ids).logits - plain).abs().max() < 0.2 * plain.std()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    assert fast.guarantee.level == "bitwise"
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 40}
+    expected, found = both(fast, ids, 3, **options)
+    assert torch.equal(expected.sequences, found.sequences)
+    assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
+    lossless.unpack(model)
+    assert sum(isinstance(part, Linear4bit) for part in model.modules()) == 28
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert (model(ids).logits - plain).abs().max() < 0.2 * plain.std()
+
+
+@needs_kernels
+def test_a_four_bit_base_has_a_twin_that_decodes_as_it_multiplies() -> None:
+    model = four_bit_model()
+    twin = packed_twin(model)
+    assert twin is not None
+    assert sum(isinstance(part, FourBitLinear) for part in twin.modules()) == 28
+    assert not is_packed(model)
+
+
+@needs_kernels
+def test_a_packed_models_attention_is_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    real = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda query, *rest: rows.append(query.shape[2]) or real(query, *rest))
+    model = lossless.pack(build_tiny(seed=5, hidden=128, inner=160))  # heads of 32
+    assert model.config._attn_implementation == GROUPED
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    fast.adaptive = False
+    rows.clear()
+    expected, found = both(fast, prompt_ids(9))
+    assert torch.equal(expected, found)
+    assert rows.count(1) >= 4
+    assert max(rows) > 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_a_sliding_window_is_kept_to(do_sample: bool) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, sliding_window=7,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = lossless.pack(freeze(MistralForCausalLM(config)))
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    assert fast.guarantee.level == "bitwise"
+    fast.adaptive = False
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 40}
+    expected, found = both(fast, prompt_ids(5), 3, **options)
+    assert torch.equal(expected.sequences, found.sequences)
+    assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
+
+
+@needs_kernels
+def test_kernels_are_compiled_once_and_a_broken_file_is_made_anew(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.available()
+    (made,) = afresh.iterdir()
+    when = made.stat().st_mtime_ns
+    for cached in (kernels.available, kernels._library):
+        cached.cache_clear()
+    assert kernels.available()
+    assert made.stat().st_mtime_ns == when
+    elsewhere = afresh.parent / "elsewhere"
+    broken = elsewhere / "kernels" / made.name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"cut")
+    monkeypatch.setattr(kernels, "cache_dir", lambda: elsewhere)
+    for cached in (kernels.available, kernels._library):
+        cached.cache_clear()
+    assert kernels.available()
+    assert broken.stat().st_size == made.stat().st_size
+    assert list(broken.parent.iterdir()) == [broken]
+
+
+@needs_kernels
+def test_a_cache_that_cannot_be_written_to_costs_a_compilation(afresh: Path) -> None:
+    afresh.write_text("a file where the folder would be")
+    assert kernels.available()
+
+
+@pytest.mark.parametrize("compiler", ["", "no-such-compiler", "false"])
+def test_without_a_compiler_there_are_none_and_the_rest_serves(afresh: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSSLESS_CC", compiler)
+    assert not kernels.available()
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    expected, found = both(fast, prompt_ids())
+    assert torch.equal(expected, found)
+    with pytest.raises(UsageError, match="4 bits \\(with gcc\\)"):
+        lossless.pack(build_tiny().to(torch.float64))
+
+
+def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_multiply", lambda rows, *_: rows.new_zeros(len(rows), 70))
+    assert not kernels._right()
