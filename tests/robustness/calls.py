@@ -183,7 +183,7 @@ def make(seed: int, number: int) -> Case:
     if rng.random() < 0.08:
         name = rng.choice(list(_SENSELESS))
         fixed[name] = rng.choice(_SENSELESS[name])
-    kinds = [kind for kind in ("streamer", "criterion", "processor", "allowed", "stop", "advancing", "cache", "embeds") if rng.random() < 0.08]
+    kinds = [kind for kind in ("streamer", "criterion", "processor", "allowed", "stop", "advancing", "cache", "embeds") if rng.random() < 0.1]
     breaks_at = rng.randint(1, 25) if rng.random() < 0.3 else None
     error = rng.choice((Broken, KeyboardInterrupt))
     stops = rng.choice((None, None, 4, 11))
@@ -204,8 +204,7 @@ def make(seed: int, number: int) -> Case:
             witnesses.append(criterion := Lengths(breaks, stops))
             given["stopping_criteria"] = StoppingCriteriaList([criterion])
         processors: list[Any] = [Tilt(width + (breaks_at or 0), error if breaks_at else None)] if "processor" in kinds else []
-        # near-tie, which padding brings with it, may ask twice about a position
-        if "advancing" in kinds and fast.guarantee.level == "bitwise" and (mask is None or bool(mask.all())):
+        if "advancing" in kinds:
             witnesses.append(advancing := Advancing())
             processors.append(advancing)
         if processors:
