@@ -102,7 +102,8 @@ class AcceleratedModel:
 
         What is not served (beams, assistants, caches of a fixed size, attentions or hidden states as output; in
         batches also a passed-in cache, streamers, scores, and processors or criteria of your own, whose sequences might
-        depend on each other; under near-tie processors of your own, which might not bear to be asked twice) goes to the base's own `generate`, with one warning for each reason.
+        depend on each other; under near-tie processors of your own, which might not bear to be asked twice) goes to the base's own
+        `generate`, with one warning for each reason.
         """
         with self._turn.lock:
             if self._turn.taken:  # by a processor, criterion or streamer of the call that is being served

@@ -24,8 +24,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .base import kernels
-from .base.attention import SDPA, grouped
-from .rows import RowCall, in_pieces, one_by_one
+from .base.attention import GROUPED, SDPA, grouped
+from .rows import AloneRows, in_pieces, one_by_one
 from .sight import Reach, Sight
 
 ATTENTION = "lossless_streams"
@@ -73,8 +73,7 @@ class Pass:
     nodes: torch.Tensor | None = None  # [m] main rows that speculate
     cache: Any = None
     keeps_bits: bool = False  # main rows are to have the bits of the base's own passes
-    alone: list[RowCall] | None = None  # how each main row is read alone, if it would be a pass of one row
-    paths: kernels.Paths | None = None  # the same for a packed model's attention
+    alone: AloneRows | None = None  # main rows that are read as passes of one row
     rotaries: list[tuple[RotaryCall, Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window
     entry: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] at layer N - N_s
@@ -145,15 +144,14 @@ def _attend(
     if plan.main is not None:
         keys = key.shape[2] - (query.shape[2] - rows)
         main = (query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]) if query.shape[2] > rows else (query, key, value)
-        if plan.alone is not None and plan.paths is not None and kernels.attendable(*main[:2]) and kwargs.get("position_bias") is None:
-            past, limited = main[1].shape[2] - rows, reach.window is not None or reach.chunk is not None
-            starts = [reach.first(past + call.length - 1) for call in plan.alone] if limited else None
-            outputs.append(kernels.attend(*main, kwargs.get("scaling"), plan.paths, starts))
-        elif plan.alone is not None:
-            attend = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
-            outputs.append(one_by_one(attend, *main, plan.alone, lambda length: reach.first(length - 1)))
-        else:
+        if plan.alone is None:
             outputs.append(_masked(plan, plan.main, reach, module, kwargs, *main))
+        elif plan.implementation == GROUPED and kwargs.get("position_bias") is None and kernels.attendable(*main[:2]):
+            starts = None if reach == Reach() else [reach.first(length - 1) for length in plan.alone.lengths(keys - rows)]
+            outputs.append(kernels.attend(*main, kwargs.get("scaling"), plan.alone.tensors, starts))
+        else:
+            attend = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
+            outputs.append(one_by_one(attend, *main, plan.alone.calls, lambda length: reach.first(length - 1)))
     if plan.stream is not None and query.shape[2] > rows:  # not in the lower layers
         outputs.append(_masked(plan, plan.stream, reach, module, kwargs, query[:, :, rows:], key, value))
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+from .base.kernels import Paths
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,27 @@ def row_calls(paths: Sequence[Sequence[int]]) -> list[RowCall]:
             standing[depth] = node
         calls.append(RowCall(writes, len(path)))
     return calls
+
+
+@dataclass(frozen=True)
+class AloneRows:
+    """Rows of a pass that are to be read as if each were a pass of its own; for each, the rows from the root of the tree to itself."""
+
+    paths: Sequence[Sequence[int]]
+
+    @cached_property
+    def calls(self) -> list[RowCall]:
+        """For an attention that takes one row at a time."""
+        return row_calls(self.paths)
+
+    @cached_property
+    def tensors(self) -> Paths:
+        """For one that takes all of them."""
+        return Paths.of(self.paths)
+
+    def lengths(self, past: int) -> list[int]:
+        """Of each row's text."""
+        return [past + len(path) for path in self.paths]
 
 
 def one_by_one(

@@ -38,8 +38,7 @@ from .anatomy import (
     shares_position_bias,
     uses_attention_interface,
 )
-from .base.attention import GROUPED, SDPA
-from .base.kernels import Paths
+from .base.attention import SDPA
 from .base.packed import model_bytes
 from .base.structure import structure_of
 from .cache import RowCache
@@ -58,7 +57,7 @@ from .passes import (
     named,
     note_rotary,
 )
-from .rows import row_calls
+from .rows import AloneRows
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
 
 
@@ -178,9 +177,7 @@ class StreamRunner:
         plan.keeps_bits = self.limits is not None and unpadded
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         if not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention)):
-            paths = [[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()]
-            plan.alone = row_calls(paths)
-            plan.paths = Paths.of(paths) if self.implementation == GROUPED else None
+            plan.alone = AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
 
         def begin(entry: torch.Tensor) -> None:
             chosen: Any = nodes(entry) if callable(nodes) else nodes

@@ -85,6 +85,15 @@ def test_many_rows_are_multiplied_by_torch(count: int, monkeypatch: pytest.Monke
 
 
 @needs_kernels
+def test_gradients_flow_to_rows_through_torch() -> None:
+    stored = StoredLinear.over(nn.Parameter(torch.randn(8, 64), requires_grad=False), None)
+    for product in (stored, FourBitLinear(four_bit_linear(8, 64))):
+        rows = torch.randn(3, 64, requires_grad=True)
+        product(rows).sum().backward()
+        torch.testing.assert_close(rows.grad, product.weight.sum(0).expand(3, -1))
+
+
+@needs_kernels
 @pytest.mark.parametrize(("quant_type", "nested"), [("nf4", False), ("nf4", True), ("fp4", False)])
 @pytest.mark.parametrize("answered", [False, True], ids=["new", "has answered"])
 def test_four_bits_are_those_of_bitsandbytes(quant_type: str, nested: bool, answered: bool) -> None:

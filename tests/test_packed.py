@@ -56,6 +56,12 @@ def test_a_lone_row_stands_beside_a_copy_of_itself_where_that_keeps_its_bits(mon
     assert counts == [2, 2, 3]
 
 
+def test_gradients_flow_to_rows_of_packed_products() -> None:
+    product, rows = PackedLinear(torch.randn(8, 4), None), torch.randn(3, 4, requires_grad=True)
+    product(rows).sum().backward()
+    torch.testing.assert_close(rows.grad, product.weight.sum(0).expand(3, -1))
+
+
 @pytest.mark.skipif(not products.int8_packable(), reason="torch has no 8-bit products on this machine")
 def test_eight_bits_are_nearly_right() -> None:
     weight, rows = torch.randn(64, 48), torch.randn(2, 5, 48)

@@ -254,7 +254,7 @@ INLINE void add_values(int kind, const void *values, ptrdiff_t stride, ptrdiff_t
 /* Softmax attention of the rows of a draft tree, each over the keys of the past and of the rows on its own path.
 
    query [heads, rows, dim], keys and values [kv_heads, past + rows, dim], by strides in numbers; dim a multiple of 2 * LANES.
-   starts, lengths [rows]: the first key that a row sees, and how many rows its path has; paths [rows, depth].
+   starts, lengths [rows]: the first key that a row sees (NULL: all are seen), and how many rows its path has; paths [rows, depth].
    out [rows, heads, dim]. scratch: [kv_heads * group * rows * (2 * dim + past + depth)] and [threads, 32 * dim] behind it. */
 void lossless_attend(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
                      const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads,
@@ -298,7 +298,7 @@ void lossless_attend(int kind, const void *query, const void *keys, const void *
         /* 3. softmax, lane by lane from the first key that is seen */
 #pragma omp for schedule(static)
         for (ptrdiff_t h = 0; h < heads * rows; h++) {
-            ptrdiff_t r = h / group % rows, start = starts[r], count = past + lengths[r] - start;
+            ptrdiff_t r = h / group % rows, start = starts ? starts[r] : 0, count = past + lengths[r] - start;
             float *score = scores + h * width + start, most = -INFINITY;
             for (ptrdiff_t j = 0; j < count; j++) most = score[j] > most ? score[j] : most;
             f32s total = {};

@@ -108,9 +108,14 @@ def multipliable(outs: int, ins: int, dtype: torch.dtype) -> bool:
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`[..., in]` times `weight` `[out, in]` -> `[..., out]`, in the dtype of the rows; sums are in float32."""
-    if rows.numel() >= _MANY * rows.shape[-1]:
+    if _for_torch(rows):
         return F.linear(rows, weight.to(rows.dtype), bias)
     return _multiply(rows, _KINDS[weight.dtype], weight.contiguous(), None, None, len(weight), bias)
+
+
+def _for_torch(rows: torch.Tensor) -> bool:
+    """Whether torch multiplies them: there are many, or gradients are to flow to them, of which the kernels know nothing."""
+    return rows.numel() >= _MANY * rows.shape[-1] or (rows.requires_grad and torch.is_grad_enabled())
 
 
 def _multiply(
@@ -167,7 +172,7 @@ class FourBits:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows; sums are in float32."""
-        if rows.numel() >= _MANY * rows.shape[-1]:
+        if _for_torch(rows):
             return F.linear(rows.float(), self.dense(), None if bias is None else bias.float()).to(rows.dtype)
         return _multiply(rows, _FOUR_BITS, self.numbers, self.scales, self.code, len(self.numbers), bias)
 
@@ -219,10 +224,11 @@ def attend(
     kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
     out = torch.empty(1, rows, heads, dim, dtype=query.dtype)
     scratch = torch.empty(heads * rows * (2 * dim + past + depth) + threads * 32 * dim)
-    first = torch.tensor(starts, dtype=torch.int32) if starts is not None else torch.zeros(rows, dtype=torch.int32)
+    first = None if starts is None else torch.tensor(starts, dtype=torch.int32)
     strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
     _library().lossless_attend(  # type: ignore[union-attr]
-        _KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(), first.data_ptr(),
+        _KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+        None if first is None else first.data_ptr(),
         paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,
         strides, threads,
     )  # fmt: skip

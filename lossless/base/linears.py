@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
@@ -54,6 +55,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
+        if rows.requires_grad and torch.is_grad_enabled():  # oneDNN's operator lets no gradient through
+            return F.linear(rows, self.weight, self.bias)
         if self.least == 1 or rows.numel() > rows.shape[-1]:
             return products.multiply(rows, self.packed, self.bias)
         both = products.multiply(rows.reshape(1, -1).expand(self.least, -1), self.packed, self.bias)

@@ -28,8 +28,6 @@ from .linears import FourBitLinear, PackedLinear, StoredLinear, scales_of, store
 from .structure import structure_of
 
 _TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much
-
-
 _STANDING_IN = (PackedLinear, StoredLinear, FourBitLinear)
 
 
