@@ -178,6 +178,7 @@ class AcceleratedModel:
         cache.keep(range(width - cache.length))
         for text, logits in zip(texts, out.logits[:, -1], strict=True):
             text.remember(text.choose_alone(logits))
+            self.stats.emit(text.number, (text.last,), (0,), 0)
         policy = DraftPolicy(self.costs if self.adaptive else None)
         active, streams = self._go_on(texts, out, [out.entry.shape[1] - 1] * len(texts), cache, policy)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
@@ -197,7 +198,7 @@ class AcceleratedModel:
                 walks = [walk(tree, choose) for tree, choose in zip(trees, choices, strict=True)]
                 for text, tree, accepted in zip(active, trees, walks, strict=True):
                     text.remember(accepted.tokens)
-                    self.stats.count(len(tree) - 1, len(accepted.tokens))
+                    self.stats.count(text.number, tree, accepted)
                 emitted = sum(len(accepted.tokens) for accepted in walks) / len(walks)
                 policy.note(*self._cost(trees), emitted, self.stats.draft_s + self.stats.pass_s)
                 # 5. keep the accepted rows; the last choice is the next root
@@ -319,9 +320,9 @@ class AcceleratedModel:
             position = torch.tensor([[place - text.start]], device=device)
             out = self.reader.verify(text.ids[:, place : place + 1].to(device), position, None, cache, None)
             cache.keep([0])
-        self.stats.count_alone(text.ids.shape[1] - text.sound)
-        text.sound = text.ids.shape[1]
+        reread, text.sound = text.ids.shape[1] - text.sound, text.ids.shape[1]
         text.remember(text.choose_alone(out.logits[0, -1]))
+        self.stats.count_alone(text.number, text.last, reread)
         return out
 
     def _go_on(

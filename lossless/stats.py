@@ -1,6 +1,6 @@
 """What a call of `generate` did, counted while it was done.
 
-Knows: counts and seconds. Does not know: how any of it came about.
+Knows: counts, seconds, and what each step emitted. Does not know: how any of it came about.
 """
 
 from __future__ import annotations
@@ -9,6 +9,29 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from .tree import DraftTree
+from .verification import Accepted
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of the decode loop gave one text.
+
+    Attributes:
+        text: which sequence of the batch.
+        tokens: the ids that were emitted.
+        sources: where the draft of each token came from: j for stream j, -1 for the text itself (n-gram), 0 for a token that was
+            not drafted and is the model's own.
+        drafted: nodes proposed, the root not counted.
+        at_s: seconds from the start of the call to the end of the step.
+    """
+
+    text: int
+    tokens: tuple[int, ...]
+    sources: tuple[int, ...]
+    drafted: int
+    at_s: float
 
 
 @dataclass
@@ -28,6 +51,7 @@ class Stats:
         exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
         reread: passes of one row in which choices that were too close to call were made again.
         served: False if the call was handed to the base's own generate.
+        steps: one for each text and step, in order; the first of a text is its prefill. Grows while the call is under way.
     """
 
     texts: int = 0
@@ -44,6 +68,8 @@ class Stats:
     exact: str = "off"
     reread: int = 0
     served: bool = True
+    steps: list[Step] = field(default_factory=list)
+    _started: float = field(default_factory=time.perf_counter)
 
     @property
     def acceptance_length(self) -> float:
@@ -70,13 +96,21 @@ class Stats:
         yield
         setattr(self, part, getattr(self, part) + time.perf_counter() - started)
 
-    def count(self, drafted: int, emitted: int) -> None:
+    def count(self, text: int, tree: DraftTree, accepted: Accepted) -> None:
         """One pass over a tree."""
+        emitted = len(accepted.tokens)
         self.target_passes += 1
-        self.drafted += drafted
+        self.drafted += len(tree) - 1
         self.accepted[emitted] = self.accepted.get(emitted, 0) + 1
+        sources = (*(tree.sources[node] for node in accepted.path[1:]), 0)[:emitted]
+        self.emit(text, accepted.tokens, sources, len(tree) - 1)
 
-    def count_alone(self, rows: int) -> None:
-        """So many passes of one row, for choices that were too close to call."""
+    def count_alone(self, text: int, token: int, rows: int) -> None:
+        """So many passes of one row, for a choice that was too close to call."""
         self.target_passes += rows
         self.reread += rows
+        self.emit(text, (token,), (0,), 0)
+
+    def emit(self, text: int, tokens: tuple[int, ...], sources: tuple[int, ...], drafted: int) -> None:
+        """Tokens that a step gave."""
+        self.steps.append(Step(text, tokens, sources, drafted, time.perf_counter() - self._started))

@@ -24,6 +24,7 @@ class DraftTree:
     Args:
         tokens: token id of each node.
         parents: number of each node's parent, -1 for the root.
+        recalled: nodes that the text itself proposed (n-grams), rather than a stream.
 
     Raises:
         UsageError: no root, a parent that does not stand before its child, or twin siblings.
@@ -31,6 +32,7 @@ class DraftTree:
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
+    recalled: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.parents):
@@ -62,6 +64,11 @@ class DraftTree:
         for parent in self.parents[1:]:
             depths.append(depths[parent] + 1)
         return tuple(depths)
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """Where each node came from: j for stream j, which drafts depth j; -1 for the text itself; 0 for the root."""
+        return tuple(-1 if node in self.recalled else depth for node, depth in enumerate(self.depths))
 
     def mask(self) -> torch.Tensor:
         """`[nodes, nodes]`, True where a node may attend: to its ancestors and to itself."""

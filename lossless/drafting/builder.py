@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..lookup import TextMemory
 from ..tree import DraftTree, blend
@@ -37,6 +37,7 @@ class TreeBuilder:
         self.tokens: list[int] = []  # of each candidate, parents first
         self.parents: list[int] = []  # candidates, -1 for the root
         self.scores: list[float] = []  # log probability of the whole path
+        self.recalled: set[int] = set()  # candidates that owe most of their probability to the memory
         self.frontier = [-1]  # candidates that may have children
         self.paths: list[tuple[int, ...]] = [()]  # the tokens that lead to each of them
         # a row that is less likely to give a token than to cost one is never taken
@@ -53,8 +54,11 @@ class TreeBuilder:
             self.left -= 1
             for row, (parent, path, likely) in enumerate(zip(self.frontier, self.paths, drafted, strict=True)):
                 so_far = 0.0 if parent == -1 else self.scores[parent]
-                for token, score in blend(likely, self.memory.recall(path) if self.memory else None).items():
+                recalled = self.memory.recall(path) if self.memory else None
+                for token, score in blend(likely, recalled).items():
                     if (score := so_far + score) > _NEVER and score >= self._least:
+                        if recalled and token == recalled[0] and recalled[1] > (1 - recalled[1]) * math.exp(likely.get(token, _NEVER)):
+                            self.recalled.add(len(self.tokens))
                         children.append((score, len(self.tokens), row))
                         self.tokens.append(token)
                         self.parents.append(parent)
@@ -87,7 +91,7 @@ class TreeBuilder:
         if self.curve is not None:
             drafting = self.curve.draft_s(self.levels)
             best = best[: best_size([math.exp(self.scores[i]) for i in best], self.curve, drafting)]
-        return plant(root, self.tokens, self.parents, best)
+        return plant(root, self.tokens, self.parents, best, self.recalled)
 
     def _best(self) -> list[int]:
         """Candidates that may become nodes, best first; of equals the first drafted."""
@@ -105,13 +109,16 @@ def best_size(probabilities: Sequence[float], curve: CostCurve, drafting_s: floa
     return size
 
 
-def plant(root: int, tokens: Sequence[int], parents: Sequence[int], chosen: Sequence[int]) -> DraftTree:
+def plant(
+    root: int, tokens: Sequence[int], parents: Sequence[int], chosen: Sequence[int], recalled: Collection[int] = ()
+) -> DraftTree:
     """The tree of the root and some candidates, each of which comes with its parent, and of siblings the likeliest first.
 
     Nodes stand depth first, the likeliest child first: rows that are accepted then mostly stand where they belong.
 
     Args:
         chosen: candidates, likeliest first. A path is never likelier than its parent's, so the best come with their parents.
+        recalled: candidates that the text itself proposed.
     """
     children: dict[int, list[int]] = {}
     for candidate in chosen:
@@ -123,4 +130,5 @@ def plant(root: int, tokens: Sequence[int], parents: Sequence[int], chosen: Sequ
         order.append(candidate)
         waiting += children.get(candidate, [])[::-1]
     node_of = {-1: 0} | {candidate: node for node, candidate in enumerate(order, start=1)}
-    return DraftTree((root, *(tokens[i] for i in order)), (-1, *(node_of[parents[i]] for i in order)))
+    from_the_text = frozenset(node_of[candidate] for candidate in order if candidate in recalled)
+    return DraftTree((root, *(tokens[i] for i in order)), (-1, *(node_of[parents[i]] for i in order)), from_the_text)
