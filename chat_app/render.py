@@ -122,12 +122,10 @@ def verdict(comparison: Comparison) -> str:
 
 def badge(comparison: Comparison) -> str:
     """Whether the tokens are the same, and if not, where they part: Markdown."""
-    one, other = comparison.accelerated, comparison.plain
-    if not (finished(one) and finished(other)):
-        same = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), None)
-        shared = min(len(one.tokens), len(other.tokens))
-        return f"◐ **Not finished** · {shared if same is None else same:,} tokens compared, identical so far"
-    place = comparison.difference
+    one, other, place = comparison.accelerated, comparison.plain, comparison.difference
+    shared = min(len(one.tokens), len(other.tokens))
+    if not (finished(one) and finished(other)) and place in (None, shared):
+        return f"◐ **Not finished**: {count(shared, 'token')} compared, identical so far"
     if place is None:
         return f"✓ **Identical** {len(one.tokens):,}/{len(other.tokens):,} tokens"
     before = quoted("".join(one.pieces[max(0, place - 8) : place])) if place else "the beginning"
