@@ -1,7 +1,8 @@
 """An answer while it is made and after: the steps of the loop, and the figures that follow from them.
 
-Knows: tokens, where each came from, when it came, and what is told of the model. Does not know: how answers are made, pages, or protocols. Every figure is counted from the
-steps of `lossless` (or, for the plain model, from the times at which its tokens came); none is an estimate.
+Knows: tokens, where each came from, when it came, and what is told of the model. Does not know: how answers are made, pages, or
+protocols. Every figure is counted from the steps of `lossless` (or, for the plain model, from the times at which its tokens
+came); none is an estimate.
 """
 
 from __future__ import annotations

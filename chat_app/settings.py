@@ -11,6 +11,7 @@ from lossless.errors import UsageError, require_types
 
 MOST_TOKENS = 4096  # of an answer
 MOST_CHARACTERS = 100_000  # of a message
+MOST_MESSAGES = 200  # of a conversation
 
 
 @dataclass(frozen=True)
