@@ -164,6 +164,26 @@ class Comparison:
     @property
     def speedup(self) -> float | None:
         """Whole answers, the time to the first token included; None if they differ or one was not finished."""
-        if self.difference is not None or not self.accelerated.seconds or not self.plain.seconds:
+        if self.difference is not None or not {self.accelerated.ending, self.plain.ending} <= {"stop", "length"}:
+            return None
+        if not self.accelerated.seconds or not self.plain.seconds:
             return None
         return self.plain.seconds / self.accelerated.seconds
+
+
+@dataclass(frozen=True)
+class Total:
+    """What answers came to in all."""
+
+    answers: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    target_passes: int = 0
+    seconds: float = 0.0
+
+    def plus(self, answer: Answer) -> Total:
+        return Total(
+            self.answers + 1, self.tokens + len(answer.tokens), self.prompt_tokens + answer.prompt_tokens,
+            self.cached_tokens + answer.cached_tokens, self.target_passes + answer.target_passes, self.seconds + answer.seconds,
+        )  # fmt: skip

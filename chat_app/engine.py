@@ -27,14 +27,11 @@ from lossless.generate import AcceleratedModel, accelerate
 from lossless.models import context_limit, device_name, free_memory, load_base, precision
 from lossless.prompts import encode
 
-from .answer import Answer, Comparison, Info, Waiting, Way
+from .answer import Answer, Comparison, Info, Total, Waiting, Way
 from .kept import Conversation, Kept, copied, keepable
 from .progress import Progress
-from .settings import MOST_CHARACTERS, MOST_MESSAGES, Settings
+from .settings import Asked, Settings, TooLong, check_length, check_messages
 from .slot import Job, Slot
-
-Message = dict[str, str]  # "role": system, user or assistant; "content": text
-Asked = Sequence[Message] | str  # a conversation, or a text that is gone on with as it stands
 
 MOST_WAITING = 64  # answers that may be asked for at once
 MOST_LOGPROBS, MOST_TOKENS_WITH_LOGPROBS = 20, 512  # a row of the whole vocabulary is held for each token
@@ -46,10 +43,6 @@ _MEDIAN_OF = 32  # plain answers whose speed is remembered
 _FEWEST_STEPS = 8  # a shorter answer says little of speed
 
 _log = logging.getLogger(__name__)
-
-
-class TooLong(UsageError):
-    """A prompt that leaves no room for an answer."""
 
 
 class Busy(UsageError):
@@ -71,6 +64,7 @@ class Engine:
         self._eos = _ids(model.generation_config.eos_token_id)
         self._kept = Kept(kept_bytes) if keepable(model) else None
         self._plain_speeds: deque[float] = deque(maxlen=_MEDIAN_OF)
+        self._totals: dict[tuple[str, str], Total] = {}
         self._slot = Slot()
         self.close = weakref.finalize(self, self._slot.close)  # at the latest when the process ends
 
@@ -83,6 +77,22 @@ class Engine:
     def waiting(self) -> int:
         """Answers that wait or are being made."""
         return len(self._slot)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of keys and values that are kept between turns."""
+        return 0 if self._kept is None else self._kept.nbytes
+
+    def totals(self) -> dict[tuple[str, str], Total]:
+        """By way and ending, of the answers that were begun."""
+        return dict(self._totals)
+
+    def _count(self, answer: Answer) -> None:
+        """Called in the slot's thread only."""
+        key = (answer.way, str(answer.ending))
+        self._totals[key] = self._totals.get(key, Total()).plus(answer)
+        if answer.way == "plain" and len(answer.steps) >= _FEWEST_STEPS and answer.tokens_per_s is not None:
+            self._plain_speeds.append(answer.tokens_per_s)
 
     def conversation(self, most: int = 1) -> Conversation:
         """A new one, which holds nothing yet.
@@ -145,10 +155,10 @@ class Engine:
     def _encode(self, messages: Asked) -> list[int]:
         """The prompt's ids."""
         if isinstance(messages, str):
-            _check_length(messages)
+            check_length(messages)
             ids = list(self.tokenizer(messages)["input_ids"])
         else:
-            _check(messages)
+            check_messages(messages)
             ids = encode(self.tokenizer, messages)
         if not ids:
             raise UsageError("the prompt must not be empty")
@@ -245,14 +255,12 @@ class _Call:
             if cache is not None:
                 tokens = [token for step in part.steps for token in step.tokens]
                 engine._kept.keep(self._conversation, [*self._ids, *tokens], cache)  # type: ignore[union-attr, arg-type]
-            if part.way == "plain" and len(part.steps) >= _FEWEST_STEPS:
-                engine._plain_speeds.append(part.picture().tokens_per_s or 0.0)
         except Exception as error:  # whatever a model stumbles over: the next answer must not suffer from it
             _log.exception("an answer failed")
             what = "out of memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else _first_line(error)
             failure = f"the answer could not be finished: {what}"
-        finally:
-            part.end(failure)
+        part.end(failure)
+        engine._count(part.picture())
 
     @torch.no_grad()
     def _find_margin(self, both: Comparison) -> float | None:
@@ -282,29 +290,6 @@ def _logprobs(logits: Sequence[torch.Tensor], tokens: Sequence[int], most: int) 
         best = known.topk(most)
         found.append((float(known[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))))
     return tuple(found)
-
-
-def _check(messages: Sequence[Message]) -> None:
-    """Raises UsageError for what is no conversation that ends with the user."""
-    if not messages:
-        raise UsageError("there must be at least one message")
-    if len(messages) > MOST_MESSAGES:
-        raise UsageError(f"a conversation may have at most {MOST_MESSAGES} messages, got {len(messages)}")
-    for place, message in enumerate(messages):
-        role = message.get("role")
-        require_one_of(("system", "user", "assistant"), f"the role of message {place + 1}", role)
-        if role == "system" and place:
-            raise UsageError(f"a system message must be the first one, got one as message {place + 1}")
-        if not isinstance(message.get("content"), str):
-            raise UsageError(f"the content of message {place + 1} must be a text, got {type(message.get('content')).__name__}")
-        _check_length(message["content"])
-    if messages[-1]["role"] != "user":
-        raise UsageError(f"the last message must be the user's, got the {messages[-1]['role']}'s")
-
-
-def _check_length(text: str) -> None:
-    if len(text) > MOST_CHARACTERS:
-        raise TooLong(f"a message may have at most {MOST_CHARACTERS} characters, got {len(text)}")
 
 
 def _ids(found: Any) -> frozenset[int]:
