@@ -135,15 +135,13 @@ def _listening(host: str, port: int) -> socket.socket:
 def _with_page(app: Any, engine: Any, key: str | None) -> Any:
     """The page at /; whoever opens it needs the key, too."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    import gradio
-
-    from .page import build
+    from .page import mount
 
     def known(_: str, password: str) -> bool:
         return secrets.compare_digest(password.encode(), (key or "").encode())
 
     auth = {} if key is None else {"auth": known, "auth_message": f"Any name; the password is the key in {KEY_VARIABLE}."}
-    return gradio.mount_gradio_app(app, build(engine), path="/", show_error=True, ssr_mode=False, footer_links=[], **auth)
+    return mount(app, engine, **auth)
 
 
 def _tunnel(port: int) -> str:

@@ -76,25 +76,32 @@ def ask(engine: Any, session: Session, message: str, mode: str, settings: dict[s
         chosen = Settings(**settings)
         messages = session.messages(message, system, at)
         engine.check(messages, chosen)
+        run = session.begin()
+        begun = _begun(engine, session, run, mode, messages, chosen)
     except UsageError as error:
         sentence = f"{str(error)[0].upper()}{str(error)[1:]}."
         yield idle(session) | {"status": render.as_text(sentence), "refused": sentence} | ({} if at is None else {"box": message})
         return
-    run = session.begin()
     session.turns, session.shown = [*keep, turn := Turn(message)], None
     yield idle(session) | {"busy": True, "replay": False, "badge": "", "status": "Reading …"} | ({"box": ""} if at is None else {})
     if mode == COMPARE:
         turn.other = ""
-        yield from _compare(engine, session, run, turn, messages, chosen)
+        yield from _compare(engine, session, run, turn, begun)
     else:
-        yield from _answer(engine, session, run, turn, messages, chosen, "plain" if mode == PLAIN else "accelerated")
+        yield from _answer(engine, session, run, turn, begun)
 
 
-def _answer(
-    engine: Any, session: Session, run: threading.Event, turn: Turn, messages: list[dict[str, str]], settings: Settings, way: str
-) -> Iterator[Picture]:  # fmt: skip
+def _begun(engine: Any, session: Session, run: threading.Event, mode: str, messages: list[dict[str, str]], settings: Settings) -> Iterator[Any]:
+    """The engine's pictures. Raises UsageError if it takes no more."""
+    if mode == COMPARE:
+        return iter(engine.compare(messages, settings, conversation=session.kept, cancelled=run.is_set))
+    way = "plain" if mode == PLAIN else "accelerated"
+    return iter(engine.answer(messages, settings, way=way, conversation=session.kept, cancelled=run.is_set))
+
+
+def _answer(engine: Any, session: Session, run: threading.Event, turn: Turn, pictures: Iterator[Any]) -> Iterator[Picture]:
     pace, last = _Pace(), None
-    for picture in engine.answer(messages, settings, way=way, conversation=session.kept, cancelled=run.is_set):
+    for picture in pictures:
         if session.run is not run:  # another message took its place, or the visitor left
             return
         if isinstance(picture, Waiting):
@@ -135,12 +142,10 @@ def _note(turn: Turn, answer: Answer | None) -> None:
         turn.note = "cut at the most tokens asked for"
 
 
-def _compare(
-    engine: Any, session: Session, run: threading.Event, turn: Turn, messages: list[dict[str, str]], settings: Settings
-) -> Iterator[Picture]:  # fmt: skip
+def _compare(engine: Any, session: Session, run: threading.Event, turn: Turn, pictures: Iterator[Any]) -> Iterator[Picture]:
     pace = _Pace()
     first: Answer | None = None
-    for picture in engine.compare(messages, settings, conversation=session.kept, cancelled=run.is_set):
+    for picture in pictures:
         if session.run is not run:
             return
         if isinstance(picture, Waiting):
@@ -189,7 +194,7 @@ def _side(session: Session, first: Answer, other: Answer | None, plain_per_s: fl
 def result(session: Session, comparison: Comparison, plain_per_s: float | None) -> Picture:
     """A comparison that is over."""
     one, other = comparison.accelerated, comparison.plain
-    ratio = render.compared(comparison)
+    ratio = comparison.speedup
     return idle(session) | {
         "status": "Compared" + (f" · {render.in_words(ratio).lower()}" if ratio else ""),
         "headline": render.verdict(comparison),

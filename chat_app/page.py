@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from . import flow, render, style
+from .answer import Info
 from .session import Session
 from .settings import MOST_CHARACTERS, MOST_TOKENS
 
@@ -47,10 +48,10 @@ def training(model: str) -> str:
     )
 
 
-def about(info: Any) -> str:
+def about(info: Info) -> str:
     """The model and how it runs, on one line: Markdown."""
-    parts = [info.name, info.adapter and f"adapter {info.adapter}", info.precision, "packed" if info.packed else "", info.device, render.count(info.threads, "thread")]
-    parts.append(f"exact: {info.exact}" if info.adapter else "")
+    parts = [info.name, info.adapter and f"adapter: {info.adapter}", info.precision, "packed" if info.packed else "", info.device, render.count(info.threads, "thread")]
+    parts.append(f"exact: {info.exact}" if info.adapter else "no adapter")
     return "# lossless\n\n" + render.as_text(" · ".join(part for part in parts if part))
 
 
@@ -214,10 +215,10 @@ class _LocalOnly:
         await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
 
 
-def mount(app: Any, engine: Any, path: str = "/") -> Any:
-    """The FastAPI app with the page of an engine in it."""
+def mount(app: Any, engine: Any, **auth: Any) -> Any:
+    """The FastAPI app with the page of an engine at /; `auth` and `auth_message` as `gradio.mount_gradio_app` has them."""
     app.add_middleware(_LocalOnly)
     return gr.mount_gradio_app(
-        app, build(engine), path=path, footer_links=[], run_history=False, show_error=True, max_file_size=1, enable_monitoring=False, ssr_mode=False,
-        pwa=False, mcp_server=False, theme=style.theme(), css=style.CSS, js=style.SCRIPT,
+        app, build(engine), path="/", footer_links=[], run_history=False, show_error=True, max_file_size=1, enable_monitoring=False, ssr_mode=False,
+        pwa=False, mcp_server=False, theme=style.theme(), css=style.CSS, js=style.SCRIPT, **auth,
     )  # fmt: skip

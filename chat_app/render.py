@@ -68,11 +68,6 @@ def finished(answer: Answer) -> bool:
     return answer.ending in ("stop", "length")
 
 
-def compared(comparison: Comparison) -> float | None:
-    """The speedup of a comparison; None if the answers differ or one was not finished."""
-    return comparison.speedup if finished(comparison.accelerated) and finished(comparison.plain) else None
-
-
 def in_words(ratio: float) -> str:
     """A speedup as it is read."""
     if ratio < 0.995:
@@ -82,8 +77,9 @@ def in_words(ratio: float) -> str:
 
 def why_slow(answer: Answer) -> str:
     """What the steps say about an answer that was not faster."""
-    if answer.plain_steps * 2 > answer.target_passes:
-        return f"Drafts do not pay on this text: {answer.plain_steps:,} of {count(answer.target_passes, 'step')} were plain steps."
+    steps = len(answer.steps) - 1
+    if answer.plain_steps * 2 > steps:
+        return f"Drafts do not pay on this text: {answer.plain_steps:,} of {count(steps, 'step')} were plain steps."
     gave = number(answer.acceptance_length, 2)
     return f"A pass gave {gave} tokens, too few for what a pass over drafts costs on this machine."
 
@@ -92,8 +88,10 @@ def headline(answer: Answer, plain_per_s: float | None) -> str:
     """One line and one sentence about an answer that is under way or over: Markdown."""
     if answer.ending == "error":
         return f"## No answer\n\n{as_text(answer.why)}"
-    if answer.tokens_per_s is None:
+    if answer.tokens_per_s is None and answer.ending is None:
         return f"## Reading\n\n{count(answer.prompt_tokens, 'token')} of the conversation." if answer.prompt_tokens else "## Reading"
+    if answer.tokens_per_s is None:
+        return f"## {count(len(answer.tokens), 'token')}\n\n{'Stopped before' if answer.ending == 'cancelled' else 'Ended before'} there was a speed."
     stopped = " Stopped by you." if answer.ending == "cancelled" else ""
     if answer.way == "plain":
         return f"## {number(answer.tokens_per_s)} tokens/s\n\nThe model alone, one token a pass.{stopped}"
@@ -108,7 +106,7 @@ def headline(answer: Answer, plain_per_s: float | None) -> str:
 
 def verdict(comparison: Comparison) -> str:
     """Headline of a comparison: Markdown."""
-    ratio = compared(comparison)
+    ratio = comparison.speedup
     if ratio is not None:
         reason = why_slow(comparison.accelerated) if ratio < 1.005 else "The same answer, whole, the time to its first token included."
         return f"## {in_words(ratio)}\n\n{reason}"

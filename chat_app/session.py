@@ -12,9 +12,8 @@ from typing import Any
 from lossless.errors import UsageError
 
 from .answer import Answer, Comparison
-from .settings import MOST_CHARACTERS
 
-MOST_TURNS = 200  # of a conversation
+MOST_TURNS = 100  # of a conversation, unanswered ones as well
 
 
 @dataclass
@@ -67,13 +66,10 @@ class Session:
         """What the model is asked: the turns (before `at`) that were answered, then `message`.
 
         Raises:
-            UsageError: an empty message, or one or a conversation that is too long.
+            UsageError: an empty message, or too many turns.
         """
         if not message.strip():
             raise UsageError("a message must not be empty")
-        for what, text in (("a message", message), ("a system prompt", system)):
-            if len(text) > MOST_CHARACTERS:
-                raise UsageError(f"{what} must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}")
         turns = self.turns[:at]
         if len(turns) >= MOST_TURNS:
             raise UsageError(f"a conversation must have at most {MOST_TURNS} messages: clear it to go on")

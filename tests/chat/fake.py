@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
-from chat_app.answer import Answer, Comparison, Waiting, Way
+from chat_app.answer import Answer, Comparison, Info, Waiting, Way
+from chat_app.settings import check_messages
 from lossless.errors import UsageError
 from lossless.stats import Step
 
@@ -68,15 +68,14 @@ class FakeEngine:
     running: int = 0
 
     def __post_init__(self) -> None:
-        self.info = SimpleNamespace(
-            name="tiny-fake", adapter=self.adapter, precision="float32", device="cpu", threads=2, exact="near-tie", context=2048, packed=False
-        )
+        self.info = Info("tiny-fake", self.adapter, threads=2, exact="near-tie", context=2048)
         self._slot, self._line = threading.Lock(), 0
 
     def conversation(self) -> object:
         return object()
 
     def check(self, messages: list[dict[str, str]], settings: Any) -> None:
+        check_messages(messages)
         words = sum(len(message["content"].split()) for message in messages)
         if words > 400:
             raise UsageError(f"the conversation must have at most 400 tokens, got {words}")
