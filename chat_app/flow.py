@@ -167,7 +167,7 @@ def _compare(engine: Any, session: Session, run: threading.Event, turn: Turn, pi
     if not isinstance(comparison, Comparison):
         yield idle(session) | {"status": "Stopped: nothing to compare.", "badge": ""}
         return
-    yield result(session, comparison, engine.plain_tokens_per_s) | {"busy": True}
+    yield result(session, comparison, engine.plain_tokens_per_s) | {"busy": True, "replay": False}
     if render.finished(comparison.accelerated) and render.finished(comparison.plain):
         yield from _race(session, run, comparison)
         if session.run is not run:
@@ -232,6 +232,7 @@ def _race(session: Session, run: threading.Event, comparison: Comparison) -> Ite
             "twin": _with_last(conversation(session, twin=True), sides[1]),
             "status": f"Replay{faster} · {now:.1f} s · accelerated {_progress(sides[0], one)} · plain {_progress(sides[1], other)}",
             "busy": True,
+            "replay": False,
         }
         if pace.slow_due():
             picture["curves"] = render.curves(sides)

@@ -36,6 +36,12 @@ ABOUT_SIGNS = (
     "“·” is a space, “↵” a new line."
 )
 
+WELCOME = (
+    "## The same words, sooner\n\nAn adapter drafts several tokens at once; the model checks them in one pass and keeps those that it would have chosen. "
+    "Send a message, and its figures stand here while it is answered. *Compare* answers twice, with and without drafts, checks every token, and shows both side by side."
+)
+WELCOME_PLAIN = "## The model alone\n\nSend a message, and the figures of its answer stand here."
+
 
 def training(model: str) -> str:
     """How to get an adapter for a model that has none: Markdown."""
@@ -83,21 +89,21 @@ def build(engine: Any) -> gr.Blocks:
             with gr.Column(scale=9, min_width=320):
                 with gr.Row(elem_id="talks"):
                     looks: dict[str, Any] = {
-                        "show_label": False, "layout": "bubble", "buttons": ["copy"], "sanitize_html": True, "allow_tags": False, "latex_delimiters": [],
+                        "layout": "bubble", "buttons": ["copy"], "sanitize_html": True, "allow_tags": False, "latex_delimiters": [],
                         "feedback_options": None, "elem_classes": "talk", "min_width": 260, "height": "",
                     }  # fmt: skip
                     examples: Any = [{"text": text, "display_text": f"{kind}\n{text}"} for kind, text in EXAMPLES]
-                    chat = gr.Chatbot(label="Conversation", editable="user", placeholder="### What shall it answer?", examples=examples, **looks)
-                    twin = gr.Chatbot(label="The plain model's answers", visible=False, placeholder="### The plain model\n\nThe same message, answered by it alone.", **looks)
+                    chat = gr.Chatbot(label="Accelerated", show_label=False, editable="user", placeholder="### What shall it answer?", examples=examples, **looks)
+                    twin = gr.Chatbot(label="Plain", show_label=True, visible=False, placeholder="### The plain model\n\nThe same message, answered by it alone.", **looks)
                 badge = gr.Markdown("", elem_id="badge", sanitize_html=True, visible=False)
                 with gr.Row(elem_id="line"):
                     status = gr.Markdown("", elem_classes="status", elem_id="status", sanitize_html=True)
                     again = gr.Button("Replay again", size="sm", visible=False, elem_id="again", min_width=110, scale=0)
                     clear = gr.Button("Clear", size="sm", elem_id="clear", min_width=70, scale=0)
-                box = gr.Textbox(
-                    label="Message", placeholder="Message", lines=1, max_lines=8, max_length=MOST_CHARACTERS + 1, submit_btn=True,
-                    elem_id="box", autofocus=True,
-                )  # fmt: skip
+                with gr.Row(elem_id="composer"):
+                    box = gr.Textbox(label="Message", placeholder="Message", lines=1, max_lines=8, max_length=MOST_CHARACTERS + 1, elem_id="box", scale=1)
+                    submit = gr.Button("Send", variant="primary", elem_id="send", min_width=76, scale=0)
+                    stop = gr.Button("Stop", variant="primary", elem_id="stop", min_width=76, scale=0, visible=False)
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
                     system = gr.Textbox(label="System prompt", lines=2, max_length=MOST_CHARACTERS)
                     with gr.Row():
@@ -107,22 +113,22 @@ def build(engine: Any) -> gr.Blocks:
                         most = gr.Slider(1, min(MOST_TOKENS, engine.info.context), value=min(256, engine.info.context), step=1, label="Most tokens", info="Of an answer")
                         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="The same seed draws the same answer")
             with gr.Column(scale=5, min_width=320, elem_id="panel"):
-                headline = gr.Markdown(f"## {render.NONE}\n\nThe speed of an answer stands here.", elem_id="headline", sanitize_html=True)
+                headline = gr.Markdown(WELCOME if fast else WELCOME_PLAIN, elem_id="headline", sanitize_html=True)
                 figures = gr.Markdown("", elem_id="figures", sanitize_html=True)
                 curves = gr.LinePlot(
-                    render.curves([]), x="seconds", y="tokens", color="answer", color_map=style.RUNS, label="Tokens over time", height=210,
-                    x_title="seconds", y_title="tokens", elem_id="curves", buttons=[],
+                    render.curves([]), x="seconds", y="tokens", color="answer", color_map=style.RUNS, label="Tokens over time", height=250,
+                    x_title="seconds", y_title="tokens", color_title=" ", elem_id="curves", buttons=[], visible=False,
                 )  # fmt: skip
                 with gr.Accordion("How drafts fared", open=True, elem_id="drafts"):
-                    acceptance = gr.Markdown("Nothing was drafted yet.", elem_id="acceptance", sanitize_html=True)
+                    acceptance = gr.Markdown("", elem_id="acceptance", sanitize_html=True)
         with gr.Accordion("Where each token came from", open=False, elem_id="origin"):
             gr.Markdown(ABOUT_SIGNS, elem_id="legend")
             tokens = gr.HighlightedText([], color_map=style.SIGNS, show_legend=False, label="Tokens of the last answer", show_label=False, elem_id="tokens")
 
         parts = {
-            "chat": chat, "twin": twin, "status": status, "headline": headline, "figures": figures, "curves": curves, "tokens": tokens, "acceptance": acceptance, "badge": badge,
+            "chat": chat, "twin": twin, "status": status, "headline": headline, "figures": figures, "curves": curves, "tokens": tokens, "acceptance": acceptance, "badge": badge, "box": box,
         }  # fmt: skip
-        shown = [*parts.values(), box, again, state]
+        shown = [*parts.values(), submit, stop, again, state]
 
         def draw(pictures: Iterator[flow.Picture], session: Session) -> Iterator[dict[Any, Any]]:
             """Pictures as what Gradio takes: the parts that changed, by component."""
@@ -130,9 +136,10 @@ def build(engine: Any) -> gr.Blocks:
                 changed: dict[Any, Any] = {parts[name]: value for name, value in picture.items() if name in parts}
                 if "badge" in picture:
                     changed[badge] = gr.update(value=picture["badge"], visible=bool(picture["badge"]))
-                if "busy" in picture or "box" in picture:
-                    busy = {"submit_btn": not picture["busy"], "stop_btn": picture["busy"]} if "busy" in picture else {}
-                    changed[box] = gr.update(**busy, **({"value": picture["box"]} if "box" in picture else {}))
+                if "curves" in picture:
+                    changed[curves] = gr.update(value=picture["curves"], visible=True)
+                if "busy" in picture:
+                    changed |= {submit: gr.update(visible=not picture["busy"]), stop: gr.update(visible=picture["busy"])}
                 if "replay" in picture:
                     changed[again] = gr.update(visible=picture["replay"])
                 if "refused" in picture:
@@ -146,16 +153,16 @@ def build(engine: Any) -> gr.Blocks:
             settings = {"temperature": heat, "top_p": share, "seed": number, "max_tokens": tokens_at_most}
             return draw(flow.ask(engine, session, message, way, settings, prompt or "", at), session)
 
-        def send(message: str, session: Session | None, *rest: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
+        def send(request: gr.Request, message: str, session: Session | None, *rest: Any) -> Iterator[dict[Any, Any]]:
             yield from ask(message, of(session, request), None, rest)
 
-        def example(session: Session | None, *rest: Any, request: gr.Request, data: gr.SelectData) -> Iterator[dict[Any, Any]]:
+        def example(request: gr.Request, data: gr.SelectData, session: Session | None, *rest: Any) -> Iterator[dict[Any, Any]]:
             yield from ask(str(data.value["text"]), of(session, request), None, rest)
 
-        def edit(session: Session | None, *rest: Any, request: gr.Request, data: gr.EditData) -> Iterator[dict[Any, Any]]:
+        def edit(request: gr.Request, data: gr.EditData, session: Session | None, *rest: Any) -> Iterator[dict[Any, Any]]:
             yield from ask(render.as_written(str(data.value)), of(session, request), turn_of(data), rest)
 
-        def retry(session: Session | None, *rest: Any, request: gr.Request, data: gr.RetryData) -> Iterator[dict[Any, Any]]:
+        def retry(request: gr.Request, data: gr.RetryData, session: Session | None, *rest: Any) -> Iterator[dict[Any, Any]]:
             found = of(session, request)
             number = min(turn_of(data), len(found.turns) - 1)
             if number >= 0:
@@ -179,15 +186,15 @@ def build(engine: Any) -> gr.Blocks:
             if (session := visitors.get(str(request.session_hash))) is not None:
                 session.leave()
 
-        box.submit(send, [box, *asked], shown, **long)
+        gr.on([box.submit, submit.click], send, [box, *asked], shown, **long)
         chat.example_select(example, asked, shown, **long)
         chat.edit(edit, asked, shown, **long)
         chat.retry(retry, asked, shown, **long)
         chat.undo(undo, [state], shown, **brief)
-        gr.on([chat.clear, clear.click], wipe, [state], shown, **brief)
+        clear.click(wipe, [state], shown, **brief)
         again.click(play, [state], shown, **long)
-        box.stop(lambda session: session and session.stop(), [state], None, **brief)
-        mode.change(lambda way: gr.update(visible=way == flow.COMPARE), [mode], [twin], **brief)
+        stop.click(lambda session: session and session.stop(), [state], None, **brief)
+        mode.change(lambda way: (gr.update(show_label=way == flow.COMPARE), gr.update(visible=way == flow.COMPARE)), [mode], [chat, twin], **brief)
         shade.click(None, None, None, js=style.SWITCH_SHADE, api_visibility="private")
         page.load(of, [state], [state], **brief)
         page.unload(leave)

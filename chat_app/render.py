@@ -99,7 +99,7 @@ def headline(answer: Answer, plain_per_s: float | None) -> str:
         return f"## Not accelerated\n\nThe model answered alone: {as_text(answer.why)}{stopped}"
     ratio = speedup(answer, plain_per_s)
     if ratio is None:
-        return f"## {number(answer.tokens_per_s)} tokens/s\n\nThe plain model was not yet measured here: *Plain* or *Compare* does.{stopped}"
+        return f"## {number(answer.tokens_per_s)} tokens/s\n\nThe plain model was not yet measured here: send a message in *Plain* or *Compare*.{stopped}"
     reason = why_slow(answer) if ratio < 1.005 else "Against the plain model's tokens/s, as measured on this machine."
     return f"## {in_words(ratio)}\n\n{reason}{stopped}"
 
@@ -139,22 +139,18 @@ def figures(answer: Answer, plain_per_s: float | None) -> str:
     """A Markdown list, one figure an item: the number in bold, then what it is."""
     live = answer.ending is None
     plain = answer.tokens_per_s if answer.way == "plain" and plain_per_s is None else plain_per_s
+    kept = f" ({answer.cached_tokens:,} of {answer.prompt_tokens:,} prompt tokens were kept)" if answer.cached_tokens else ""
     items = [
-        (number(answer.now_per_s() if live else answer.tokens_per_s), "tokens/s now" if live else "tokens/s, this answer"),
+        (number(answer.now_per_s()), "tokens/s now") if live else (f"{len(answer.tokens):,}", "tokens"),
+        (number(answer.tokens_per_s), "tokens/s, this answer"),
         (number(plain), "tokens/s, plain model here"),
-        (number(answer.first_s, 2, " s"), "to the first token"),
-        (f"{len(answer.tokens):,}", "tokens so far" if live else "tokens"),
+        (number(answer.first_s, 2, " s"), f"to the first token{kept}"),
     ]
-    if live:
-        items.insert(1, (number(answer.tokens_per_s), "tokens/s, this answer"))
     if answer.way == "accelerated":
         items += [
-            (number(speedup(answer, plain_per_s), 2, " times"), "speedup of decoding"),
             (number(answer.acceptance_length, 2), "tokens a pass (acceptance length)"),
             (f"{answer.passes_saved:,}", "passes of the model saved"),
         ]
-    if answer.cached_tokens:
-        items.append((f"{answer.cached_tokens:,}", f"of {answer.prompt_tokens:,} prompt tokens known from before"))
     return "\n".join(f"- **{value}** {what}" for value, what in items)
 
 
@@ -227,13 +223,16 @@ def _visible(piece: str) -> str:
 
 
 def curves(answers: Sequence[Answer]) -> pandas.DataFrame:
-    """Tokens over time: columns `seconds`, `tokens` and `answer`, one row for each step of each answer, thinned to 200."""
-    rows: list[tuple[float, int, str]] = []
+    """Tokens over time: columns `seconds`, `tokens` and `answer`, one row for each step of each answer, thinned to 200.
+
+    Both ways are in it from the beginning: a plot gives colours to those that it first sees.
+    """
+    rows: list[tuple[float, int, str]] = [(0.0, 0, "accelerated"), (0.0, 0, "plain")]
     for answer in answers:
         totals = list(accumulate(len(step.tokens) for step in answer.steps))
         points = [(round(step.at_s, 3), total, answer.way) for step, total in zip(answer.steps, totals, strict=True)]
         thin = max(1, -(-len(points) // 200))
-        rows += [(0.0, 0, answer.way), *(p for i, p in enumerate(points) if i % thin == 0 or i == len(points) - 1)]
+        rows += [p for i, p in enumerate(points) if i % thin == 0 or i == len(points) - 1]
     return pandas.DataFrame(rows, columns=["seconds", "tokens", "answer"])
 
 

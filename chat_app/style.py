@@ -51,7 +51,8 @@ def theme() -> themes.Base:
 
 
 CSS = """
-.gradio-container { max-width: 1480px !important; margin: 0 auto !important; padding: 14px 24px 20px !important; }
+.gradio-container { box-sizing: border-box; max-width: 1480px !important; margin: 0 auto !important; padding: 14px 24px 20px !important; }
+.gradio-container > .main { padding: 0 !important; }
 #top { align-items: center; gap: 20px; flex-wrap: wrap; }
 #name h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; margin: 0; }
 #name p { color: var(--body-text-color-subdued); font-size: .82rem; margin: 2px 0 0; }
@@ -64,13 +65,18 @@ CSS = """
 #mode label span { margin: 0; }
 #shade { flex: 0 0 auto; min-width: 40px; width: 40px; padding: 8px; background: none; border: 0; box-shadow: none; font-size: 1.1rem; }
 #body { gap: 28px; align-items: flex-start; }
-.talk { border: 0 !important; background: none !important; height: calc(100dvh - 245px) !important; min-height: 340px; }
+.talk { border: 0 !important; background: none !important; height: calc(100dvh - 272px) !important; min-height: 340px; }
 .talk .message { font-size: .96rem; line-height: 1.6; }
+.talk .example { white-space: pre-line; text-align: left; border: 1px solid var(--border-color-primary); }
+.talk .example:hover, .talk .example:focus-visible { border-color: var(--primary-500); }
+.talk .example *::first-line { font-weight: 600; }
 .status { min-height: 1.7em; padding: 0 4px; } .status p { color: var(--body-text-color-subdued); font-size: .86rem; margin: 0; font-variant-numeric: tabular-nums; }
 #badge { padding: 0 4px; } #badge p { margin: 0; font-size: .95rem; }
-#box { border: 1px solid var(--border-color-primary); border-radius: 18px; background: var(--input-background-fill); box-shadow: 0 2px 14px rgb(0 0 0 / .05); padding: 6px 8px !important; }
+#composer { align-items: flex-end; flex-wrap: nowrap; gap: 6px; border: 1px solid var(--border-color-primary); border-radius: 18px; background: var(--input-background-fill); box-shadow: 0 2px 14px rgb(0 0 0 / .05); padding: 7px; }
+#composer:focus-within { border-color: var(--primary-500); }
+#composer button { border-radius: 12px; padding: 9px 16px; font-size: .92rem; flex: none; }
+#box { background: none; padding: 0 !important; min-width: 0 !important; }
 #box [data-testid=block-info] { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-#box:focus-within { border-color: var(--primary-500); }
 #box textarea { border: 0; background: none; box-shadow: none; font-size: 1rem; line-height: 1.5; }
 #panel { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 18px; padding: 20px 22px; gap: 18px; }
 #headline h2 { font-size: 1.7rem; font-weight: 680; letter-spacing: -.02em; line-height: 1.15; margin: 0 0 6px; color: var(--primary-700); font-variant-numeric: tabular-nums; }
@@ -80,12 +86,19 @@ CSS = """
 #figures li { background: var(--background-fill-secondary); border-radius: 12px; padding: 10px 12px; margin: 0; font-size: .78rem; line-height: 1.3; color: var(--body-text-color-subdued); }
 #figures li strong { display: block; font-size: 1.22rem; font-weight: 640; color: var(--body-text-color); font-variant-numeric: tabular-nums; }
 #figures table, #acceptance table { width: 100%; border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: 0; }
-#figures th, #figures td, #acceptance th, #acceptance td { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 6px 4px; background: none; }
+#figures table, #acceptance table, #figures tr, #acceptance tr, #figures thead, #acceptance thead { border: 0 !important; box-shadow: none; background: none; }
+#figures th, #figures td, #acceptance th, #acceptance td { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: 7px 2px; background: none; font-weight: 400; }
+#figures th, #acceptance th { color: var(--body-text-color-subdued); font-size: .8rem; }
+#figures :is(td, th):not(:first-child), #acceptance :is(td, th):last-child { text-align: right !important; }
+#figures td:nth-child(2) { font-weight: 640; }
 #acceptance td:nth-child(2) { font-family: var(--font-mono); color: var(--primary-600); letter-spacing: -1px; white-space: nowrap; }
 .dark #acceptance td:nth-child(2) { color: var(--primary-400); }
 #acceptance p { font-size: .88rem; line-height: 1.5; margin: 0 0 10px; }
 #legend p { font-size: .82rem; color: var(--body-text-color-subdued); margin: 0; }
-#tokens .textfield { line-height: 2; font-size: .92rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+#tokens .textfield { line-height: 1.9; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+#tokens .token { margin: 0 1px; padding: 1px 3px; border-radius: 5px; color: var(--body-text-color) !important; }
+#tokens .token .label { color: #fff; text-transform: none; font-size: .62rem; padding: 0 3px; margin: 0 0 0 3px; border-radius: 4px; }
+.talk .icon-button-wrapper.top-panel { display: none; }
 #train { border: 1px solid var(--border-color-primary); border-radius: 14px; padding: 14px 18px; }
 footer { display: none !important; }
 @media (max-width: 900px) {
@@ -93,7 +106,8 @@ footer { display: none !important; }
   #body { flex-direction: column; gap: 16px; }
   #body > * { width: 100%; min-width: 0 !important; }
   #talks { flex-direction: column; }
-  .talk { height: 58dvh !important; min-height: 300px; }
+  .talk { flex: none !important; width: 100%; height: 58dvh !important; min-height: 300px; }
+  #line { flex-wrap: wrap; } #line #status { flex: 1 0 100%; }
   #mode { width: 100%; } #mode .wrap { width: 100%; } #mode label { flex: 1; justify-content: center; padding: 8px 6px; }
   #panel { padding: 16px; }
 }
@@ -112,6 +126,9 @@ SCRIPT = f"""
     const chosen = String(document.getSelection());
     if (chosen.includes("{JOINER}")) {{ event.clipboardData.setData("text/plain", clean(chosen)); event.preventDefault(); }}
   }});
+  document.getElementById("shade")?.setAttribute("aria-label", "Light or dark");
+  document.getElementById("badge")?.setAttribute("aria-live", "polite");
+  if (matchMedia("(pointer: fine)").matches) document.querySelector("#box textarea")?.focus();  // elsewhere it would open a keyboard
   const shade = localStorage.getItem("shade");
   if (shade) document.body.classList.toggle("dark", shade === "dark");
 }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,15 @@ REPLY = (
     "```python\ndef fibonacci(n):\n    a, b, numbers = 0, 1, []\n    while len(numbers) < n:\n        numbers.append(a)\n        a, b = b, a + b\n    return numbers\n```\n\n"
     "It takes as many steps as there are numbers."
 )
+
+
+def made(make: Callable[[], Any]) -> Any:
+    """What is made, inside an event loop: outside of one Gradio makes its own for every page, and leaves it open."""
+
+    async def inside() -> Any:
+        return make()
+
+    return asyncio.run(inside())
 
 
 def pieces_of(text: str) -> tuple[str, ...]:

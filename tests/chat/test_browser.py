@@ -17,16 +17,12 @@ from typing import Any
 
 import pytest
 
-from .fake import REPLY, FakeEngine
+from .fake import REPLY, FakeEngine, made
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 pytest.importorskip("gradio", reason="the page needs the extra `chat`")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need Chromium"),
-    # Gradio and uvicorn leave sockets and an event loop to the interpreter's end, which tells of each
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need Chromium")
 
 expect = playwright.expect
 WIDE, PHONE = (1440, 900), (390, 844)
@@ -39,7 +35,7 @@ def served(engine: FakeEngine) -> Iterator[str]:
 
     from chat_app.page import mount
 
-    server = uvicorn.Server(uvicorn.Config(mount(fastapi.FastAPI(), engine), port=0, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(made(lambda: mount(fastapi.FastAPI(), engine)), port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
@@ -104,7 +100,7 @@ class Visitor:
 
     def done(self) -> None:
         expect(self.status).to_contain_text(re.compile("Done|Compared|Stopped"), timeout=30_000)
-        expect(self.page.get_by_role("button", name="Submit")).to_be_visible(timeout=20_000)
+        expect(self.page.get_by_role("button", name="Send")).to_be_visible(timeout=20_000)
 
     @property
     def user(self) -> Any:

@@ -14,7 +14,7 @@ from chat_app.flow import ACCELERATED, COMPARE, PLAIN
 from chat_app.session import MOST_TURNS, Session, Turn
 from chat_app.settings import MOST_CHARACTERS
 
-from .fake import REPLY, FakeEngine
+from .fake import REPLY, FakeEngine, made
 
 GREEDY = {"temperature": 0, "top_p": 1, "seed": 0, "max_tokens": 64}
 
@@ -221,7 +221,7 @@ gradio = pytest.importorskip("gradio", reason="the page needs the extra `chat`")
 def test_no_event_of_the_page_is_an_endpoint() -> None:
     from chat_app.page import build
 
-    info = build(FakeEngine()).get_api_info()
+    info = made(lambda: build(FakeEngine()).get_api_info())
     assert info["named_endpoints"] == {}
     assert info["unnamed_endpoints"] == {}
 
@@ -230,7 +230,7 @@ def test_without_an_adapter_the_page_is_plain_and_says_how_to_train_one() -> Non
     from chat_app.page import build
 
     def parts(engine: FakeEngine) -> tuple[Any, str]:
-        blocks = build(engine).blocks.values()
+        blocks = made(lambda: build(engine)).blocks.values()
         mode = next(block for block in blocks if isinstance(block, gradio.Radio))
         return mode, "\n".join(str(block.value) for block in blocks if isinstance(block, gradio.Markdown))
 
@@ -247,7 +247,7 @@ def test_every_answer_says_that_nothing_is_to_be_fetched_from_elsewhere() -> Non
     from chat_app.page import mount
 
     fastapi, client = pytest.importorskip("fastapi"), pytest.importorskip("fastapi.testclient")
-    page = client.TestClient(mount(fastapi.FastAPI(), FakeEngine())).get("/")
+    page = client.TestClient(made(lambda: mount(fastapi.FastAPI(), FakeEngine()))).get("/")
     assert page.status_code == 200
     assert "img-src 'self'" in page.headers["content-security-policy"]
     assert "fonts.g" not in page.text
