@@ -3,7 +3,7 @@
 Knows: the engine, a session, the order of things, how often to tell. Does not know: Gradio, or what stands where.
 
 A picture has only what changed: `chat` and `twin` (messages), `status`, `headline`, `figures`, `acceptance`, `badge` (Markdown), `curves` (rows
-of a plot), `tokens` (with their signs), `box` (the text that is being written), `busy` (something is under way), `replay` (there is something to
+of a plot), `key` (what its lines are), `tokens` (with their signs), `box` (the text that is being written), `busy` (something is under way), `replay` (there is something to
 replay), `refused` (a sentence).
 """
 
@@ -128,7 +128,7 @@ def _live(session: Session, answer: Answer, plain_per_s: float | None, slow: boo
         "figures": render.figures(answer, plain_per_s),
     }
     if slow:
-        picture |= {"curves": render.curves([answer]), "tokens": render.coloured(answer), "acceptance": render.acceptance(answer)}
+        picture |= {"curves": render.curves([answer]), "key": render.key([answer]), "tokens": render.coloured(answer), "acceptance": render.acceptance(answer)}
     return picture
 
 
@@ -185,7 +185,8 @@ def _side(session: Session, first: Answer, other: Answer | None, plain_per_s: fl
         "figures": render.duel(first, other),
     }
     if slow:
-        picture |= {"curves": render.curves([first] if other is None else [first, other])}
+        sides = [first] if other is None else [first, other]
+        picture |= {"curves": render.curves(sides), "key": render.key(sides)}
         if other is None:
             picture |= {"tokens": render.coloured(first), "acceptance": render.acceptance(first)}
     return picture
@@ -202,6 +203,7 @@ def result(session: Session, comparison: Comparison, plain_per_s: float | None) 
         "acceptance": render.acceptance(one),
         "badge": render.badge(comparison),
         "curves": render.curves([one, other]),
+        "key": render.key([one, other]),
         "tokens": render.coloured(one),
         "replay": render.finished(one) and render.finished(other),
     }
@@ -235,7 +237,7 @@ def _race(session: Session, run: threading.Event, comparison: Comparison) -> Ite
             "replay": False,
         }
         if pace.slow_due():
-            picture["curves"] = render.curves(sides)
+            picture |= {"curves": render.curves(sides), "key": render.key(sides)}
         yield picture
         run.wait(BEAT_S)
 

@@ -119,6 +119,7 @@ def build(engine: Any) -> gr.Blocks:
                     render.curves([]), x="seconds", y="tokens", color="answer", color_map=style.RUNS, label="Tokens over time", height=250,
                     x_title="seconds", y_title="tokens", color_title=" ", elem_id="curves", buttons=[], visible=False,
                 )  # fmt: skip
+                key = gr.Markdown("", elem_id="key", sanitize_html=True)
                 with gr.Accordion("How drafts fared", open=True, elem_id="drafts"):
                     acceptance = gr.Markdown("", elem_id="acceptance", sanitize_html=True)
         with gr.Accordion("Where each token came from", open=False, elem_id="origin"):
@@ -126,7 +127,7 @@ def build(engine: Any) -> gr.Blocks:
             tokens = gr.HighlightedText([], color_map=style.SIGNS, show_legend=False, label="Tokens of the last answer", show_label=False, elem_id="tokens")
 
         parts = {
-            "chat": chat, "twin": twin, "status": status, "headline": headline, "figures": figures, "curves": curves, "tokens": tokens, "acceptance": acceptance, "badge": badge, "box": box,
+            "chat": chat, "twin": twin, "status": status, "headline": headline, "figures": figures, "curves": curves, "key": key, "tokens": tokens, "acceptance": acceptance, "badge": badge, "box": box,
         }  # fmt: skip
         shown = [*parts.values(), submit, stop, again, state]
 

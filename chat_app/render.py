@@ -236,6 +236,12 @@ def curves(answers: Sequence[Answer]) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=["seconds", "tokens", "answer"])
 
 
+def key(answers: Sequence[Answer]) -> str:
+    """What the lines of the plot are, by where they end: Markdown, the accelerated one in italics, the plain one in bold."""
+    marks = {"accelerated": "*", "plain": "**"}
+    return " · ".join(f"{marks[a.way]}{a.way}{marks[a.way]} {count(len(a.tokens), 'token')} in {a.seconds:.2f} s" for a in answers)
+
+
 def until(answer: Answer, at_s: float) -> Answer:
     """The answer as it was so many seconds after the call."""
     steps = tuple(step for step in answer.steps if step.at_s <= at_s)

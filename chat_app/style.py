@@ -65,7 +65,7 @@ CSS = """
 #mode label span { margin: 0; }
 #shade { flex: 0 0 auto; min-width: 40px; width: 40px; padding: 8px; background: none; border: 0; box-shadow: none; font-size: 1.1rem; }
 #body { gap: 28px; align-items: flex-start; }
-.talk { border: 0 !important; background: none !important; height: calc(100dvh - 272px) !important; min-height: 340px; }
+.talk { border: 0 !important; background: none !important; height: calc(100dvh - 318px) !important; min-height: 340px; }
 .talk .message { font-size: .96rem; line-height: 1.6; }
 .talk .example { white-space: pre-line; text-align: left; border: 1px solid var(--border-color-primary); }
 .talk .example:hover, .talk .example:focus-visible { border-color: var(--primary-500); }
@@ -75,7 +75,8 @@ CSS = """
 #composer { align-items: flex-end; flex-wrap: nowrap; gap: 6px; border: 1px solid var(--border-color-primary); border-radius: 18px; background: var(--input-background-fill); box-shadow: 0 2px 14px rgb(0 0 0 / .05); padding: 7px; }
 #composer:focus-within { border-color: var(--primary-500); }
 #composer button { border-radius: 12px; padding: 9px 16px; font-size: .92rem; flex: none; }
-#box { background: none; padding: 0 !important; min-width: 0 !important; }
+#box textarea { background: none !important; }
+#box { background: none !important; padding: 0 !important; min-width: 0 !important; }
 #box [data-testid=block-info] { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 #box textarea { border: 0; background: none; box-shadow: none; font-size: 1rem; line-height: 1.5; }
 #panel { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 18px; padding: 20px 22px; gap: 18px; }
@@ -91,8 +92,14 @@ CSS = """
 #figures th, #acceptance th { color: var(--body-text-color-subdued); font-size: .8rem; }
 #figures :is(td, th):not(:first-child), #acceptance :is(td, th):last-child { text-align: right !important; }
 #figures td:nth-child(2) { font-weight: 640; }
+#key p { font-size: .82rem; color: var(--body-text-color-subdued); margin: -14px 0 0; font-variant-numeric: tabular-nums; }
+#key em, #key strong { font-style: normal; font-weight: 600; color: var(--body-text-color); }
+#key em::before, #key strong::before { content: "━ "; } #key em::before { color: RUN-accelerated; } #key strong::before { color: RUN-plain; }
 #acceptance td:nth-child(2) { font-family: var(--font-mono); color: var(--primary-600); letter-spacing: -1px; white-space: nowrap; }
-.dark #acceptance td:nth-child(2) { color: var(--primary-400); }
+.dark #key p { font-size: .82rem; color: var(--body-text-color-subdued); margin: -14px 0 0; font-variant-numeric: tabular-nums; }
+#key em, #key strong { font-style: normal; font-weight: 600; color: var(--body-text-color); }
+#key em::before, #key strong::before { content: "━ "; } #key em::before { color: RUN-accelerated; } #key strong::before { color: RUN-plain; }
+#acceptance td:nth-child(2) { color: var(--primary-400); }
 #acceptance p { font-size: .88rem; line-height: 1.5; margin: 0 0 10px; }
 #legend p { font-size: .82rem; color: var(--body-text-color-subdued); margin: 0; }
 #tokens .textfield { line-height: 1.9; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -107,12 +114,15 @@ footer { display: none !important; }
   #body > * { width: 100%; min-width: 0 !important; }
   #talks { flex-direction: column; }
   .talk { flex: none !important; width: 100%; height: 58dvh !important; min-height: 300px; }
-  #line { flex-wrap: wrap; } #line #status { flex: 1 0 100%; }
+  #line { flex-wrap: wrap; } #line #status { flex: 1 1 150px; min-width: 0 !important; }
   #mode { width: 100%; } #mode .wrap { width: 100%; } #mode label { flex: 1; justify-content: center; padding: 8px 6px; }
   #panel { padding: 16px; }
+  #top { position: relative; } #name { padding-right: 44px; } #shade { position: absolute; top: -6px; right: -6px; }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """
+for _run, _colour in RUNS.items():
+    CSS = CSS.replace(f"RUN-{_run}", _colour)
 
 # what is copied goes without the word joiners of `render.as_text`; the shade is kept between visits
 SCRIPT = f"""

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,12 +25,16 @@ REPLY = (
 
 
 def made(make: Callable[[], Any]) -> Any:
-    """What is made, inside an event loop: outside of one Gradio makes its own for every page, and leaves it open."""
+    """What is made, inside an event loop: outside of one Gradio makes its own for every page, and leaves it open.
+
+    The loop has a thread of its own, since playwright's runs in this one.
+    """
 
     async def inside() -> Any:
         return make()
 
-    return asyncio.run(inside())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(inside())).result()
 
 
 def pieces_of(text: str) -> tuple[str, ...]:

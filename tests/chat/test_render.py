@@ -24,7 +24,7 @@ def test_text_has_no_markup_left_and_comes_back_as_it_was(text: str) -> None:
 
 
 def test_plain_text_is_left_alone() -> None:
-    for text in ("a < b && c > d", "x <- 3", "wow! [a](b)", "R&D; **bold** `code`", REPLY):
+    for text in ("a < b && c > d", "x <- 3", "wow! [a](b)", "R&D **bold** `code`", REPLY):
         assert render.as_text(text) == text
 
 
