@@ -2,9 +2,9 @@
 
 Knows: the engine, a session, the order of things, how often to tell. Does not know: Gradio, or what stands where.
 
-A picture has only what changed: `chat` and `twin` (messages), `status`, `headline`, `figures`, `acceptance`, `badge` (Markdown), `curves` (rows
-of a plot), `key` (what its lines are), `tokens` (with their signs), `box` (the text that is being written), `busy` (something is under way), `replay` (there is something to
-replay), `refused` (a sentence).
+A picture has only what changed: `chat` and `twin` (messages), `status`, `headline`, `figures`, `acceptance`, `badge` (Markdown), `curves`
+(rows of a plot), `key` (what its lines are), `tokens` (with their signs), `box` (the text that is being written), `busy` (something is
+under way), `replay` (there is something to replay), `refused` (a sentence).
 """
 
 from __future__ import annotations
@@ -66,7 +66,15 @@ def idle(session: Session) -> Picture:
     return {"chat": conversation(session), "twin": conversation(session, twin=True), "busy": False}
 
 
-def ask(engine: Any, session: Session, message: str, mode: str, settings: dict[str, Any], system: str = "", at: int | None = None) -> Iterator[Picture]:
+def blank() -> Picture:
+    """What is told of an answer, when there is none."""
+    empty = dict.fromkeys(("status", "badge", "figures", "key", "acceptance"), "")
+    return empty | {"replay": False, "tokens": [], "curves": render.curves([])}
+
+
+def ask(
+    engine: Any, session: Session, message: str, mode: str, settings: dict[str, Any], system: str = "", at: int | None = None
+) -> Iterator[Picture]:  # fmt: skip
     """Answer a message; with `at`, in place of that turn and all behind it.
 
     What is refused changes nothing, and stays in the box.
@@ -91,7 +99,9 @@ def ask(engine: Any, session: Session, message: str, mode: str, settings: dict[s
         yield from _answer(engine, session, run, turn, begun)
 
 
-def _begun(engine: Any, session: Session, run: threading.Event, mode: str, messages: list[dict[str, str]], settings: Settings) -> Iterator[Any]:
+def _begun(
+    engine: Any, session: Session, run: threading.Event, mode: str, messages: list[dict[str, str]], settings: Settings
+) -> Iterator[Any]:  # fmt: skip
     """The engine's pictures. Raises UsageError if it takes no more."""
     if mode == COMPARE:
         return iter(engine.compare(messages, settings, conversation=session.kept, cancelled=run.is_set))
@@ -128,7 +138,8 @@ def _live(session: Session, answer: Answer, plain_per_s: float | None, slow: boo
         "figures": render.figures(answer, plain_per_s),
     }
     if slow:
-        picture |= {"curves": render.curves([answer]), "key": render.key([answer]), "tokens": render.coloured(answer), "acceptance": render.acceptance(answer)}
+        picture |= {"curves": render.curves([answer]), "key": render.key([answer])}
+        picture |= {"tokens": render.coloured(answer), "acceptance": render.acceptance(answer)}
     return picture
 
 
@@ -159,7 +170,8 @@ def _compare(engine: Any, session: Session, run: threading.Event, turn: Turn, pi
         else:
             turn.other = picture.text
             if pace.due() and first is not None:
-                yield _side(session, first, picture, engine.plain_tokens_per_s, pace.slow_due()) | {"twin": conversation(session, twin=True)}
+                twin = {"twin": conversation(session, twin=True)}
+                yield _side(session, first, picture, engine.plain_tokens_per_s, pace.slow_due()) | twin
     if session.run is not run:
         return
     comparison = session.shown

@@ -1,7 +1,7 @@
 """The chat page: which parts it has, where they stand, and which of them answers to what.
 
-Knows: Gradio, and the pictures of `flow`. Does not know: models, or how a figure comes about. What a visitor has stands in a `Session`; nothing but
-the engine is shared between two of them.
+Knows: Gradio, and the pictures of `flow`. Does not know: models, or how a figure comes about. What a visitor has stands in a
+`Session`; nothing but the engine is shared between two of them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import flow, render, style
-from .answer import Info
+from . import flow, render, style, words
 from .session import Session
 from .settings import MOST_CHARACTERS, MOST_TOKENS
 
@@ -21,50 +20,12 @@ SESSION_S = 3600  # a session that nothing was asked in for so long is forgotten
 AT_ONCE = 24  # answers that wait for the engine or are made; what comes beyond waits in Gradio's own queue
 MOST_WAITING = 64
 
-EXAMPLES = (
-    ("Code", "Write a Python function that returns the first n Fibonacci numbers as a list."),
-    ("List", "List the twelve months of the year, each with its number of days."),
-    ("Count", "Count from 1 to 60, separated by commas."),
-    ("Rewrite", "Repeat this text and correct its spelling: Their are many raesons to lern a new langage. It opens doors, it sharpens the mind, and it is fun."),
-    ("Harder: free verse", "Write a short poem about the sea at night, without rhymes."),
-    ("Harder: invention", "Invent three words that do not exist, and say what each means."),
-)
-
-ABOUT_SIGNS = (
-    "Every token with the sign of where it came from: **0** the model's own choice, **1**, **2**, … drafted by that stream of the adapter, "
-    "**t** drafted from the text itself. Every draft here equalled the model's choice. One pass of the model gave the tokens up to and with each **0**. "
-    "“·” is a space, “↵” a new line."
-)
-
-WELCOME = (
-    "## The same words, sooner\n\nAn adapter drafts several tokens at once; the model checks them in one pass and keeps those that it would have chosen. "
-    "Send a message, and its figures stand here while it is answered. *Compare* answers twice, with and without drafts, checks every token, and shows both side by side."
-)
-WELCOME_PLAIN = "## The model alone\n\nSend a message, and the figures of its answer stand here."
-
-
-def training(model: str) -> str:
-    """How to get an adapter for a model that has none: Markdown."""
-    name = render.as_text(model)
-    return (
-        f"**{name}** has no adapter yet, so it answers alone. Three commands make one and open this page with it:\n\n```bash\n"
-        f"lossless distill --model {name} --prompts tatsu-lab/alpaca --self-drawn 2000 --answer-tokens 3000000 --batch-size 64 --out runs/answers\n"
-        f"lossless train --model {name} --data runs/answers --out runs/adapter --steps 3000 --visit-every 3\n"
-        f"python -m chat_app --model {name} --adapter runs/adapter\n```"
-    )
-
-
-def about(info: Info) -> str:
-    """The model and how it runs, on one line: Markdown."""
-    parts = [info.name, info.adapter and f"adapter: {info.adapter}", info.precision, "packed" if info.packed else "", info.device, render.count(info.threads, "thread")]
-    parts.append(f"exact: {info.exact}" if info.adapter else "no adapter")
-    return "# lossless\n\n" + render.as_text(" · ".join(part for part in parts if part))
-
 
 def build(engine: Any) -> gr.Blocks:
     """The page of an engine; how it looks comes with `mount`."""
     fast = bool(engine.info.adapter)
     visitors: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
+    welcome = words.WELCOME if fast else words.WELCOME_PLAIN
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     long: dict[str, Any] = hidden | {"concurrency_limit": AT_ONCE, "concurrency_id": "answers"}
     brief: dict[str, Any] = hidden | {"queue": False}
@@ -77,14 +38,12 @@ def build(engine: Any) -> gr.Blocks:
     with gr.Blocks(title="lossless", analytics_enabled=False, fill_width=True) as page:
         state = gr.State(None, time_to_live=SESSION_S, delete_callback=lambda session: session and session.leave())
         with gr.Row(elem_id="top"):
-            gr.Markdown(about(engine.info), elem_id="name", sanitize_html=True)
+            gr.Markdown(words.about(engine.info), elem_id="name", sanitize_html=True)
             mode = gr.Radio(
-                [flow.ACCELERATED, flow.PLAIN, flow.COMPARE], value=flow.ACCELERATED if fast else flow.PLAIN, interactive=fast, label="How to answer", show_label=False,
-                container=False, elem_id="mode",
+                [flow.ACCELERATED, flow.PLAIN, flow.COMPARE], value=flow.ACCELERATED if fast else flow.PLAIN, interactive=fast,
+                label="How to answer", show_label=False, container=False, elem_id="mode",
             )  # fmt: skip
             shade = gr.Button("◐", elem_id="shade", min_width=40)
-        if not fast:
-            gr.Markdown(training(engine.info.name), elem_id="train", sanitize_html=True)
         with gr.Row(elem_id="body"):
             with gr.Column(scale=9, min_width=320):
                 with gr.Row(elem_id="talks"):
@@ -92,16 +51,20 @@ def build(engine: Any) -> gr.Blocks:
                         "layout": "bubble", "buttons": ["copy"], "sanitize_html": True, "allow_tags": False, "latex_delimiters": [],
                         "feedback_options": None, "elem_classes": "talk", "min_width": 260, "height": "",
                     }  # fmt: skip
-                    examples: Any = [{"text": text, "display_text": f"{kind}\n{text}"} for kind, text in EXAMPLES]
-                    chat = gr.Chatbot(label="Accelerated", show_label=False, editable="user", placeholder="### What shall it answer?", examples=examples, **looks)
-                    twin = gr.Chatbot(label="Plain", show_label=True, visible=False, placeholder="### The plain model\n\nThe same message, answered by it alone.", **looks)
+                    examples: Any = [{"text": text, "display_text": f"{kind}\n{text}"} for kind, text in words.EXAMPLES]
+                    chat = gr.Chatbot(
+                        label="Accelerated", show_label=False, editable="user", placeholder=words.ASK, examples=examples, **looks
+                    )
+                    twin = gr.Chatbot(label="Plain", show_label=True, visible=False, placeholder=words.TWIN, **looks)
                 badge = gr.Markdown("", elem_id="badge", sanitize_html=True, visible=False)
                 with gr.Row(elem_id="line"):
                     status = gr.Markdown("", elem_classes="status", elem_id="status", sanitize_html=True)
                     again = gr.Button("Replay again", size="sm", visible=False, elem_id="again", min_width=110, scale=0)
                     clear = gr.Button("Clear", size="sm", elem_id="clear", min_width=70, scale=0)
                 with gr.Row(elem_id="composer"):
-                    box = gr.Textbox(label="Message", placeholder="Message", lines=1, max_lines=8, max_length=MOST_CHARACTERS + 1, elem_id="box", scale=1)
+                    box = gr.Textbox(
+                        label="Message", placeholder="Message", lines=1, max_lines=6, max_length=MOST_CHARACTERS + 1, elem_id="box", scale=1
+                    )
                     submit = gr.Button("Send", variant="primary", elem_id="send", min_width=76, scale=0)
                     stop = gr.Button("Stop", variant="primary", elem_id="stop", min_width=76, scale=0, visible=False)
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -110,10 +73,13 @@ def build(engine: Any) -> gr.Blocks:
                         temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest token, always")
                         top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="Tokens that make up so much are drawn from")
                     with gr.Row():
-                        most = gr.Slider(1, min(MOST_TOKENS, engine.info.context), value=min(256, engine.info.context), step=1, label="Most tokens", info="Of an answer")
+                        room = min(MOST_TOKENS, engine.info.context)
+                        most = gr.Slider(1, room, value=min(256, room), step=1, label="Most tokens", info="Of an answer")
                         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="The same seed draws the same answer")
             with gr.Column(scale=5, min_width=320, elem_id="panel"):
-                headline = gr.Markdown(WELCOME if fast else WELCOME_PLAIN, elem_id="headline", sanitize_html=True)
+                if not fast:
+                    gr.Markdown(words.training(engine.info.name), elem_id="train", sanitize_html=True)
+                headline = gr.Markdown(welcome, elem_id="headline", sanitize_html=True)
                 figures = gr.Markdown("", elem_id="figures", sanitize_html=True)
                 curves = gr.LinePlot(
                     render.curves([]), x="seconds", y="tokens", color="answer", color_map=style.RUNS, label="Tokens over time", height=250,
@@ -123,11 +89,14 @@ def build(engine: Any) -> gr.Blocks:
                 with gr.Accordion("How drafts fared", open=True, elem_id="drafts"):
                     acceptance = gr.Markdown("", elem_id="acceptance", sanitize_html=True)
         with gr.Accordion("Where each token came from", open=False, elem_id="origin"):
-            gr.Markdown(ABOUT_SIGNS, elem_id="legend")
-            tokens = gr.HighlightedText([], color_map=style.SIGNS, show_legend=False, label="Tokens of the last answer", show_label=False, elem_id="tokens")
+            gr.Markdown(words.SIGNS, elem_id="legend")
+            tokens = gr.HighlightedText(
+                [], color_map=style.SIGNS, show_legend=False, label="Tokens of the last answer", show_label=False, elem_id="tokens"
+            )
 
         parts = {
-            "chat": chat, "twin": twin, "status": status, "headline": headline, "figures": figures, "curves": curves, "key": key, "tokens": tokens, "acceptance": acceptance, "badge": badge, "box": box,
+            "chat": chat, "twin": twin, "status": status, "headline": headline, "figures": figures, "curves": curves, "key": key,
+            "tokens": tokens, "acceptance": acceptance, "badge": badge, "box": box,
         }  # fmt: skip
         shown = [*parts.values(), submit, stop, again, state]
 
@@ -138,7 +107,7 @@ def build(engine: Any) -> gr.Blocks:
                 if "badge" in picture:
                     changed[badge] = gr.update(value=picture["badge"], visible=bool(picture["badge"]))
                 if "curves" in picture:
-                    changed[curves] = gr.update(value=picture["curves"], visible=True)
+                    changed[curves] = gr.update(value=picture["curves"], visible=bool(picture["curves"].tokens.any()))
                 if "busy" in picture:
                     changed |= {submit: gr.update(visible=not picture["busy"]), stop: gr.update(visible=picture["busy"])}
                 if "replay" in picture:
@@ -172,16 +141,19 @@ def build(engine: Any) -> gr.Blocks:
         def undo(session: Session | None, request: gr.Request, data: gr.UndoData) -> Iterator[dict[Any, Any]]:
             found = of(session, request)
             message = found.take_back(turn_of(data))
-            yield from draw(iter([flow.idle(found) | {"box": message, "status": "", "badge": "", "replay": False}]), found)
+            yield from draw(iter([flow.idle(found) | flow.blank() | {"headline": welcome, "box": message}]), found)
 
         def wipe(session: Session | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
             found = of(session, request)
             found.clear()
-            yield from draw(iter([flow.idle(found) | {"status": "", "badge": "", "replay": False}]), found)
+            yield from draw(iter([flow.idle(found) | flow.blank() | {"headline": welcome}]), found)
 
         def play(session: Session | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
             found = of(session, request)
             yield from draw(flow.replay(engine, found), found)
+
+        def show_twin(way: str) -> tuple[Any, Any]:
+            return gr.update(show_label=way == flow.COMPARE), gr.update(visible=way == flow.COMPARE)
 
         def leave(request: gr.Request) -> None:
             if (session := visitors.get(str(request.session_hash))) is not None:
@@ -195,7 +167,7 @@ def build(engine: Any) -> gr.Blocks:
         clear.click(wipe, [state], shown, **brief)
         again.click(play, [state], shown, **long)
         stop.click(lambda session: session and session.stop(), [state], None, **brief)
-        mode.change(lambda way: (gr.update(show_label=way == flow.COMPARE), gr.update(visible=way == flow.COMPARE)), [mode], [chat, twin], **brief)
+        mode.change(show_twin, [mode], [chat, twin], **brief)
         shade.click(None, None, None, js=style.SWITCH_SHADE, api_visibility="private")
         page.load(of, [state], [state], **brief)
         page.unload(leave)
@@ -217,7 +189,8 @@ class _LocalOnly:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", style.LOCAL_ONLY.encode()), (b"referrer-policy", b"no-referrer")]
+                policy = [(b"content-security-policy", style.LOCAL_ONLY.encode()), (b"referrer-policy", b"no-referrer")]
+                message["headers"] = [*message.get("headers", ()), *policy]
             await send(message)
 
         await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
@@ -227,6 +200,6 @@ def mount(app: Any, engine: Any, **auth: Any) -> Any:
     """The FastAPI app with the page of an engine at /; `auth` and `auth_message` as `gradio.mount_gradio_app` has them."""
     app.add_middleware(_LocalOnly)
     return gr.mount_gradio_app(
-        app, build(engine), path="/", footer_links=[], run_history=False, show_error=True, max_file_size=1, enable_monitoring=False, ssr_mode=False,
-        pwa=False, mcp_server=False, theme=style.theme(), css=style.CSS, js=style.SCRIPT, **auth,
+        app, build(engine), path="/", footer_links=[], run_history=False, show_error=True, max_file_size=1,
+        enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=style.theme(), css=style.CSS, js=style.SCRIPT, **auth,
     )  # fmt: skip

@@ -91,7 +91,8 @@ def headline(answer: Answer, plain_per_s: float | None) -> str:
     if answer.tokens_per_s is None and answer.ending is None:
         return f"## Reading\n\n{count(answer.prompt_tokens, 'token')} of the conversation." if answer.prompt_tokens else "## Reading"
     if answer.tokens_per_s is None:
-        return f"## {count(len(answer.tokens), 'token')}\n\n{'Stopped before' if answer.ending == 'cancelled' else 'Ended before'} there was a speed."
+        ended = "Stopped" if answer.ending == "cancelled" else "Ended"
+        return f"## {count(len(answer.tokens), 'token')}\n\n{ended} before there was a speed."
     stopped = " Stopped by you." if answer.ending == "cancelled" else ""
     if answer.way == "plain":
         return f"## {number(answer.tokens_per_s)} tokens/s\n\nThe model alone, one token a pass.{stopped}"
@@ -99,7 +100,8 @@ def headline(answer: Answer, plain_per_s: float | None) -> str:
         return f"## Not accelerated\n\nThe model answered alone: {as_text(answer.why)}{stopped}"
     ratio = speedup(answer, plain_per_s)
     if ratio is None:
-        return f"## {number(answer.tokens_per_s)} tokens/s\n\nThe plain model was not yet measured here: send a message in *Plain* or *Compare*.{stopped}"
+        unknown = "The plain model was not yet measured here: send a message in *Plain* or *Compare*."
+        return f"## {number(answer.tokens_per_s)} tokens/s\n\n{unknown}{stopped}"
     reason = why_slow(answer) if ratio < 1.005 else "Against the plain model's tokens/s, as measured on this machine."
     return f"## {in_words(ratio)}\n\n{reason}{stopped}"
 
@@ -140,8 +142,9 @@ def figures(answer: Answer, plain_per_s: float | None) -> str:
     live = answer.ending is None
     plain = answer.tokens_per_s if answer.way == "plain" and plain_per_s is None else plain_per_s
     kept = f" ({answer.cached_tokens:,} of {answer.prompt_tokens:,} prompt tokens were kept)" if answer.cached_tokens else ""
+    made = len(answer.tokens)
     items = [
-        (number(answer.now_per_s()), "tokens/s now") if live else (f"{len(answer.tokens):,}", "tokens"),
+        (number(answer.now_per_s()), "tokens/s now") if live else (f"{made:,}", "token" if made == 1 else "tokens"),
         (number(answer.tokens_per_s), "tokens/s, this answer"),
         (number(plain), "tokens/s, plain model here"),
         (number(answer.first_s, 2, " s"), f"to the first token{kept}"),
@@ -178,11 +181,13 @@ def acceptance(answer: Answer) -> str:
     if answer.way == "plain" or length is None:
         return "The plain model gives one token a pass."
     lines = [
-        f"Each pass of the model gave **{length:.2f}** tokens on average: its own choice and the drafts before it that equalled its choices. "
+        f"Each pass of the model gave **{length:.2f}** tokens on average: its own choice and the drafts before it that equalled its "
+        "choices. "
         f"The plain model gives one. {answer.passes_saved:,} of {len(answer.tokens):,} passes were saved."
     ]
     if shares := answer.accepted_at_depth():
-        bars = [f"| {depth} | {'█' * round(share * 12)}{'░' * (12 - round(share * 12))} | {share:.0%} |" for depth, share in enumerate(shares, 1)]
+        full = [round(share * 12) for share in shares]
+        bars = [f"| {d} | {'█' * n}{'░' * (12 - n)} | {share:.0%} |" for d, (n, share) in enumerate(zip(full, shares, strict=True), 1)]
         lines.append("\n".join(["| depth | drafts accepted | of steps |", "|:--|:--|--:|", *bars]))
     elif answer.served:
         lines.append("No step took drafts.")

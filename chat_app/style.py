@@ -11,8 +11,9 @@ from gradio import themes
 from .render import JOINER, OWN, RECALLED, STREAM_SIGNS
 
 ACCENT = themes.Color(
-    name="teal", c50="#effaf7", c100="#d5f2ea", c200="#ade4d6", c300="#79cfbc", c400="#45b29e", c500="#259683", c600="#16786a", c700="#146157", c800="#144d46",
-    c900="#13403b", c950="#062522",
+    name="teal",
+    c50="#effaf7", c100="#d5f2ea", c200="#ade4d6", c300="#79cfbc", c400="#45b29e", c500="#259683", c600="#16786a", c700="#146157",
+    c800="#144d46", c900="#13403b", c950="#062522",
 )  # fmt: skip
 
 RUNS = {"accelerated": "#259683", "plain": "#c2762b"}  # of the plot; both read on white and on black
@@ -51,7 +52,10 @@ def theme() -> themes.Base:
 
 
 CSS = """
-.gradio-container { box-sizing: border-box; max-width: 1480px !important; margin: 0 auto !important; padding: 14px 24px 20px !important; }
+.gradio-container {
+  box-sizing: border-box; width: 100% !important; max-width: 1480px !important; margin: 0 auto !important;
+  padding: 14px 24px 20px !important;
+}
 .gradio-container > .main { padding: 0 !important; }
 #top { align-items: center; gap: 20px; flex-wrap: wrap; }
 #name h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -.01em; margin: 0; }
@@ -59,7 +63,9 @@ CSS = """
 #mode { padding: 0 !important; flex: 0 0 auto; min-width: 0; width: auto; }
 #mode .wrap { gap: 2px; background: var(--background-fill-secondary); border-radius: 12px; padding: 3px; flex-wrap: nowrap; }
 #mode label { border: 0; box-shadow: none; background: none; padding: 7px 15px; border-radius: 9px; font-size: .9rem; }
-#mode label.selected { background: var(--block-background-fill); color: var(--body-text-color); font-weight: 600; box-shadow: 0 1px 3px rgb(0 0 0 / .16); }
+#mode label.selected {
+  background: var(--block-background-fill); color: var(--body-text-color); font-weight: 600; box-shadow: 0 1px 3px rgb(0 0 0 / .16);
+}
 #mode label:focus-within { outline: 2px solid var(--primary-500); }
 #mode input { position: absolute; opacity: 0; width: 1px; height: 1px; }
 #mode label span { margin: 0; }
@@ -70,43 +76,70 @@ CSS = """
 .talk .example { white-space: pre-line; text-align: left; border: 1px solid var(--border-color-primary); }
 .talk .example:hover, .talk .example:focus-visible { border-color: var(--primary-500); }
 .talk .example *::first-line { font-weight: 600; }
-.status { min-height: 1.7em; padding: 0 4px; } .status p { color: var(--body-text-color-subdued); font-size: .86rem; margin: 0; font-variant-numeric: tabular-nums; }
+.status { min-height: 1.7em; padding: 0 4px; }
+.status p { color: var(--body-text-color-subdued); font-size: .86rem; margin: 0; font-variant-numeric: tabular-nums; }
 #badge { padding: 0 4px; } #badge p { margin: 0; font-size: .95rem; }
-#composer { align-items: flex-end; flex-wrap: nowrap; gap: 6px; border: 1px solid var(--border-color-primary); border-radius: 18px; background: var(--input-background-fill); box-shadow: 0 2px 14px rgb(0 0 0 / .05); padding: 7px; }
+#composer {
+  align-items: flex-end; flex-wrap: nowrap; gap: 6px; border: 1px solid var(--border-color-primary); border-radius: 18px;
+  background: var(--input-background-fill); box-shadow: 0 2px 14px rgb(0 0 0 / .05); padding: 7px;
+}
 #composer:focus-within { border-color: var(--primary-500); }
 #composer button { border-radius: 12px; padding: 9px 16px; font-size: .92rem; flex: none; }
-#box textarea { background: none !important; }
+#box, #box * { background: transparent !important; }
 #box { background: none !important; padding: 0 !important; min-width: 0 !important; }
 #box [data-testid=block-info] { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 #box textarea { border: 0; background: none; box-shadow: none; font-size: 1rem; line-height: 1.5; }
-#panel { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 18px; padding: 20px 22px; gap: 18px; }
-#headline h2 { font-size: 1.7rem; font-weight: 680; letter-spacing: -.02em; line-height: 1.15; margin: 0 0 6px; color: var(--primary-700); font-variant-numeric: tabular-nums; }
+#panel {
+  background: var(--block-background-fill); border: 1px solid var(--border-color-primary); border-radius: 18px; padding: 20px 22px;
+  gap: 18px;
+}
+#headline h2 {
+  font-size: 1.7rem; font-weight: 680; letter-spacing: -.02em; line-height: 1.15; margin: 0 0 6px; color: var(--primary-700);
+  font-variant-numeric: tabular-nums;
+}
 .dark #headline h2 { color: var(--primary-300); }
 #headline p { color: var(--body-text-color-subdued); margin: 0; font-size: .9rem; }
-#figures ul { list-style: none; padding: 0; margin: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); gap: 8px; }
-#figures li { background: var(--background-fill-secondary); border-radius: 12px; padding: 10px 12px; margin: 0; font-size: .78rem; line-height: 1.3; color: var(--body-text-color-subdued); }
-#figures li strong { display: block; font-size: 1.22rem; font-weight: 640; color: var(--body-text-color); font-variant-numeric: tabular-nums; }
-#figures table, #acceptance table { width: 100%; border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: 0; }
-#figures table, #acceptance table, #figures tr, #acceptance tr, #figures thead, #acceptance thead { border: 0 !important; box-shadow: none; background: none; }
-#figures th, #figures td, #acceptance th, #acceptance td { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: 7px 2px; background: none; font-weight: 400; }
+#figures ul {
+  list-style: none; padding: 0; margin: 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); gap: 8px;
+}
+#figures li {
+  background: var(--background-fill-secondary); border-radius: 12px; padding: 10px 12px; margin: 0; font-size: .78rem;
+  line-height: 1.3; color: var(--body-text-color-subdued);
+}
+#figures li strong {
+  display: block; font-size: 1.22rem; font-weight: 640; color: var(--body-text-color); font-variant-numeric: tabular-nums;
+}
+#figures table, #acceptance table {
+  width: 100%; border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: 0;
+}
+#figures table, #acceptance table, #figures tr, #acceptance tr, #figures thead, #acceptance thead {
+  border: 0 !important; box-shadow: none; background: none;
+}
+#figures th, #figures td, #acceptance th, #acceptance td {
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: 7px 2px; background: none;
+  font-weight: 400;
+}
 #figures th, #acceptance th { color: var(--body-text-color-subdued); font-size: .8rem; }
 #figures :is(td, th):not(:first-child), #acceptance :is(td, th):last-child { text-align: right !important; }
 #figures td:nth-child(2) { font-weight: 640; }
-#key p { font-size: .82rem; color: var(--body-text-color-subdued); margin: -14px 0 0; font-variant-numeric: tabular-nums; }
+#curves .role-legend { display: none; }
+#key { margin-top: -10px; overflow: visible !important; }
+#key p { font-size: .82rem; color: var(--body-text-color-subdued); margin: 0; font-variant-numeric: tabular-nums; }
 #key em, #key strong { font-style: normal; font-weight: 600; color: var(--body-text-color); }
-#key em::before, #key strong::before { content: "━ "; } #key em::before { color: RUN-accelerated; } #key strong::before { color: RUN-plain; }
+#key em::before, #key strong::before { content: "━ "; }
+#key em::before { color: RUN-accelerated; }
+#key strong::before { color: RUN-plain; }
 #acceptance td:nth-child(2) { font-family: var(--font-mono); color: var(--primary-600); letter-spacing: -1px; white-space: nowrap; }
-.dark #key p { font-size: .82rem; color: var(--body-text-color-subdued); margin: -14px 0 0; font-variant-numeric: tabular-nums; }
-#key em, #key strong { font-style: normal; font-weight: 600; color: var(--body-text-color); }
-#key em::before, #key strong::before { content: "━ "; } #key em::before { color: RUN-accelerated; } #key strong::before { color: RUN-plain; }
-#acceptance td:nth-child(2) { color: var(--primary-400); }
+#drafts:not(:has(#acceptance p)) { display: none; }
+.dark #acceptance td:nth-child(2) { color: var(--primary-400); }
 #acceptance p { font-size: .88rem; line-height: 1.5; margin: 0 0 10px; }
 #legend p { font-size: .82rem; color: var(--body-text-color-subdued); margin: 0; }
 #tokens .textfield { line-height: 1.9; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 #tokens .token { margin: 0 1px; padding: 1px 3px; border-radius: 5px; color: var(--body-text-color) !important; }
 #tokens .token .label { color: #fff; text-transform: none; font-size: .62rem; padding: 0 3px; margin: 0 0 0 3px; border-radius: 4px; }
 .talk .icon-button-wrapper.top-panel { display: none; }
-#train { border: 1px solid var(--border-color-primary); border-radius: 14px; padding: 14px 18px; }
+#train { border: 1px solid var(--border-color-primary); border-radius: 14px; padding: 12px 16px; font-size: .88rem; }
+#train pre { overflow-x: auto; }
 footer { display: none !important; }
 @media (max-width: 900px) {
   .gradio-container { padding: 10px 12px 16px !important; }

@@ -179,6 +179,7 @@ def test_edit_retry_and_undo(arrive: Arrive) -> None:
     visitor.page.get_by_role("button", name="Undo").click()
     expect(visitor.box).to_have_value("say: other words")
     expect(visitor.user).to_have_count(0)
+    expect(visitor.page.locator("#headline")).to_contain_text("The same words, sooner")
 
 
 def test_compare_and_see_the_race_again(arrive: Arrive) -> None:
@@ -231,13 +232,15 @@ def test_two_visitors_do_not_see_each_other(arrive: Arrive) -> None:
     expect(one.page.locator(".talk").first).not_to_contain_text("yours")
 
 
-def test_who_closes_the_page_frees_the_slot(arrive: Arrive, browser: Any, address: str, engine: FakeEngine) -> None:
-    leaver = Visitor(browser, address)
-    leaver.send("say: " + "on and on " * 200)
-    expect(leaver.bot.last).to_contain_text("on and on", timeout=20_000)
-    leaver.context.close()
-    until(lambda: engine.running == 0, seconds=8)
-    arrive().ask("say: my turn")
+def test_who_closes_the_page_frees_the_slot(arrive: Arrive, browser: Any) -> None:
+    engine = FakeEngine(pace=3)  # left alone, the answer would take half a minute
+    with served(engine) as address:
+        leaver = Visitor(browser, address)
+        leaver.send("say: " + "on and on " * 130)
+        expect(leaver.bot.last).to_contain_text("on and on", timeout=20_000)
+        leaver.context.close()
+        until(lambda: engine.running == 0, seconds=8)
+        arrive(address).ask("say: my turn")
 
 
 def test_markup_stays_text(arrive: Arrive) -> None:
@@ -283,8 +286,8 @@ def test_an_example_is_asked_and_the_keyboard_is_enough(arrive: Arrive) -> None:
     visitor.page.get_by_text("Count from 1 to 60").click()
     visitor.done()
     expect(visitor.user.last).to_contain_text("Count from 1 to 60")
-    visitor.page.get_by_label("Accelerated", exact=True).focus()
-    visitor.page.keyboard.press("ArrowRight")
+    visitor.page.get_by_label("Plain", exact=True).focus()
+    visitor.page.keyboard.press("Space")
     expect(visitor.page.get_by_label("Plain", exact=True)).to_be_checked()
     unnamed = visitor.page.evaluate("""[...document.querySelectorAll('button, input, textarea')].filter(e => e.checkVisibility() &&
         !(e.innerText?.trim() || e.ariaLabel || e.title || e.labels?.length)).map(e => e.outerHTML.slice(0, 200))""")
