@@ -24,8 +24,8 @@ from .settings import Settings
 Picture = dict[str, Any]
 
 ACCELERATED, PLAIN, COMPARE = "Accelerated", "Plain", "Compare"
-BEAT_S = 0.09  # between two pictures
-SLOW_BEAT_S = 0.7  # between two pictures of what costs the browser more: the plot and the coloured tokens
+BEAT_S = 0.1  # between two pictures
+SLOW_BEAT_S = 1.0  # between two pictures of what costs the browser more: the plot and the coloured tokens
 LONGEST_REPLAY_S = 20.0
 
 
@@ -56,8 +56,8 @@ def conversation(session: Session, twin: bool = False) -> list[dict[str, str]]:
     for turn in session.turns:
         text = (turn.other or "") if twin else turn.text
         note = "not compared" if twin and turn.other is None else turn.note
-        said = "\n\n".join([render.as_text(text)] * bool(text) + [f"*{note}*"] * bool(note))
-        shown += [{"role": "user", "content": render.as_text(turn.message)}, {"role": "assistant", "content": said or "…"}]
+        said = render.with_note(text, note) or "…"
+        shown += [{"role": "user", "content": render.as_text(turn.message)}, {"role": "assistant", "content": said}]
     return shown
 
 
@@ -90,10 +90,9 @@ def ask(
         sentence = f"{str(error)[0].upper()}{str(error)[1:]}."
         yield idle(session) | {"status": render.as_text(sentence), "refused": sentence} | ({} if at is None else {"box": message})
         return
-    session.turns, session.shown = [*keep, turn := Turn(message)], None
+    session.turns, session.shown = [*keep, turn := Turn(message, other="" if mode == COMPARE else None)], None
     yield idle(session) | {"busy": True, "replay": False, "badge": "", "status": "Reading …"} | ({"box": ""} if at is None else {})
     if mode == COMPARE:
-        turn.other = ""
         yield from _compare(engine, session, run, turn, begun)
     else:
         yield from _answer(engine, session, run, turn, begun)
@@ -193,7 +192,7 @@ def _side(session: Session, first: Answer, other: Answer | None, plain_per_s: fl
     where = "1 of 2, accelerated" if other is None else "2 of 2, plain"
     picture: Picture = {
         "status": f"{where} · {render.status(now, None if other else plain_per_s)}",
-        "headline": render.headline(now, plain_per_s),
+        "headline": render.side(now, next_is_plain=other is None),
         "figures": render.duel(first, other),
     }
     if slow:

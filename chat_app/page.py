@@ -83,7 +83,7 @@ def build(engine: Any) -> gr.Blocks:
                 figures = gr.Markdown("", elem_id="figures", sanitize_html=True)
                 curves = gr.LinePlot(
                     render.curves([]), x="seconds", y="tokens", color="answer", color_map=style.RUNS, label="Tokens over time", height=250,
-                    x_title="seconds", y_title="tokens", color_title=" ", elem_id="curves", buttons=[], visible=False,
+                    x_title="seconds", y_title=" ", color_title=" ", elem_id="curves", buttons=[], visible=False,
                 )  # fmt: skip
                 key = gr.Markdown("", elem_id="key", sanitize_html=True)
                 with gr.Accordion("How drafts fared", open=True, elem_id="drafts"):

@@ -18,8 +18,10 @@ from .answer import Answer, Comparison, Waiting
 NONE = "\N{EN DASH}"  # a figure that was not measured
 JOINER = "\u2060"  # has no width and allows no line break
 MOST_COLOURED = 1200  # tokens; each is an element of the page
+MOST_DEPTHS = 8  # rows of the table; copies of the text itself may go far deeper
 OWN, RECALLED = "0", "t"  # signs of tokens; a draft has the number of its stream
 STREAM_SIGNS = tuple(str(stream) for stream in range(1, 9))
+_FENCE = re.compile(r"^[ ]*(`{3,}|~{3,})", re.MULTILINE)
 _MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)|!(?=\[)")
 
 
@@ -34,6 +36,16 @@ def as_text(text: str) -> str:
 def as_written(text: str) -> str:
     """The inverse of `as_text`, for what comes back from the page."""
     return re.sub(f"([<&!]){JOINER}", r"\1", text)
+
+
+def with_note(text: str, note: str) -> str:
+    """A text of somebody else's as Markdown, and a sentence of ours behind it, outside of a code block that was not closed."""
+    if not note:
+        return as_text(text)
+    opened = ""
+    for fence in _FENCE.findall(text):
+        opened = fence if not opened else "" if fence.startswith(opened) else opened
+    return "\n\n".join([f"{as_text(text)}\n{opened}".rstrip()] * bool(text) + [f"*{note}*"])
 
 
 def quoted(text: str) -> str:
@@ -75,6 +87,10 @@ def in_words(ratio: float) -> str:
     return "As fast as plain" if ratio < 1.005 else f"{ratio:.2f} times as fast"
 
 
+def _stressed(ratio: float) -> str:
+    return f"*{in_words(ratio)}*" if ratio < 0.995 else in_words(ratio)
+
+
 def why_slow(answer: Answer) -> str:
     """What the steps say about an answer that was not faster."""
     steps = len(answer.steps) - 1
@@ -103,7 +119,13 @@ def headline(answer: Answer, plain_per_s: float | None) -> str:
         unknown = "The plain model was not yet measured here: send a message in *Plain* or *Compare*."
         return f"## {number(answer.tokens_per_s)} tokens/s\n\n{unknown}{stopped}"
     reason = why_slow(answer) if ratio < 1.005 else "Against the plain model's tokens/s, as measured on this machine."
-    return f"## {in_words(ratio)}\n\n{reason}{stopped}"
+    return f"## {_stressed(ratio)}\n\n{reason}{stopped}"
+
+
+def side(answer: Answer, next_is_plain: bool) -> str:
+    """Headline while one of two answers is made that are to be compared: Markdown."""
+    about = "With drafts. The plain model answers next." if next_is_plain else "The plain model, for comparison."
+    return f"## {number(answer.tokens_per_s)} tokens/s\n\n{about}"
 
 
 def verdict(comparison: Comparison) -> str:
@@ -111,7 +133,7 @@ def verdict(comparison: Comparison) -> str:
     ratio = comparison.speedup
     if ratio is not None:
         reason = why_slow(comparison.accelerated) if ratio < 1.005 else "The same answer, whole, the time to its first token included."
-        return f"## {in_words(ratio)}\n\n{reason}"
+        return f"## {_stressed(ratio)}\n\n{reason}"
     for answer in (comparison.accelerated, comparison.plain):
         if answer.ending == "error":
             return f"## No comparison\n\nThe {answer.way} answer failed: {as_text(answer.why)}"
@@ -186,9 +208,12 @@ def acceptance(answer: Answer) -> str:
         f"The plain model gives one. {answer.passes_saved:,} of {len(answer.tokens):,} passes were saved."
     ]
     if shares := answer.accepted_at_depth():
+        deepest, shares = len(shares), shares[:MOST_DEPTHS]
         full = [round(share * 12) for share in shares]
         bars = [f"| {d} | {'█' * n}{'░' * (12 - n)} | {share:.0%} |" for d, (n, share) in enumerate(zip(full, shares, strict=True), 1)]
         lines.append("\n".join(["| depth | drafts accepted | of steps |", "|:--|:--|--:|", *bars]))
+        if deepest > MOST_DEPTHS:
+            lines.append(f"The deepest draft that was accepted stood at depth {deepest}.")
     elif answer.served:
         lines.append("No step took drafts.")
     return "\n\n".join(lines)

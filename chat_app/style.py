@@ -85,6 +85,7 @@ CSS = """
 }
 #composer:focus-within { border-color: var(--primary-500); }
 #composer button { border-radius: 12px; padding: 9px 16px; font-size: .92rem; flex: none; }
+#composer .form { background: none; border: 0; box-shadow: none; }
 #box, #box * { background: transparent !important; }
 #box { background: none !important; padding: 0 !important; min-width: 0 !important; }
 #box [data-testid=block-info] { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -97,6 +98,8 @@ CSS = """
   font-size: 1.7rem; font-weight: 680; letter-spacing: -.02em; line-height: 1.15; margin: 0 0 6px; color: var(--primary-700);
   font-variant-numeric: tabular-nums;
 }
+#headline h2 em { font-style: normal; color: #a1591a; }
+.dark #headline h2 em { color: #e2a15e; }
 .dark #headline h2 { color: var(--primary-300); }
 #headline p { color: var(--body-text-color-subdued); margin: 0; font-size: .9rem; }
 #figures ul {

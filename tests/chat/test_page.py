@@ -199,6 +199,7 @@ def test_a_stopped_comparison_has_no_speedup() -> None:
     last: dict[str, Any] = {}
     for picture in pictures:
         last |= picture
+        assert "not compared" not in last["twin"][-1]["content"]
         if picture.get("status", "").startswith("2 of 2"):
             visitor.stop()
     assert "times" not in last["status"]

@@ -9,6 +9,7 @@ import pytest
 
 from chat_app import render
 from chat_app.answer import Answer, Comparison, Waiting
+from lossless.stats import Step
 
 from .fake import PASS_S, REPLY, recorded
 
@@ -26,6 +27,15 @@ def test_text_has_no_markup_left_and_comes_back_as_it_was(text: str) -> None:
 def test_plain_text_is_left_alone() -> None:
     for text in ("a < b && c > d", "x <- 3", "wow! [a](b)", "R&D **bold** `code`", REPLY):
         assert render.as_text(text) == text
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("", "*stopped*"), ("a", "a\n\n*stopped*"), ("```\nx", "```\nx\n```\n\n*stopped*"), ("```\nx\n```\ny", "```\nx\n```\ny\n\n*stopped*"),
+    ("~~~~\n```\n", "~~~~\n```\n\n~~~~\n\n*stopped*"),
+])  # fmt: skip
+def test_a_note_is_no_part_of_the_code_before_it(text: str, shown: str) -> None:
+    assert render.with_note(text, "stopped") == shown
+    assert render.with_note(text, "") == text
 
 
 def test_a_quotation_stays_in_its_code_span() -> None:
@@ -74,6 +84,13 @@ def test_acceptance_by_depth() -> None:
     for depth, share in enumerate(answer.accepted_at_depth(), 1):
         assert re.search(rf"\| {depth} \| .* \| {share:.0%} \|", said)
     assert "No step took drafts" in render.acceptance(recorded(REPLY, drafts=False))
+
+
+def test_a_table_of_depths_is_bounded() -> None:
+    step = Step(0, tuple(range(20)), (*(-1 for _ in range(19)), 0), 19, 1.0)
+    said = render.acceptance(Answer("accelerated", steps=(Step(0, (1,), (0,), 0, 0.5), step)))
+    assert said.count("100%") == render.MOST_DEPTHS
+    assert "depth 19" in said
 
 
 def test_a_comparison_of_equals() -> None:
