@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -240,7 +241,7 @@ def test_a_beginning_of_a_stop_string_is_held_back(engine: Engine) -> None:
     hold.released.set()
     shown += [event.text.split() for event in events if isinstance(event, Answer)]
     assert shown[-1] == words[:12]
-    assert all(later[: len(earlier)] == earlier for earlier, later in zip(shown, shown[1:], strict=False))
+    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(shown))
 
 
 @pytest.mark.parametrize("way", BOTH)
