@@ -50,7 +50,7 @@ class Stats:
             a GPU, which works on its own, only their sum with the rest says something.
         exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
         reread: passes of one row in which choices that were too close to call were made again.
-        served: False if the call was handed to the base's own generate.
+        served: False if the call was handed to the base's own generate; `why` tells the reason.
         steps: one for each text and step, in order; the first of a text is its prefill. Grows while the call is under way.
     """
 
@@ -68,6 +68,7 @@ class Stats:
     exact: str = "off"
     reread: int = 0
     served: bool = True
+    why: str = ""
     steps: list[Step] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
 
