@@ -57,7 +57,7 @@ class Hold:
         self.calls += 1
         if self.calls > self.after:
             self.reached.set()
-            assert self.released.wait(60)
+            assert self.released.wait(20)
         return False
 
 

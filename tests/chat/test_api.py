@@ -282,7 +282,7 @@ def test_metrics(base: Base) -> None:
 def test_a_client_that_goes_away_frees_the_slot(engine: Engine, address: str, in_background: Callable[..., list[Any]], stream: bool) -> None:
     hold = Hold()
     in_background(engine.answer([user("w5")], Settings(max_tokens=2), cancelled=hold))
-    assert hold.reached.wait(60)
+    assert hold.reached.wait(20)
     answered = engine.totals().copy()
     body = BODY | {"max_tokens": 400, "stream": stream}
     with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as link:
@@ -309,7 +309,7 @@ def test_a_client_that_goes_away_midway(base: Base, address: str, engine: Engine
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=BODY | {"max_tokens": 400, "stream": True}) as found:
         lines = found.iter_lines()
         assert next(lines).startswith("data: ")
-        assert hold.reached.wait(60)
+        assert hold.reached.wait(20)
     monkeypatch.undo()
     # the server notices while the model is at a step, and the slot is free at the next one
     time.sleep(1.0)
