@@ -16,7 +16,7 @@ from chat_app.settings import Settings, TooLong
 from lossless.errors import UsageError
 from lossless.models import Base
 
-from .conftest import Hold, assistant, engine_over, expected, last, user
+from .conftest import Hold, assistant, engine_over, expected, last, until, user
 
 GREEDY = Settings(max_tokens=24)
 SAMPLED = Settings(max_tokens=24, temperature=1.0, top_p=0.9, seed=7)
@@ -231,17 +231,18 @@ def test_stop_strings(engine: Engine, base: Base, way: Way) -> None:
     assert answer.tokens[-1] == base.tokenizer.convert_tokens_to_ids(words[9])
 
 
-def test_a_beginning_of_a_stop_string_is_held_back(engine: Engine) -> None:
-    words = last(engine.answer([user("w5")], SAMPLED, "plain")).text.split()
-    hold = Hold(after=9)
-    settings = Settings(max_tokens=12, temperature=1.0, top_p=0.9, seed=7, stop=(f"{words[7]} nothing",))
-    events = engine.answer([user("w5")], settings, "plain", cancelled=hold)
-    assert hold.reached.wait(20) or next(events)
-    shown = [next(events).text.split()]  # type: ignore[union-attr]
+def test_a_beginning_of_a_stop_string_is_held_back(engine: Engine, in_background: Callable[..., list[Any]]) -> None:
+    pieces = last(engine.answer([user("w5")], SAMPLED, "plain")).pieces
+    hold = Hold(after=8)  # once before the first token, and up to the eighth
+    settings = Settings(max_tokens=12, temperature=1.0, top_p=0.9, seed=7, stop=(f"{pieces[7].strip()} nothing",))
+    found = in_background(engine.answer([user("w5")], settings, "plain", cancelled=hold))
+    assert hold.reached.wait(20)
+    until(lambda: bool(found) and len(found[-1].tokens) == 8)
+    assert found[-1].text == "".join(pieces[:7]) + " "
     hold.released.set()
-    shown += [event.text.split() for event in events if isinstance(event, Answer)]
-    assert shown[-1] == words[:12]
-    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(shown))
+    until(lambda: found[-1].ending is not None)
+    assert found[-1].text == "".join(pieces[:12])
+    assert all(later.text.startswith(earlier.text) for earlier, later in pairwise(found))
 
 
 @pytest.mark.parametrize("way", BOTH)
@@ -341,8 +342,7 @@ def test_a_closed_engine_gives_nothing(base: Base, in_background: Callable[..., 
     threading.Timer(0.1, hold.released.set).start()
     engine.close()
     assert last(engine.answer([user("w5")], GREEDY, "plain")).ending == "cancelled"
-    while not (found and waiting):  # the threads have only to be told
-        pass
+    until(lambda: bool(found and waiting))  # the threads have only to be told
     assert found[-1].ending == waiting[-1].ending == "cancelled"
 
 
