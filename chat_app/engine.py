@@ -209,12 +209,13 @@ class _Call:
                         yield part.picture()
                         shown = given
                         part.done.wait(_PICTURE_S)
+                if part is self._parts[-1]:
+                    job.done.wait()  # whoever asks next must not find this job still before it
                 if not part.done.is_set():  # the job is over, and did not come to this
                     part.end()
                 pictures.append(part.picture())
                 yield pictures[-1]
             if len(pictures) == 2:
-                job.done.wait()  # the margin is part of the work
                 yield Comparison(pictures[0], pictures[1], self._margin)
         finally:
             slot.leave(job)
