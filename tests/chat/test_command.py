@@ -99,6 +99,19 @@ def test_it_serves_and_ends_with_one_line(tiny_folder: Path, number: signal.Sign
         assert (process.returncode, error) == (0, "chat_app: ended\n")
 
 
+def test_it_ends_while_an_answer_is_made(tiny_folder: Path) -> None:
+    with running("--model", str(tiny_folder), "--dtype", "float32") as (process, address, _):
+        [model] = httpx.get(f"{address}/v1/models").json()["data"]
+        body = {"model": model["id"], "messages": [{"role": "user", "content": "w5"}], "max_tokens": 4096, "stream": True, "n": 8}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as found:
+            lines = found.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            assert '"message": "the server is ending"' in [line for line in lines if line][-1]
+        _, error = process.communicate(timeout=60)
+        assert (process.returncode, error) == (0, "chat_app: ended\n")
+
+
 def test_with_a_key_others_are_let_in(tiny_folder: Path) -> None:
     with running("--model", str(tiny_folder), "--host", "0.0.0.0", LOSSLESS_API_KEY="secret") as (_, address, said):
         assert "secret" not in said

@@ -264,6 +264,17 @@ def test_the_models_defaults_do_not_decide(engine: Engine, base: Base, way: Way,
     assert [list(last(engine.answer([user("w5")], settings, way)).tokens) for settings in (GREEDY, SAMPLED)] == usual
 
 
+@pytest.mark.filterwarnings("ignore:not accelerated. output_hidden_states:UserWarning")  # said on the server's terminal, too
+def test_what_is_not_accelerated_says_so(engine: Engine, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = expected(base, [user("w5")], SAMPLED)
+    monkeypatch.setattr(base.model.generation_config, "output_hidden_states", True)
+    answer = last(engine.answer([user("w5")], SAMPLED))
+    assert (answer.served, answer.why) == (False, "output_hidden_states was set")
+    assert list(answer.tokens) == whole
+    assert len(answer.steps) == len(whole)
+    assert last(engine.answer([user("w5")], SAMPLED, "plain")).served
+
+
 @pytest.mark.parametrize("way", BOTH)
 def test_logprobs_are_the_models_own(engine: Engine, base: Base, way: Way) -> None:
     answer = last(engine.answer([user("w5")], SAMPLED, way, logprobs=3))
