@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import pytest
 
 from chat_app import flow, render
-from chat_app.answer import Comparison
+from chat_app.answer import Answer, Comparison, Info
+from chat_app.engine import Engine
 from chat_app.flow import ACCELERATED, COMPARE, PLAIN
 from chat_app.session import MOST_TURNS, Session, Turn
 from chat_app.settings import MOST_CHARACTERS
+from lossless.commands import shipped_adapter
+from lossless.generate import accelerate
+from lossless.models import Base
 
 from .fake import REPLY, FakeEngine, made
 
@@ -252,3 +257,27 @@ def test_every_answer_says_that_nothing_is_to_be_fetched_from_elsewhere() -> Non
     assert page.status_code == 200
     assert "img-src 'self'" in page.headers["content-security-policy"]
     assert "fonts.g" not in page.text
+
+
+def test_the_page_on_the_demo_model_shows_what_the_loop_counted(demo: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = accelerate(demo.model, shipped_adapter("demo") or "", demo.tokenizer)
+    engine = Engine(demo.model, demo.tokenizer, fast, Info("demo", "shipped", context=8192))
+    visitor = Session(engine.conversation())
+    with contextlib.closing(engine):
+        for message in ("Name three colours.", "And three more?"):  # the second from kept rows
+            shown = asked(engine, visitor, message, COMPARE)
+            comparison = visitor.shown
+            assert isinstance(comparison, Comparison)
+            assert comparison.difference is None
+            answer, stats = comparison.accelerated, fast.stats
+            assert len(answer.tokens) == stats.tokens > 8
+            assert answer.target_passes == stats.target_passes
+            assert answer.acceptance_length == pytest.approx(stats.acceptance_length)
+            assert answer.tokens_per_s == pytest.approx(stats.tokens_per_s, rel=0.25)  # one clock begins a little before the other
+            assert f"{answer.acceptance_length:.2f}" in shown["figures"]
+            assert f"{len(answer.tokens)}/{len(answer.tokens)}" in shown["badge"]
+        assert answer.cached_tokens > 10
+        asked(engine, visitor, "Again.", ACCELERATED)
+        assert isinstance(visitor.shown, Answer)
+        assert visitor.shown.tokens == tuple(token for step in fast.stats.steps for token in step.tokens)
+        assert engine.plain_tokens_per_s
