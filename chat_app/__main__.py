@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import warnings
 from typing import Any, NoReturn
 
@@ -87,10 +88,21 @@ def _serve(arguments: argparse.Namespace, key: str | None) -> int:
         print(f"{'Endpoint' if arguments.api_only else f'Page {address}/ and endpoint'} {address}/v1{'' if key is None else f', with the key in {KEY_VARIABLE}'}", flush=True)
         if arguments.share:
             print(f"Public {_tunnel(listener.getsockname()[1])}", flush=True)
+        ending = threading.Thread(target=engine.close)
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, *told: Any) -> None:
+                """Answers end first, or the server would wait for them; and that a page is still open is no error then."""
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+                if not self.should_exit:
+                    ending.start()
+                super().handle_exit(*told)
+
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops services ends it as Ctrl-C does
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends in order first, and raises it then
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run(sockets=[listener])
-        engine.close()
+            Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[listener])
+        if ending.is_alive():
+            ending.join()
     print("chat_app: ended", file=sys.stderr)
     return 0
 
@@ -129,21 +141,19 @@ def _listening(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(found[4][:2], family=found[0])
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
+        raise UsageError(f"cannot listen on {host}, port {port}: {error.strerror if (error.errno or 0) <= 0 else os.strerror(error.errno or 0)}") from error
 
 
 def _with_page(app: Any, engine: Any, key: str | None) -> Any:
     """The page at /; whoever opens it needs the key, too."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    import gradio
-
-    from .page import build
+    from .page import mount
 
     def known(_: str, password: str) -> bool:
         return secrets.compare_digest(password.encode(), (key or "").encode())
 
     auth = {} if key is None else {"auth": known, "auth_message": f"Any name; the password is the key in {KEY_VARIABLE}."}
-    return gradio.mount_gradio_app(app, build(engine), path="/", show_error=True, ssr_mode=False, footer_links=[], **auth)
+    return mount(app, engine, **auth)
 
 
 def _tunnel(port: int) -> str:

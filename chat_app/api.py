@@ -101,7 +101,7 @@ def build(engine: Engine, key: str | None = None) -> FastAPI:
 
     @app.exception_handler(UsageError)
     async def mistaken(request: Request, error: UsageError) -> Response:
-        return await refuse(request, refusal(error))
+        return await refuse(request, refusal(error, chat="/chat/" in request.url.path))
 
     @app.exception_handler(StarletteHTTPException)
     async def elsewhere(request: Request, error: HTTPException) -> Response:

@@ -174,25 +174,22 @@ class _Call:
         self, engine: Engine, ids: list[int], settings: Settings, ways: tuple[Way, ...],
         conversation: Conversation | None, cancelled: Callable[[], bool], logprobs: int | None = None,
     ) -> None:  # fmt: skip
-        self._engine, self._ids, self._settings, self._cancelled, self._logprobs = engine, ids, settings, cancelled, logprobs
+        self._engine, self._ids, self._settings, self._logprobs = engine, ids, settings, logprobs
         self._conversation = conversation if engine._kept is not None else None
         self._room = min(settings.max_tokens, engine.info.context - len(ids))
         self._margin: float | None = None
+        self._job = Job(cancelled)
         self._parts = [self._progress(way) for way in ways]
-        self._job: Job | None = None
 
     def _progress(self, way: Way) -> Progress:
         engine = self._engine
         stats = (lambda: engine.fast.stats) if engine.fast is not None and way == "accelerated" else None  # type: ignore[union-attr]
-        return Progress(way, engine.tokenizer, self._settings, self._room, engine._eos, self._given_up, stats)
-
-    def _given_up(self) -> bool:
-        return self._job is not None and self._job.given_up()
+        return Progress(way, engine.tokenizer, self._settings, self._room, engine._eos, self._job.given_up, stats)
 
     def events(self) -> Iterator[Any]:
         """What the caller sees; it makes nothing itself, and may be left at any time."""
-        slot = self._engine._slot
-        self._job = job = slot.join(self._work, self._cancelled)
+        slot, job = self._engine._slot, self._job
+        slot.join(job, self._work)
         try:
             shown_place = 0
             while not job.done.is_set() and (place := slot.place(job)):
@@ -212,17 +209,18 @@ class _Call:
                         yield part.picture()
                         shown = given
                         part.done.wait(_PICTURE_S)
+                if part is self._parts[-1]:
+                    job.done.wait()  # whoever asks next must not find this job still before it
                 if not part.done.is_set():  # the job is over, and did not come to this
                     part.end()
                 pictures.append(part.picture())
                 yield pictures[-1]
             if len(pictures) == 2:
-                job.done.wait()  # the margin is part of the work
                 yield Comparison(pictures[0], pictures[1], self._margin)
         finally:
             slot.leave(job)
 
-    def _work(self, job: Job) -> None:
+    def _work(self) -> None:
         """In the slot's thread."""
         kept = self._engine._kept
         start, rows = kept.find(self._conversation, self._ids) if kept is not None and self._conversation is not None else (None, 0)

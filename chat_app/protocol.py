@@ -36,10 +36,10 @@ class Refusal(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def refusal(error: UsageError) -> Refusal:
+def refusal(error: UsageError, chat: bool = True) -> Refusal:
     """What a client is told of bad input."""
     if isinstance(error, TooLong):
-        return Refusal(str(error), code="context_length_exceeded", param="messages")
+        return Refusal(str(error), code="context_length_exceeded", param="messages" if chat else "prompt")
     if isinstance(error, Busy):
         return Refusal(str(error), 429, "rate_limit_error", code="too_many_requests")
     return Refusal(str(error))

@@ -16,18 +16,17 @@ _log = logging.getLogger(__name__)
 
 
 class Job:
-    """Work that waits for the slot or has it.
+    """Someone in the line. It does not hold the work, so that the work may hold it, and both go as soon as they are over.
 
     Args:
-        work: called once, in the slot's thread, unless the job is given up before.
-        cancelled: asked by the slot before it starts, and by the work as often as it likes.
+        cancelled: asked by the slot before the work starts, and by the work as often as it likes.
 
     Attributes:
         done: set once nothing more will happen.
     """
 
-    def __init__(self, work: Callable[[Job], None], cancelled: Callable[[], bool]) -> None:
-        self.work, self._cancelled = work, cancelled
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        self._cancelled = cancelled
         self.left = False
         self.done = threading.Event()
 
@@ -43,6 +42,7 @@ class Slot:
 
     def __init__(self) -> None:
         self._line: list[Job] = []  # the first one is being worked on
+        self._work: dict[Job, Callable[[], None]] = {}  # of those that wait
         self._changed = threading.Condition()
         self._closed = False
         self._worker = threading.Thread(target=self._serve, name="answers", daemon=True)
@@ -52,16 +52,18 @@ class Slot:
         """Jobs that wait or run."""
         return len(self._line)
 
-    def join(self, work: Callable[[Job], None], cancelled: Callable[[], bool]) -> Job:
-        """Go to the end of the line. In a closed slot a job is done at once, without having run."""
-        job = Job(work, cancelled)
+    def join(self, job: Job, work: Callable[[], None]) -> None:
+        """Go to the end of the line; the work is called once, in the slot's thread, unless the job is given up before.
+
+        In a closed slot a job is done at once, without having run.
+        """
         with self._changed:
             if self._closed:
                 job.done.set()
             else:
                 self._line.append(job)
+                self._work[job] = work
                 self._changed.notify()
-        return job
 
     def place(self, job: Job) -> int:
         """Jobs before this one, the running one included; 0 for the running one, and for one that is done."""
@@ -74,6 +76,7 @@ class Slot:
             job.left = True
             if job in self._line[1:]:
                 self._line.remove(job)
+                del self._work[job]
                 job.done.set()
 
     def close(self) -> None:
@@ -93,13 +96,14 @@ class Slot:
                 if not self._line:
                     return
                 job = self._line[0]
+                work = self._work.pop(job)
             try:
                 if not job.given_up():
-                    job.work(job)
+                    work()
             except Exception:
                 _log.exception("a job failed")  # whoever waits for the next one must not wait for ever
             finally:
                 with self._changed:
                     self._line.remove(job)
                 job.done.set()
-            del job  # or what it holds would be held until the next one comes
+            del job, work  # or what they hold would be held until the next one comes

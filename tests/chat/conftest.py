@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from chat_app.answer import Answer, Info
+from chat_app.answer import Info
 from chat_app.engine import Engine
 from chat_app.settings import Settings
 from lossless.fit import new_adapter
@@ -46,6 +47,15 @@ def last(events: Iterator[Any]) -> Any:
     return found
 
 
+def until(holds: Callable[[], bool]) -> None:
+    """Returns once it does; the test fails if it never does."""
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.05)
+    pytest.fail("what should have happened did not")
+
+
 class Hold:
     """A `cancelled` that lets an answer go on to a certain point, and no further until it is released."""
 
@@ -57,7 +67,7 @@ class Hold:
         self.calls += 1
         if self.calls > self.after:
             self.reached.set()
-            assert self.released.wait(60)
+            assert self.released.wait(20)
         return False
 
 
@@ -93,7 +103,3 @@ def in_background() -> Iterator[Callable[[Iterator[Any]], list[Any]]]:
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-
-
-def same(answer: Answer, tokens: list[int]) -> bool:
-    return list(answer.tokens) == tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from chat_app.settings import Settings, TooLong
 from lossless.errors import UsageError
 from lossless.models import Base
 
-from .conftest import Hold, assistant, engine_over, expected, last, user
+from .conftest import Hold, assistant, engine_over, expected, last, until, user
 
 GREEDY = Settings(max_tokens=24)
 SAMPLED = Settings(max_tokens=24, temperature=1.0, top_p=0.9, seed=7)
@@ -145,7 +146,7 @@ def test_what_is_kept_is_bounded(base: Base) -> None:
 def test_first_come_first_served(engine: Engine, in_background: Callable[..., list[Any]]) -> None:
     hold = Hold()
     first = in_background(engine.answer([user("w5")], GREEDY, cancelled=hold))
-    assert hold.reached.wait(60)
+    assert hold.reached.wait(20)
     others = [engine.answer([user(f"w{number}")], GREEDY) for number in (6, 7, 8)]
     assert [next(events) for events in others] == [Waiting(1), Waiting(2), Waiting(3)]
     assert engine.waiting == 4
@@ -159,7 +160,7 @@ def test_first_come_first_served(engine: Engine, in_background: Callable[..., li
 def test_cancelled_while_waiting(engine: Engine, in_background: Callable[..., list[Any]]) -> None:
     hold, gone = Hold(), threading.Event()
     in_background(engine.answer([user("w5")], GREEDY, cancelled=hold))
-    assert hold.reached.wait(60)
+    assert hold.reached.wait(20)
     events = engine.answer([user("w6")], GREEDY, cancelled=gone.is_set)
     assert next(events) == Waiting(1)
     gone.set()
@@ -193,7 +194,7 @@ def test_closing_frees_the_slot(engine: Engine, base: Base, way: Way) -> None:
     hold = Hold(after=3)
     events = engine.answer([user("w5")], Settings(max_tokens=400), way, cancelled=hold)
     assert isinstance(next(events), Answer)
-    assert hold.reached.wait(60)
+    assert hold.reached.wait(20)
     events.close()  # type: ignore[attr-defined]
     before = engine.totals()[way, "cancelled"].tokens if (way, "cancelled") in engine.totals() else 0
     hold.released.set()
@@ -230,17 +231,18 @@ def test_stop_strings(engine: Engine, base: Base, way: Way) -> None:
     assert answer.tokens[-1] == base.tokenizer.convert_tokens_to_ids(words[9])
 
 
-def test_a_beginning_of_a_stop_string_is_held_back(engine: Engine) -> None:
-    words = last(engine.answer([user("w5")], SAMPLED, "plain")).text.split()
-    hold = Hold(after=9)
-    settings = Settings(max_tokens=12, temperature=1.0, top_p=0.9, seed=7, stop=(f"{words[7]} nothing",))
-    events = engine.answer([user("w5")], settings, "plain", cancelled=hold)
-    assert hold.reached.wait(60) or next(events)
-    shown = [next(events).text.split()]  # type: ignore[union-attr]
+def test_a_beginning_of_a_stop_string_is_held_back(engine: Engine, in_background: Callable[..., list[Any]]) -> None:
+    pieces = last(engine.answer([user("w5")], SAMPLED, "plain")).pieces
+    hold = Hold(after=8)  # once before the first token, and up to the eighth
+    settings = Settings(max_tokens=12, temperature=1.0, top_p=0.9, seed=7, stop=(f"{pieces[7].strip()} nothing",))
+    found = in_background(engine.answer([user("w5")], settings, "plain", cancelled=hold))
+    assert hold.reached.wait(20)
+    until(lambda: bool(found) and len(found[-1].tokens) == 8)
+    assert found[-1].text == "".join(pieces[:7]) + " "
     hold.released.set()
-    shown += [event.text.split() for event in events if isinstance(event, Answer)]
-    assert shown[-1] == words[:12]
-    assert all(later[: len(earlier)] == earlier for earlier, later in zip(shown, shown[1:], strict=False))
+    until(lambda: found[-1].ending is not None)
+    assert found[-1].text == "".join(pieces[:12])
+    assert all(later.text.startswith(earlier.text) for earlier, later in pairwise(found))
 
 
 @pytest.mark.parametrize("way", BOTH)
@@ -260,6 +262,17 @@ def test_the_models_defaults_do_not_decide(engine: Engine, base: Base, way: Way,
     for name, value in {"do_sample": True, "top_k": 1, "min_p": 0.9, "temperature": 0.1, "typical_p": 0.2, "epsilon_cutoff": 0.5}.items():
         monkeypatch.setattr(base.model.generation_config, name, value)
     assert [list(last(engine.answer([user("w5")], settings, way)).tokens) for settings in (GREEDY, SAMPLED)] == usual
+
+
+@pytest.mark.filterwarnings("ignore:not accelerated. output_hidden_states:UserWarning")  # said on the server's terminal, too
+def test_what_is_not_accelerated_says_so(engine: Engine, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = expected(base, [user("w5")], SAMPLED)
+    monkeypatch.setattr(base.model.generation_config, "output_hidden_states", True)
+    answer = last(engine.answer([user("w5")], SAMPLED))
+    assert (answer.served, answer.why) == (False, "output_hidden_states was set")
+    assert list(answer.tokens) == whole
+    assert len(answer.steps) == len(whole)
+    assert last(engine.answer([user("w5")], SAMPLED, "plain")).served
 
 
 @pytest.mark.parametrize("way", BOTH)
@@ -311,7 +324,7 @@ def test_too_long_a_prompt(engine: Engine) -> None:
 def test_too_many_at_once(engine: Engine, in_background: Callable[..., list[Any]]) -> None:
     hold = Hold()
     in_background(engine.answer([user("w5")], GREEDY, cancelled=hold))
-    assert hold.reached.wait(60)
+    assert hold.reached.wait(20)
     waiting = [engine.answer([user("w5")], GREEDY) for _ in range(MOST_WAITING - 1)]
     for events in waiting:
         next(events)
@@ -335,13 +348,12 @@ def test_without_an_adapter_the_only_way_is_the_plain_one(base: Base) -> None:
 def test_a_closed_engine_gives_nothing(base: Base, in_background: Callable[..., list[Any]]) -> None:
     engine, hold = engine_over(base, adapted=False), Hold()
     found = in_background(engine.answer([user("w5")], GREEDY, "plain", cancelled=hold))
-    assert hold.reached.wait(60)
+    assert hold.reached.wait(20)
     waiting = in_background(engine.answer([user("w5")], GREEDY, "plain"))
     threading.Timer(0.1, hold.released.set).start()
     engine.close()
     assert last(engine.answer([user("w5")], GREEDY, "plain")).ending == "cancelled"
-    while not (found and waiting):  # the threads have only to be told
-        pass
+    until(lambda: bool(found and waiting))  # the threads have only to be told
     assert found[-1].ending == waiting[-1].ending == "cancelled"
 
 
