@@ -110,7 +110,7 @@ def _serve(arguments: argparse.Namespace, key: str | None) -> int:
 def _check(arguments: argparse.Namespace, key: str | None) -> None:
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port must be between 0 and 65535, got {arguments.port}")
-    if key is None and not _is_loopback(arguments.host):
+    if key is None and not is_loopback(arguments.host):
         raise UsageError(f"--host {arguments.host} lets other machines in, and that takes a key: set {KEY_VARIABLE}")
     if key is None and arguments.share:
         raise UsageError(f"--share lets everybody in, and that takes a key: set {KEY_VARIABLE}")
@@ -121,7 +121,7 @@ def _check(arguments: argparse.Namespace, key: str | None) -> None:
         raise UsageError(f"{missing[0]} is not installed: pip install 'lossless-streams[chat]' brings it")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
