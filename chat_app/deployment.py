@@ -7,12 +7,12 @@ routed, retried or refused, or how replicas are watched and started anew (Ray Se
 the header `x-session-id`, one value for each conversation, reaches the same replica with every turn: Serve's `ConsistentHashRouter`
 hashes the value, and the proxies need no memory for it (`RAY_SERVE_SESSION_ID_HEADER_KEY` names another header). Requests without it
 are spread by chance. A conversation goes to another replica while its own has `_ONGOING` requests, and for good when a replica comes
-or goes that takes its place: its first turn there is read anew, and the words are the same.
+or goes that takes its place: its first turn there is read anew, with what that means in 16 bits (see `engine`).
 
 **What dies with a replica.** Requests that it was answering get status 500; OpenAI's clients send such a request again, twice by
-default, and it reaches a replica that lives. A stream that has begun ends without `[DONE]`, and no client sends it again by itself.
+default, and it reaches a replica that lives. A stream that has begun is broken off: the client raises, and its caller must ask again.
 
-**Limits.** `/metrics` shows the replica that the request reached; nothing is shared between replicas.
+Nothing is shared between replicas: `/metrics` shows the figures of the replica that answers it.
 
 Serve's proxies listen on loopback by default; where the `http_options` of a config file say otherwise, replicas refuse to start without
 a key. It is read from `LOSSLESS_API_KEY` where `build` runs, and travels to the replicas in Ray's own store.
