@@ -6,6 +6,7 @@ not know: HTTP, or how answers are made. Fields that nobody knows are ignored, a
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 import uuid
@@ -99,7 +100,7 @@ def _of_type(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     if value is None:
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**53 else math.inf  # which nothing may be, as nothing may be so large
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         named = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list", dict: "an object"}[kind]
         raise Refusal(f"{name} must be {named}, got {value!r}"[:300], param=name)
