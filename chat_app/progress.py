@@ -132,7 +132,9 @@ class Progress(StoppingCriteria):
     def picture(self) -> Answer:
         """The answer as it is now."""
         ending = self.ending  # first: the last picture must not be of an earlier moment
-        steps, stats = self.steps, self._stats
+        stats = self._stats
+        passes = 0 if stats is None else stats.target_passes  # before the steps, or the last of them would look like one too few
+        steps = self.steps
         pieces = self._pieces[: sum(len(step.tokens) for step in steps)]
         text = "".join(pieces)
         text = text[: self._shown(text, ending)]
@@ -141,7 +143,7 @@ class Progress(StoppingCriteria):
         return Answer(
             way=self.way, text=text, steps=steps, pieces=tuple(pieces), ending=ending, prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens, exact=stats.exact if stats is not None and stats.served else "", served=served,
-            why=self.why or ("" if served or stats is None else stats.why), reread=max(0, stats.target_passes - len(steps) + 1) if ending and stats is not None and served else 0,
+            why=self.why or ("" if served or stats is None else stats.why), reread=max(0, passes - max(0, len(steps) - 1)),
             logprobs=self.logprobs,
         )  # fmt: skip
 

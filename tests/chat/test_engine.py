@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -50,20 +50,28 @@ def test_the_figures_are_the_loops_own(engine: Engine) -> None:
     assert sum(answer.accepted_at_depth()) > 0 or all(source == 0 for source in answer.sources)
 
 
-@pytest.mark.parametrize("steps", [24, 9], ids=["whole", "cancelled"])
-def test_the_figures_where_close_choices_are_made_again(base: Base, steps: int) -> None:
+@pytest.fixture
+def doubtful(base: Base) -> Iterator[Engine]:
+    """An engine to which many choices are too close to call."""
     fast = accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1), exact="near-tie", adaptive=False)
-    fast.guarantee = replace(fast.guarantee, noise=1.0)  # many times the real noise: many choices are too close to call
-    engine, calls = Engine(base.model, base.tokenizer, fast, Info("tiny", "random", context=512)), iter(range(100))
+    fast.guarantee = replace(fast.guarantee, noise=1.0)  # many times the real noise
+    engine = Engine(base.model, base.tokenizer, fast, Info("tiny", "random", context=512))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("steps", [24, 9], ids=["whole", "cancelled"])
+def test_the_figures_where_close_choices_are_made_again(doubtful: Engine, base: Base, steps: int) -> None:
+    engine, calls = doubtful, iter(range(100))
     answer = last(engine.answer([user("w5 w6 w7")], SAMPLED, cancelled=lambda: next(calls) >= steps))
     assert list(answer.tokens) == expected(base, [user("w5 w6 w7")], SAMPLED)[:steps]
     assert len(answer.sources) == len(answer.tokens) == len(answer.pieces)
-    stats = fast.stats
+    assert engine.fast is not None
+    stats = engine.fast.stats
     assert stats.reread > 0
     assert answer.target_passes == stats.target_passes
     assert answer.acceptance_length == pytest.approx(stats.acceptance_length)
     assert answer.exact == stats.exact == "near-tie"
-    engine.close()
 
 
 def test_pictures_grow(engine: Engine) -> None:

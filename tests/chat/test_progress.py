@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers
@@ -10,7 +11,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from chat_app.progress import Detokenizer
+from chat_app.progress import Detokenizer, Progress
+from chat_app.settings import Settings
+from lossless.stats import Stats
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 
@@ -81,3 +84,17 @@ def test_special_tokens_add_nothing() -> None:
     detokenizer = Detokenizer(TOKENIZER)
     assert detokenizer.add(TOKENIZER.eos_token_id) == ""
     assert detokenizer.add(TOKENIZER("a")["input_ids"][0]) == "a"
+
+
+def test_passes_that_were_read_again_count_while_the_answer_grows() -> None:
+    stats = Stats()
+    progress = Progress("accelerated", TOKENIZER, Settings(), 10, frozenset(), lambda: False, lambda: stats)
+    for rows in (0, 3, 2):  # the prompt's pass is counted apart
+        progress(torch.tensor([[5]]))
+        if rows:
+            stats.count_alone(0, 5, rows)
+        else:
+            stats.emit(0, (5,), (0,), 0)
+        assert progress.picture().target_passes == stats.target_passes
+    assert stats.target_passes == 5
+    assert progress.picture().ending is None
