@@ -21,6 +21,7 @@ from .engine import MOST_LOGPROBS, MOST_TOKENS_WITH_LOGPROBS, Busy
 from .settings import MOST_TOKENS, Asked, Settings, TooLong
 
 MOST_CHOICES = 8
+_MOST_SAID = 500  # characters of a refusal, which may repeat what was sent
 _COMPLETION_TOKENS = 16  # OpenAI's default for texts that are gone on with
 _REFUSED = (
     "tools", "tool_choice", "functions", "function_call", "logit_bias", "frequency_penalty", "presence_penalty", "audio", "suffix",
@@ -33,6 +34,7 @@ class Refusal(Exception):
 
     def __init__(self, message: str, status: int = 400, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
+        message = message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]}…"
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
