@@ -19,7 +19,6 @@ a key. It is read from `LOSSLESS_API_KEY` where `build` runs, and travels to the
 """
 
 # no `from __future__ import annotations`: Serve reads the class of build's argument from its annotation, which must not be a text
-import os
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,7 +27,7 @@ from ray.serve.context import _get_global_client
 
 from lossless.errors import UsageError
 
-from .__main__ import KEY_VARIABLE, is_loopback
+from .__main__ import KEY_VARIABLE, is_loopback, read_key
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _ONGOING = 8  # requests at a replica before others go to its neighbour: reading a prompt anew is quicker than waiting behind more
@@ -89,7 +88,7 @@ def check_host(host: str | None, key: str | None) -> None:
 
 
 def build(arguments: Arguments) -> serve.Application:
-    """The application for Serve; nothing is loaded here."""
+    """The application for Serve; nothing is loaded here. Raises UsageError for a key that no client could send."""
     deployment = serve.deployment(
         name="lossless",
         num_replicas=arguments.replicas,
@@ -99,4 +98,4 @@ def build(arguments: Arguments) -> serve.Application:
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
         request_router_config={"request_router_class": _ROUTER},
     )(serve.ingress()(Replica))
-    return deployment.bind(arguments, os.environ.get(KEY_VARIABLE) or None)
+    return deployment.bind(arguments, read_key())
