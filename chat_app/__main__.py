@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _one_line_warning
         try:
-            return _serve(_parser().parse_args(argv), os.environ.get(KEY_VARIABLE) or None)
+            return _serve(_parser().parse_args(argv), read_key())
         except UsageError as error:
             print(f"chat_app: {error}", file=sys.stderr)
             return 2
@@ -87,7 +87,7 @@ def _serve(arguments: argparse.Namespace, key: str | None) -> int:
         print(f"{info.name}, {info.precision}, {info.device}, {info.threads} threads, {how}")
         print(f"{'Endpoint' if arguments.api_only else f'Page {address}/ and endpoint'} {address}/v1{'' if key is None else f', with the key in {KEY_VARIABLE}'}", flush=True)
         if arguments.share:
-            print(f"Public {_tunnel(listener.getsockname()[1])}", flush=True)
+            print(f"Public {_tunnel(*listener.getsockname()[:2])}", flush=True)
         ending = threading.Thread(target=engine.close)
 
         class Server(uvicorn.Server):
@@ -110,7 +110,7 @@ def _serve(arguments: argparse.Namespace, key: str | None) -> int:
 def _check(arguments: argparse.Namespace, key: str | None) -> None:
     if not 0 <= arguments.port <= 65535:
         raise UsageError(f"--port must be between 0 and 65535, got {arguments.port}")
-    if key is None and not _is_loopback(arguments.host):
+    if key is None and not is_loopback(arguments.host):
         raise UsageError(f"--host {arguments.host} lets other machines in, and that takes a key: set {KEY_VARIABLE}")
     if key is None and arguments.share:
         raise UsageError(f"--share lets everybody in, and that takes a key: set {KEY_VARIABLE}")
@@ -121,7 +121,15 @@ def _check(arguments: argparse.Namespace, key: str | None) -> None:
         raise UsageError(f"{missing[0]} is not installed: pip install 'lossless-streams[chat]' brings it")
 
 
-def _is_loopback(host: str) -> bool:
+def read_key() -> str | None:
+    """The key that clients must send, or None. Raises UsageError if none could send it."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"the key in {KEY_VARIABLE} must be of printable ASCII characters: clients send it in a header")
+    return key or None
+
+
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
@@ -142,6 +150,8 @@ def _listening(host: str, port: int) -> socket.socket:
         return socket.create_server(found[4][:2], family=found[0])
     except OSError as error:
         raise UsageError(f"cannot listen on {host}, port {port}: {error.strerror if (error.errno or 0) <= 0 else os.strerror(error.errno or 0)}") from error
+    except UnicodeError as error:  # no name of a machine can be written so
+        raise UsageError(f"--host must be an address or the name of a machine, got {host!r}") from error
 
 
 def _with_page(app: Any, engine: Any, key: str | None) -> Any:
@@ -156,12 +166,13 @@ def _with_page(app: Any, engine: Any, key: str | None) -> Any:
     return mount(app, engine, **auth)
 
 
-def _tunnel(port: int) -> str:
-    """A public address. Raises UsageError if there is none to be had."""
+def _tunnel(host: str, port: int) -> str:
+    """A public address of what listens there. Raises UsageError if there is none to be had."""
     from gradio.networking import setup_tunnel
 
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
-        return str(setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None))
+        return str(setup_tunnel(here, port, secrets.token_urlsafe(32), None, None))
     except Exception as error:  # whatever stands between here and there
         raise UsageError(f"--share found no way to Gradio's servers: {error}") from error
 

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from lossless.errors import UsageError
 
@@ -53,9 +54,10 @@ def build(engine: Engine, key: str | None = None) -> FastAPI:
         asked = parse(await _body(request), chat, engine.info)
         gone = threading.Event()
         way: Way = "plain" if engine.fast is None else "accelerated"
+        settings = [replace(asked.settings, seed=asked.settings.seed + number) for number in range(asked.choices)]
+        # tokens of long prompts are counted in a thread of their own: others are served meanwhile
         choices: list[Iterator[Waiting | Answer]] = [
-            engine.answer(asked.messages, replace(asked.settings, seed=asked.settings.seed + number), way, conversation, gone.is_set, asked.logprobs)
-            for number in range(asked.choices)
+            await asyncio.to_thread(engine.answer, asked.messages, each, way, conversation, gone.is_set, asked.logprobs) for each in settings
         ]
         reply = Reply(asked, engine.info.name, lambda token: engine.tokenizer.decode([token]))
         if asked.stream:
@@ -120,10 +122,13 @@ async def _body(request: Request) -> Any:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal("the content type must be application/json", 415)
     read = bytearray()
-    async for part in request.stream():
-        read += part
-        if len(read) > MOST_BYTES:
-            raise Refusal(f"a request may have at most {MOST_BYTES} bytes", 413)
+    try:
+        async for part in request.stream():
+            read += part
+            if len(read) > MOST_BYTES:
+                raise Refusal(f"a request may have at most {MOST_BYTES} bytes", 413)
+    except ClientDisconnect as error:
+        raise Refusal("the client has gone", _GONE) from error
     try:
         return json.loads(read)
     except (ValueError, RecursionError) as error:

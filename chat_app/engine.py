@@ -30,7 +30,7 @@ from lossless.prompts import encode
 from .answer import Answer, Comparison, Info, Total, Waiting, Way
 from .kept import Conversation, Kept, copied, keepable
 from .progress import Progress
-from .settings import Asked, Settings, TooLong, check_length, check_messages
+from .settings import Asked, Settings, TooLong, check_messages, check_text
 from .slot import Job, Slot
 
 MOST_WAITING = 64  # answers that may be asked for at once
@@ -155,7 +155,7 @@ class Engine:
     def _encode(self, messages: Asked) -> list[int]:
         """The prompt's ids."""
         if isinstance(messages, str):
-            check_length(messages)
+            check_text(messages)
             ids = list(self.tokenizer(messages)["input_ids"])
         else:
             check_messages(messages)
@@ -268,7 +268,7 @@ class _Call:
             return None
         model = self._engine.model
         ids = torch.tensor([[*self._ids, *plain[:place]]], device=input_device(model))
-        logits = model(ids).logits[0, -1].float()
+        logits = model(ids, logits_to_keep=1).logits[0, -1].float()  # rows of a whole vocabulary are large
         return float(logits[plain[place]] - logits[other[place]])
 
 

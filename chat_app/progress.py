@@ -27,7 +27,8 @@ _WINDOW = 16  # tokens that are decoded together: what one looks like may depend
 class Detokenizer:
     """Text, token by token: what each adds, special tokens skipped.
 
-    A token that ends within a character adds nothing of it; the token that completes it adds it whole.
+    A token that ends within a character adds nothing of it; the token that completes it adds it whole. Tokenizers that spell a
+    character out in bytes may show several halves until then, in place of the characters before it as well.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -38,16 +39,17 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """What this token adds to the text."""
         self._window.append(token)
-        text = self._decode()
-        piece = text[self._told : len(text) - text.endswith(_HALF)]
+        text = self._decode(self._window)
+        piece = text.rstrip(_HALF)[self._told :]
         self._told += len(piece)
         if len(self._window) >= _WINDOW and self._told == len(text):
-            self._window = self._window[_WINDOW // 2 :]
-            self._told = len(self._decode())
+            later = self._window[len(self._window) // 2 :]
+            if text.endswith(rest := self._decode(later)):  # else it would begin within a character
+                self._window, self._told = later, len(rest)
         return piece
 
-    def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class Progress(StoppingCriteria):
@@ -130,7 +132,9 @@ class Progress(StoppingCriteria):
     def picture(self) -> Answer:
         """The answer as it is now."""
         ending = self.ending  # first: the last picture must not be of an earlier moment
-        steps, stats = self.steps, self._stats
+        stats = self._stats
+        passes = 0 if stats is None else stats.target_passes  # before the steps, or the last of them would look like one too few
+        steps = self.steps
         pieces = self._pieces[: sum(len(step.tokens) for step in steps)]
         text = "".join(pieces)
         text = text[: self._shown(text, ending)]
@@ -139,7 +143,7 @@ class Progress(StoppingCriteria):
         return Answer(
             way=self.way, text=text, steps=steps, pieces=tuple(pieces), ending=ending, prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens, exact=stats.exact if stats is not None and stats.served else "", served=served,
-            why=self.why or ("" if served or stats is None else stats.why), reread=max(0, stats.target_passes - len(steps) + 1) if ending and stats is not None and served else 0,
+            why=self.why or ("" if served or stats is None else stats.why), reread=max(0, passes - max(0, len(steps) - 1)),
             logprobs=self.logprobs,
         )  # fmt: skip
 

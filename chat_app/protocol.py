@@ -6,6 +6,7 @@ not know: HTTP, or how answers are made. Fields that nobody knows are ignored, a
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 import uuid
@@ -20,6 +21,7 @@ from .engine import MOST_LOGPROBS, MOST_TOKENS_WITH_LOGPROBS, Busy
 from .settings import MOST_TOKENS, Asked, Settings, TooLong
 
 MOST_CHOICES = 8
+_MOST_SAID = 500  # characters of a refusal, which may repeat what was sent
 _COMPLETION_TOKENS = 16  # OpenAI's default for texts that are gone on with
 _REFUSED = (
     "tools", "tool_choice", "functions", "function_call", "logit_bias", "frequency_penalty", "presence_penalty", "audio", "suffix",
@@ -32,6 +34,7 @@ class Refusal(Exception):
 
     def __init__(self, message: str, status: int = 400, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
+        message = message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]}…"
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -99,7 +102,7 @@ def _of_type(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     if value is None:
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**53 else math.inf  # which nothing may be, as nothing may be so large
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         named = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list", dict: "an object"}[kind]
         raise Refusal(f"{name} must be {named}, got {value!r}"[:300], param=name)

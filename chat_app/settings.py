@@ -73,12 +73,16 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise UsageError(f"a system message must be the first one, got one as message {place + 1}")
         if not isinstance(message.get("content"), str):
             raise UsageError(f"the content of message {place + 1} must be a text, got {type(message.get('content')).__name__}")
-        check_length(message["content"])
+        check_text(message["content"])
     if messages[-1]["role"] != "user":
         raise UsageError(f"the last message must be the user's, got the {messages[-1]['role']}'s")
 
 
-def check_length(text: str) -> None:
-    """Raises TooLong for a text that is not worth counting the tokens of."""
+def check_text(text: str) -> None:
+    """Raises TooLong for a text that is not worth counting the tokens of, UsageError for one that tokenizers do not take."""
     if len(text) > MOST_CHARACTERS:
         raise TooLong(f"a message may have at most {MOST_CHARACTERS} characters, got {len(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can say it
+        raise UsageError(f"a message must be Unicode text, got half of a surrogate pair at character {error.start + 1}") from error

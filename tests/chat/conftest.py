@@ -47,9 +47,9 @@ def last(events: Iterator[Any]) -> Any:
     return found
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Returns once it does; the test fails if it never does."""
-    for _ in range(600):
+def until(holds: Callable[[], bool], looks: int = 600) -> None:
+    """Returns once it does; the test fails if it never does, looking twenty times a second."""
+    for _ in range(looks):
         if holds():
             return
         time.sleep(0.05)

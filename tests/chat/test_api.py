@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import socket
 import threading
@@ -170,12 +171,14 @@ BODY = {"model": "tiny", "messages": [user("w5")], "max_tokens": 2}
     ("changes", "status", "param", "code", "said"),
     [
         ({"model": "gpt-4"}, 404, "model", "model_not_found", "the model must be 'tiny', got 'gpt-4'"),
+        ({"model": "x" * 100_000}, 404, "model", "model_not_found", "x" * 100 + "…"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter", "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter", "must be of type text"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_parameter", "not supported"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_parameter", "not supported"),
         ({"temperature": 9}, 400, None, None, "temperature must be 0 or between 1e-06 and 5, got 9.0"),
         ({"temperature": float("nan")}, 400, None, None, "temperature must be a finite number"),
+        ({"temperature": 10**400}, 400, None, None, "temperature must be a finite number"),
         ({"temperature": "hot"}, 400, "temperature", None, "temperature must be a number, got 'hot'"),
         ({"max_tokens": 0}, 400, None, None, "max_tokens must be between 1 and 4096, got 0"),
         ({"max_tokens": True}, 400, "max_tokens", None, "max_tokens must be a whole number, got True"),
@@ -186,6 +189,7 @@ BODY = {"model": "tiny", "messages": [user("w5")], "max_tokens": 2}
         ({"messages": [{"role": "tool", "content": "w5"}]}, 400, None, None, "must be one of system, user, assistant"),
         ({"messages": [{"role": ["user"], "content": "w5"}]}, 400, None, None, "must be one of system, user, assistant"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0]", "unsupported_parameter", "must be of type text"),
+        ({"messages": [user("w5 \ud83d")]}, 400, None, None, "half of a surrogate pair at character 4"),
         ({"messages": [user("w5 " * 600)]}, 400, "messages", "context_length_exceeded", "less than 512 tokens"),
         ({"top_logprobs": 2}, 400, "top_logprobs", None, "needs logprobs"),
         ({"logprobs": True, "max_tokens": 513}, 400, None, None, "at most 512 with logprobs"),
@@ -294,6 +298,17 @@ def test_a_client_that_goes_away_frees_the_slot(engine: Engine, address: str, in
     assert sum(begun.values()) == 1
 
 
+def test_a_client_that_goes_away_before_it_has_asked(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("uvicorn.error")  # which hands nothing on
+    with served(build(engine)) as address, socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as link:
+        log.addHandler(caplog.handler)
+        link.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        assert httpx.get(f"{address}/health").status_code == 200
+        link.close()
+    log.removeHandler(caplog.handler)
+    assert not caplog.text  # it is no defect
+
+
 def test_a_client_that_goes_away_midway(base: Base, address: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     hold, generate = Hold(), engine.fast.generate  # type: ignore[union-attr]
 
@@ -315,6 +330,27 @@ def test_a_client_that_goes_away_midway(base: Base, address: str, engine: Engine
     after = engine.totals()["accelerated", "cancelled"]
     assert after.answers == (before.answers if before else 0) + 1
     assert after.tokens - (before.tokens if before else 0) < 60
+
+
+def test_a_long_prompt_holds_nobody_up(engine: Engine, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, reached, released = engine.answer, threading.Event(), threading.Event()
+
+    def slow(*given: Any, **named: Any) -> Any:  # as if its tokens took a while to count
+        reached.set()
+        assert released.wait(20)
+        return answer(*given, **named)
+
+    monkeypatch.setattr(engine, "answer", slow)
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(httpx.post(f"{address}/v1/chat/completions", json=BODY, timeout=60).status_code))
+    asking.start()
+    try:
+        assert reached.wait(20)
+        assert httpx.get(f"{address}/health").status_code == 200
+    finally:
+        released.set()
+        asking.join(60)
+    assert found == [200]
 
 
 def test_a_failing_model(engine: Engine, address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -350,6 +386,44 @@ def test_twenty_messages_at_once(address: str, base: Base) -> None:
         thread.join(120)
     wanted = {n: words(base, expected(base, [user(f"w{5 + n} w6")], Settings(float(n % 2), 1.0, n, 16))) for n in range(20)}
     assert found == wanted
+
+
+def test_four_programs_whose_conversations_grow(base: Base) -> None:
+    engine = engine_over(base, kept_bytes=60_000)  # of 512 bytes a row: not all of what they say
+    found: dict[int, list[tuple[str, int]]] = {number: [] for number in range(4)}
+    held: list[int] = []
+
+    def opening(number: int, turn: int) -> dict[str, str]:
+        return user(f"w{5 + 7 * number} w{10 + turn}")
+
+    def talk(number: int) -> None:
+        messages = list[dict[str, str]]()
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
+            for turn in range(5):
+                messages.append(opening(number, turn))
+                how: Any = {"temperature": float(number % 2), "seed": turn, "max_tokens": 12}
+                said = client.chat.completions.create(model="tiny", messages=messages, **how)  # type: ignore[arg-type]
+                held.append(engine.kept_bytes)
+                text = said.choices[0].message.content or ""
+                found[number].append((text, said.usage.prompt_tokens_details.cached_tokens))  # type: ignore[union-attr, arg-type]
+                messages.append(assistant(text))
+
+    with served(build(engine)) as address:
+        threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    for number, said in found.items():
+        messages = list[dict[str, str]]()
+        for turn, (text, _) in enumerate(said):
+            messages.append(opening(number, turn))
+            assert text == words(base, expected(base, messages, Settings(float(number % 2), 1.0, turn, 12)))
+            messages.append(assistant(text))
+    assert len(held) == 20
+    assert 0 < max(held) <= 60_000
+    assert any(cached > 10 for said in found.values() for _, cached in said)  # rows of an earlier turn, and not of a template's beginning
+    engine.close()
 
 
 def test_the_demo_model(demo: Base) -> None:

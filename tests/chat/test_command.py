@@ -20,6 +20,7 @@ import pytest
 from chat_app import __main__ as command
 
 ROOT = Path(__file__).parent.parent.parent
+NO_MODEL = ["--api-only", "--port", "0", "--model", "./nowhere"]  # what is not refused before ends here, and not with a server
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,7 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--host", "::"], "--host :: lets other machines in"),
         (["--host", "example.org"], "--host example.org lets other machines in"),
         (["--share"], "--share lets everybody in, and that takes a key"),
+        (["--host", "127.0.0.300"], "--host 127.0.0.300 lets other machines in"),
         (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["--api-only", "--port", "0", "--model", "./nowhere"], "no model folder or GGUF file at nowhere"),
         (["--api-only", "--port", "0", "--dtype", "float99"], "dtype must be one of"),
@@ -59,6 +61,39 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         port = taken.getsockname()[1]
         assert command.main(["--api-only", "--port", str(port)]) == 2
     assert re.fullmatch(rf"chat_app: cannot listen on 127\.0\.0\.1, port {port}: Address already in use\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [("a..b", "--host must be an address or the name of a machine, got 'a..b'"), ("192.0.2.1", "cannot listen on 192.0.2.1, port 0: ")],
+)
+def test_a_host_that_is_none_of_this_machine(host: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(command.KEY_VARIABLE, "secret")
+    assert command.main(["--api-only", "--host", host, "--port", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"chat_app: {said}")
+    assert error.count("\n") == 1
+
+
+def test_a_blank_key_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(command.KEY_VARIABLE, " \n")
+    assert command.main([*NO_MODEL, "--host", "0.0.0.0"]) == 2
+    assert "that takes a key" in capsys.readouterr().err
+
+
+def test_a_key_that_no_header_carries(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(command.KEY_VARIABLE, "s\u00e9cret")
+    assert command.main(NO_MODEL) == 2
+    assert capsys.readouterr().err == "chat_app: the key in LOSSLESS_API_KEY must be of printable ASCII characters: clients send it in a header\n"
+
+
+@pytest.mark.parametrize(("host", "told"), [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("192.168.1.5", "192.168.1.5")])
+def test_a_public_address_leads_to_where_it_listens(host: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    networking = pytest.importorskip("gradio.networking")
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(networking, "setup_tunnel", lambda host, port, *_: asked.append((host, port)) or "https://x.gradio.live")
+    assert command._tunnel(host, 7860) == "https://x.gradio.live"
+    assert asked == [(told, 7860)]
 
 
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

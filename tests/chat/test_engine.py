@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from chat_app.answer import Answer, Comparison, Waiting, Way
+from chat_app.answer import Answer, Comparison, Info, Waiting, Way
 from chat_app.engine import MOST_WAITING, Busy, Engine
 from chat_app.settings import Settings, TooLong
 from lossless.errors import UsageError
+from lossless.fit import new_adapter
+from lossless.generate import accelerate
 from lossless.models import Base
+from tests.conftest import tiny_config
 
 from .conftest import Hold, assistant, engine_over, expected, last, until, user
 
@@ -44,6 +48,30 @@ def test_the_figures_are_the_loops_own(engine: Engine) -> None:
     assert answer.acceptance_length == pytest.approx(stats.acceptance_length)
     assert answer.exact == stats.exact
     assert sum(answer.accepted_at_depth()) > 0 or all(source == 0 for source in answer.sources)
+
+
+@pytest.fixture
+def doubtful(base: Base) -> Iterator[Engine]:
+    """An engine to which many choices are too close to call."""
+    fast = accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1), exact="near-tie", adaptive=False)
+    fast.guarantee = replace(fast.guarantee, noise=1.0)  # many times the real noise
+    engine = Engine(base.model, base.tokenizer, fast, Info("tiny", "random", context=512))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("steps", [24, 9], ids=["whole", "cancelled"])
+def test_the_figures_where_close_choices_are_made_again(doubtful: Engine, base: Base, steps: int) -> None:
+    engine, calls = doubtful, iter(range(100))
+    answer = last(engine.answer([user("w5 w6 w7")], SAMPLED, cancelled=lambda: next(calls) >= steps))
+    assert list(answer.tokens) == expected(base, [user("w5 w6 w7")], SAMPLED)[:steps]
+    assert len(answer.sources) == len(answer.tokens) == len(answer.pieces)
+    assert engine.fast is not None
+    stats = engine.fast.stats
+    assert stats.reread > 0
+    assert answer.target_passes == stats.target_passes
+    assert answer.acceptance_length == pytest.approx(stats.acceptance_length)
+    assert answer.exact == stats.exact == "near-tie"
 
 
 def test_pictures_grow(engine: Engine) -> None:
@@ -81,11 +109,15 @@ def test_the_margin_of_a_difference(engine: Engine, base: Base, monkeypatch: pyt
         return generate(torch.cat([ids[:, :-1], ids[:, -1:] + 1], dim=1), **arguments)
 
     monkeypatch.setattr(engine.fast, "generate", astray)
+    rows: list[int] = []
+    watch = base.model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[1]))
     both = last(engine.compare([user("w8 w9")], GREEDY))
+    watch.remove()
     assert both.difference is not None
     assert both.margin is not None
     assert both.margin > 0
     assert both.speedup is None
+    assert rows[-1] == 1  # of the text whose last choice is looked at: each is of a whole vocabulary
 
 
 @pytest.mark.parametrize("way", BOTH)
@@ -305,6 +337,8 @@ def test_an_answer_has_as_much_room_as_the_context_leaves(engine: Engine) -> Non
         ([user("x"), {"role": "system", "content": "y"}, user("z")], "must be the first one, got one as message 2"),
         ([{"role": "user", "content": None}], "must be a text, got NoneType"),
         ([user("w5")] * 201, "at most 200 messages, got 201"),
+        ([user("w5 \ud83d")], "must be Unicode text, got half of a surrogate pair at character 4"),
+        ("w5 \ud83d", "must be Unicode text, got half of a surrogate pair at character 4"),
     ],
 )
 def test_what_cannot_be_answered(engine: Engine, messages: Any, said: str) -> None:
