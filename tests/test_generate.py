@@ -29,7 +29,6 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lossless.bench import Decoding
-from lossless.errors import UsageError
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel, accelerate
 from lossless.models import Base, freeze, load_base
@@ -325,14 +324,6 @@ def test_the_cache_that_is_returned_can_be_gone_on_from() -> None:
         )
     assert torch.equal(*answers)
     assert fast.stats.served
-
-
-def test_a_base_that_was_moved_has_to_be_attached_anew() -> None:
-    model = build_tiny(seed=5)
-    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
-    model.to(torch.bfloat16)
-    with pytest.raises(UsageError, match="moved or converted since the adapter was attached"):
-        fast.generate(prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=3)
 
 
 def test_experts_go_about_rows_as_in_the_base_s_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
