@@ -342,6 +342,7 @@ def _hub_errors() -> tuple[type[BaseException], ...]:
     return (*HfHubHTTPError.__bases__, HFValidationError)
 
 
+_PATIENCE = 12  # times as long as for a download: an upload is answered when it has been worked on
 _PUBLIC = [CONFIG_FILE, WEIGHTS_FILE, "*.md", "*.json", "*.jsonl", "*.png"]  # not checkpoints, nor what trackers write
 
 
@@ -349,13 +350,15 @@ def push_to_hub(folder: str | Path, repo: str, private: bool = False, revision: 
     """Upload an adapter, its card and its reports to the hub; returns where it is.
 
     Raises:
-        UsageError: no adapter in the folder, or the hub refuses (no token, no right, no connection).
+        UsageError: no adapter in the folder, or the hub refuses (no token, no right, no connection), or is silent.
     """
     folder = Path(folder)
     StreamAdapter.from_pretrained(folder)  # whole, or not at all
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_session
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 
     hub = HfApi()
+    get_session().timeout = _PATIENCE * HF_HUB_DOWNLOAD_TIMEOUT  # of this process from now on: the client's own way is to wait for ever
     try:
         hub.create_repo(repo, private=private, exist_ok=True)
         if revision:

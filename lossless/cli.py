@@ -1,4 +1,4 @@
-"""The command line: `lossless generate | compare | bench | verify | forecast | doctor | distill | train | ablate | push`.
+"""The command line: `lossless generate | compare | bench | verify | forecast | doctor | memory | distill | train | ablate | push`.
 
 Knows: flags and exit codes (0 done, 2 bad input, 3 tokens differ, 4 drafts are not what training foretold, 130 Ctrl-C).
 Does not know: what a command does (commands.py).
@@ -22,6 +22,7 @@ from . import commands
 from .ablation import VARIANTS
 from .config import DistillConfig, StreamingConfig, TrainConfig
 from .errors import UsageError, nearest
+from .evaluation.memory import Trial
 from .evaluation.sides import ACCELERATED, ALL, COMPILED, LLAMA_CPP, SIDES, STOCK
 from .evaluation.suites import FOLDER_VARIABLE, SUITES
 from .storage import versions
@@ -154,6 +155,13 @@ def _parser() -> argparse.ArgumentParser:
     _adapter_flags(command)
     command.add_argument("--refresh", action="store_true", help="measure what steps cost anew")
     command.set_defaults(run=commands.doctor)
+
+    command = verbs.add_parser("memory", help="compare what plain and accelerated answers take in memory, on the CPU")
+    _model_flags(command)
+    _adapter_flags(command)
+    _config_flags(command, Trial())
+    command.add_argument("--json", metavar="OUT", help="write the report here")
+    command.set_defaults(run=commands.memory)
 
     command = verbs.add_parser("distill", help="collect the model's own answers to train on")
     _model_flags(command)

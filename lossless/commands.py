@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,9 @@ from .evaluation.forecast import Forecast
 from .evaluation.forecast import draw as draw_forecast
 from .evaluation.forecast import table as forecast_table
 from .evaluation.machine import ceiling
+from .evaluation.memory import Trial
+from .evaluation.memory import compare as compare_memory
+from .evaluation.memory import table as memory_table
 from .evaluation.report import categories_table, sides_table
 from .evaluation.sides import STOCK, rivals, wanted
 from .evaluation.suites import SUITES, read_suite
@@ -46,7 +50,7 @@ from .train import train as learn
 from .verify import Asked, asked, certify
 from .verify import summary as summarize
 
-Config = TypeVar("Config", StreamingConfig, TrainConfig, DistillConfig)
+Config = TypeVar("Config", StreamingConfig, TrainConfig, DistillConfig, Trial)
 
 _CERTIFIED, _CERTIFIED_TOKENS = 4, 64  # held-out prompts that training ends with a certificate of
 
@@ -115,6 +119,8 @@ def compare(arguments: argparse.Namespace) -> int:
     print(f"plain        {run.baseline_tokens_per_s:8.1f} tokens/s   {found['dtype']}, {found['device']}, {found['threads']} threads")
     print(f"accelerated  {run.tokens_per_s:8.1f} tokens/s   {run.speedup:.2f} times as fast as the stock model.generate of this model")
     print(f"acceptance length {run.acceptance_length:.2f}: {run.tokens} tokens in {run.target_passes} passes after the first")
+    if fast.runner is fast.reader and packed_bytes(base.model):  # neither packed in place nor with a twin, and could be
+        print("lossless: note: with --pack (lossless.pack) this model answers faster by itself, and drafts pay more; it is the reference then", file=sys.stderr)
     _store(arguments, found)
     return _same(found)
 
@@ -192,6 +198,35 @@ def forecast(arguments: argparse.Namespace) -> int:
         draw_forecast(found, Path(arguments.plot))
         print(f"picture in {arguments.plot}")
     return 0
+
+
+def memory(arguments: argparse.Namespace) -> int:
+    """What answers take in memory, plain and accelerated, each in a process of its own."""
+    trial = _given(arguments, Trial())
+    if arguments.device not in (None, "cpu"):
+        raise UsageError(f"memory is measured on the CPU, got --device {arguments.device}")
+    arguments.device = "cpu"
+    base = _load(arguments)  # bad input is told here, not by a process that ends
+    places = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if places and trial.context > places:
+        raise UsageError(f"context must be at most {places}, the model's, got {trial.context}")
+    about = {"model": base.name, "precision": precision(base.model), "packed": arguments.pack, "device": device_name(base.model.device),
+             "threads": torch.get_num_threads(), "versions": versions()}  # fmt: skip
+    _attach(arguments, base)
+    del base
+    found = about | compare_memory(partial(_ready, arguments), trial)
+    print(memory_table(found))
+    _store(arguments, found)
+    return 0
+
+
+def _ready(arguments: argparse.Namespace, side: str) -> tuple[Any, float]:
+    """A side of a comparison of memory, and what a twin of it copies, in MiB."""
+    base = _load(arguments)
+    if side == "plain":
+        return base.model, 0.0
+    fast, _ = _attach(arguments, base)
+    return fast, copied_bytes(fast.runner.model) / 2**20 if fast.runner is not fast.reader else 0.0
 
 
 def doctor(arguments: argparse.Namespace) -> int:

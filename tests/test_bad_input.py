@@ -205,16 +205,19 @@ def test_a_mask_of_another_shape_than_the_prompt_is_the_base_s_to_refuse(shape: 
 _HASTY = """
 import sys, time
 from huggingface_hub import file_download
+from lossless import adapter
 from lossless.cli import main
-time.sleep, file_download._ETAG_RETRY_TIMEOUT = lambda seconds: None, 0.2
+time.sleep, file_download._ETAG_RETRY_TIMEOUT, adapter._PATIENCE = lambda seconds: None, 0.2, 0.2
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize(("asked", "hub"), [
-    ("--model owner/name --adapter a --prompt w1", "refuses"),
-    ("--model m --adapter owner/name --prompt w1", "refuses"),
-    ("--model m --adapter owner/name --prompt w1", "is silent"),
+    ("generate --model owner/name --adapter a --prompt w1", "refuses"),
+    ("generate --model m --adapter owner/name --prompt w1", "refuses"),
+    ("generate --model m --adapter owner/name --prompt w1", "is silent"),
+    ("push --adapter a --repo owner/name", "refuses"),
+    ("push --adapter a --repo owner/name", "is silent"),
 ])  # fmt: skip
 def test_a_hub_that_does_not_answer_is_one_line(asked: str, hub: str, place: Path) -> None:
     with socket.socket() as listening:
@@ -222,9 +225,9 @@ def test_a_hub_that_does_not_answer_is_one_line(asked: str, hub: str, place: Pat
         if hub == "is silent":
             listening.listen()
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        changed = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HOME": str(place / "hf")}
+        changed = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HOME": str(place / "hf"), "HF_TOKEN": "right"}
         done = subprocess.run(
-            [sys.executable, "-c", _HASTY, "generate", *asked.split()], cwd=place, env=os.environ | changed, capture_output=True, text=True, check=False
+            [sys.executable, "-c", _HASTY, *asked.split()], cwd=place, env=os.environ | changed, capture_output=True, text=True, check=False
         )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

@@ -21,6 +21,7 @@ from lossless.cli import main
 from lossless.evaluation import sides
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel
+from lossless.generation import attach
 from lossless.models import load_base
 
 from .conftest import tiny_config
@@ -64,6 +65,23 @@ def test_a_packed_model_is_what_answers_are_compared_with(tiny_folder: Path, ada
     found = json.loads((tmp_path / "out.json").read_text())
     assert (found["packed"], found["identical"]) == (True, 1)
     assert any(kind.startswith("PackedLinear") for kind in found["guarantee"]["rows_that_keep_bits"])
+
+
+@pytest.mark.parametrize("options", [[], ["--pack"]])
+def test_who_has_packed_weights_is_not_told_to_pack(
+    tiny_folder: Path, adapter: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["compare", "--model", str(tiny_folder), "--adapter", str(adapter), "--dtype", "float32", "--prompt", "w1", "--max-new-tokens", "4"]
+    main([*ask, *options])
+    assert "with --pack" not in capsys.readouterr().err
+
+
+def test_who_could_pack_and_has_no_twin_is_told_so(
+    tiny_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attach, "packed_twin", lambda model: None)
+    assert main(["compare", "--model", str(tiny_folder), "--adapter", str(adapter), "--dtype", "float32", "--prompt", "w1", "--max-new-tokens", "4"]) == 0
+    assert "with --pack" in capsys.readouterr().err
 
 
 def test_the_doctor_tells_what_steps_cost(tiny_folder: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

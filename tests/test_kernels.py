@@ -42,6 +42,19 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         cached.cache_clear()
 
 
+@needs_kernels
+def test_compiled_kernels_are_found_again_and_nothing_is_left_beside_them(afresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert kernels.available()
+    [library] = afresh.iterdir()
+    made = library.stat().st_mtime_ns
+    kernels._library.cache_clear()
+    assert kernels._library() is not None
+    assert [(path, path.stat().st_mtime_ns) for path in afresh.iterdir()] == [(library, made)]
+    assert not [path for path in (tmp_path / "temporary").iterdir() if path.name.startswith("lossless-")]
+
+
 def four_bit_linear(outs: int, ins: int, quant_type: str = "nf4", nested: bool = False) -> Linear4bit:
     module = Linear4bit(ins, outs, compute_dtype=torch.float32, quant_type=quant_type, compress_statistics=nested)
     module.load_state_dict({"weight": torch.randn(outs, ins), "bias": torch.randn(outs)})

@@ -66,7 +66,8 @@ def _library() -> Any | None:
 
 def _load(command: list[str], name: str) -> Any:
     """The library of this name from the cache, or compiled into it; into a folder of this process alone if it cannot be written to."""
-    for folder in (cache_dir() / "kernels", Path(tempfile.mkdtemp(prefix="lossless-"))):
+    for find in (lambda: cache_dir() / "kernels", lambda: Path(tempfile.mkdtemp(prefix="lossless-"))):
+        folder = find()  # one of its own only if it is needed
         path = folder / f"{name}.so"
         try:
             return _declared(ctypes.CDLL(str(path)))

@@ -1,0 +1,51 @@
+"""What answers take in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lossless.cli import main
+from lossless.config import StreamingConfig
+from lossless.errors import UsageError
+from lossless.evaluation.memory import Trial, _most_resident, _resident
+from lossless.fit import new_adapter
+from lossless.models import load_base
+
+from .conftest import tiny_config
+
+
+def test_the_peak_is_seen_though_it_is_gone_afterwards() -> None:
+    before = _resident()
+
+    def work() -> None:
+        taken = torch.ones(64 * 2**18)  # 64 MiB
+        for _ in range(20):
+            taken += 1
+
+    assert _most_resident(work) > before + 60
+
+
+@pytest.mark.parametrize(("values", "rule"), [({"answer": 0}, "answer"), ({"context": 64, "answer": 64}, "context must be above"), ({"generations": 1}, "generations")])
+def test_a_trial_out_of_range(values: dict[str, int], rule: str) -> None:
+    with pytest.raises(UsageError, match=rule):
+        Trial(**values)
+
+
+@pytest.mark.commands
+def test_both_sides_are_measured_in_processes_of_their_own(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = load_base(str(tiny_folder)), tmp_path / "memory.json"
+    new_adapter(base.model, StreamingConfig(**vars(tiny_config())), base.tokenizer).randomize(1).save_pretrained(tmp_path / "adapter")
+    model = ["--model", str(tiny_folder), "--adapter", str(tmp_path / "adapter")]
+    assert main(["memory", *model, "--context", "200", "--answer", "8", "--generations", "10", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    plain, fast = found["sides"]["plain"], found["sides"]["accelerated"]
+    assert plain["twin"] == 0 < fast["twin"]
+    assert all(side["peak"] >= side["loaded"] > 50 for side in (plain, fast))
+    assert found["peak_ratio_without_twin"] <= found["peak_ratio"] == round(fast["peak"] / plain["peak"], 3)
+    assert "times the plain model's" in capsys.readouterr().out
+    assert main(["memory", *model, "--context", "100000"]) == 2
+    assert "context must be at most 512" in capsys.readouterr().err
