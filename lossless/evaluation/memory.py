@@ -21,6 +21,7 @@ from ..errors import UsageError, require_at_least
 
 _EVERY_S = 0.002
 _MIB = 2**20
+_SHORT = 16  # tokens of a short answer
 SIDES = ("plain", "accelerated")
 
 
@@ -31,7 +32,7 @@ class Trial:
     Attributes:
         context: tokens of the long text, its answer included.
         answer: new tokens of the long text.
-        generations: short answers that follow, of 64 tokens each.
+        generations: short answers that follow, of 16 tokens each.
 
     Raises:
         UsageError: a value out of range.
@@ -113,7 +114,7 @@ def _footprint(ready: Callable[[str], tuple[Any, float]], side: str, trial: Tria
     peak = _most_resident(lambda: answer(trial.context - trial.answer, trial.answer))
     early = 0.0
     for number in range(trial.generations):
-        answer(min(64, trial.context - trial.answer), 64)
+        answer(min(64, trial.context - trial.answer), _SHORT)
         if number == trial.generations // 10:
             early = _resident()
     return Footprint(loaded, peak, early, _resident(), twin)
