@@ -33,7 +33,7 @@ from .generation.conditions import conditions, without_autocast
 from .generation.measure import kept_curve
 from .generation.verdict import keep
 from .lookup import TextMemory
-from .models import fingerprint, require_model
+from .models import fingerprint, give_back_memory, require_model
 from .passes import PassOutput
 from .probe import Passes, moved
 from .served import exactness, not_served, not_served_as_prepared, turn_of, with_stop_strings
@@ -77,6 +77,7 @@ class AcceleratedModel:
             self.reader, self.runner, self.drafter, self.guarantee = found.reader, found.runner, found.drafter, found.guarantee
             self.measure_costs(refresh=False)
         self._looked_at = state_of(self.base), conditions(self.base)
+        give_back_memory()
 
     def _passes(self) -> Passes:
         """The passes over trees that this session may make."""

@@ -10,6 +10,7 @@ Does not know: adapters or generation. A base that it returns is frozen and in e
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import math
 import os
@@ -162,6 +163,12 @@ def free_memory(device: torch.device) -> float:
         return (torch.cuda.mem_get_info(device)[0] + held) / 2**30
     memory = get_max_memory()  # where a GPU shares the CPU's, only one of them is named
     return memory.get("cpu", max(memory.values())) / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed: glibc keeps it otherwise, and what attaching takes for a while is much of a small model."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def precision(model: Any) -> str:

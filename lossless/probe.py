@@ -30,6 +30,7 @@ from .models import context_limit
 from .passes import keeping_bits
 from .streams import StreamRunner
 from .tree import DraftTree
+from .trial import too_far
 
 EXACTNESS = ("bitwise", "near-tie", "off")
 
@@ -259,6 +260,8 @@ def _compare(
         with as_decoding(runner.model):
             for rows, streams in passes.each():
                 native = read(text.tree, rows, streams)
+                if most == math.inf:
+                    _check_the_same(runner.base, native, text, rows)
                 noise = max(noise, _SAFETY * max(_rounding(runner.base, native), moved(native, text.alone[:rows])))
                 if noise >= most:
                     return False, noise
@@ -266,6 +269,18 @@ def _compare(
                     with _limited(runner, limits):
                         bits = torch.equal(exact(text.tree, rows, streams), text.alone[:rows])
     return bits, noise
+
+
+def _check_the_same(model: Any, logits: torch.Tensor, text: _Known, rows: int) -> None:
+    """Raises UsageError if `[rows, vocab]` are no rounding of what the base says: its own cache, for example, may forget what its attention
+    would see. Behind a long text roundings have added up, so they may be further off than in a trial."""
+    alone, allowed = text.alone[:rows], 4 * too_far(model)
+    off = float((logits - alone).abs().max() / alone.std())
+    if not off < allowed:
+        raise UsageError(
+            f"{type(model).__name__} cannot be accelerated: behind a text of {len(text.prompt)} tokens a draft tree gives other logits than the "
+            f"model's own loop (off by {off:.2g} of their spread, allowed is {allowed})"
+        )
 
 
 def _rounding(model: Any, logits: torch.Tensor) -> float:

@@ -22,6 +22,12 @@ from .tree import DraftTree
 _FAR_FLOAT32, _FAR_COARSER = 0.01, 0.25
 
 
+def too_far(model: Any) -> float:
+    """How far off, as a part of their spread, logits are too far to be the same computation rounded otherwise."""
+    fine = model.get_input_embeddings().weight.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    return _FAR_FLOAT32 if fine else _FAR_COARSER
+
+
 @contextlib.contextmanager
 def trial(model: Any) -> Iterator[None]:
     """What a base's first passes end with is said as what it is; too little memory is nobody's fault."""
@@ -46,8 +52,7 @@ def check_served(runner: StreamRunner) -> None:
     model, name = runner.base, type(runner.base).__name__
     tokens = [1 + i % (runner.text_config.vocab_size - 1) for i in range(7)]
     tree, branches = DraftTree((*tokens[3:5], tokens[6], tokens[5]), (-1, 0, 0, 1)), ((0, 1, 3), (0, 2))
-    fine = model.get_input_embeddings().weight.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    far = _FAR_FLOAT32 if fine else _FAR_COARSER
+    far = too_far(model)
     with trial(model):
         cache, device = RowCache(len(runner.layers)), input_device(model)
         runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None)

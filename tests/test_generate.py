@@ -32,7 +32,7 @@ from lossless.bench import Decoding
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel, accelerate
 from lossless.models import Base, freeze, load_base
-from lossless.probe import find_guarantee
+from lossless.probe import Passes, find_guarantee
 from lossless.verify import force
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
@@ -352,7 +352,7 @@ def test_experts_go_about_rows_as_in_the_base_s_own_loop(monkeypatch: pytest.Mon
     assert seen[0] == seen[1] == (["prompt", "decode", "pass"], "end", 1)
     base, logits = Base(model, None, "tiny"), torch.zeros(1, VOCAB)
     for ask in (
-        lambda: find_guarantee(fast.runner, "near-tie"),
+        lambda: find_guarantee(fast.runner, "near-tie", Passes(12)),
         lambda: force(base, prompt_ids(), [3, 4, 5], [logits] * 3, Decoding(max_new_tokens=3)),
     ):
         told.clear()

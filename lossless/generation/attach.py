@@ -59,7 +59,9 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     dtype: Any = embeddings.weight.dtype
     adapter = adapter.copy_as(device_of(head), dtype)
     reader = StreamRunner(base, adapter)
-    model = None if exact == "bitwise" else packed_twin(base)
+    # in 16 bits a twin is never close enough to guard, and without a guard only `off` takes it
+    coarse = exact != "off" and dtype in (torch.bfloat16, torch.float16)
+    model = None if exact == "bitwise" or coarse else packed_twin(base)
     twin = None if model is None else StreamRunner(base, adapter, model)
 
     def look() -> Guarantee:
@@ -75,4 +77,6 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     runner = twin if twin is not None and serves else reader
     with torch.no_grad():
         warm_up(runner.model, passes.rows)
+        if runner is not reader:
+            runner.observe_anything()  # streams call its layers as the base does: seen now, not in the first answer
     return Attachment(reader, runner, drafter, guarantee, passes, kept)

@@ -6,11 +6,13 @@ Knows: where torch, transformers and a base keep what decides how a number is ro
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,8 +79,18 @@ def circumstances(reader: StreamRunner, runner: StreamRunner) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(), "packed": is_packed(base), "twin": runner is not reader,
         "modules": Counter(type(module).__name__ for module in runner.model.modules()), "kernels": kernels.available(),
         "adapter": reader.adapter.config.to_dict(), "versions": versions(),
-        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "code": _code(), "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }  # fmt: skip
+
+
+@functools.cache
+def _code() -> str:
+    """This package as it is: another version of it may measure otherwise."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.[pc]*")):
+        if path.suffix in (".py", ".c"):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def file_name(depends: dict[str, Any]) -> str:
