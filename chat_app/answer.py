@@ -1,7 +1,8 @@
 """An answer while it is made and after: the steps of the loop, and the figures that follow from them.
 
-Knows: tokens, where each came from, when it came. Does not know: models, pages, or protocols. Every figure is counted from the
-steps of `lossless` (or, for the plain model, from the times at which its tokens came); none is an estimate.
+Knows: tokens, where each came from, when it came, and what is told of the model. Does not know: how answers are made, pages, or
+protocols. Every figure is counted from the steps of `lossless` (or, for the plain model, from the times at which its tokens
+came); none is an estimate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,31 @@ from lossless.stats import Step
 
 Way = Literal["accelerated", "plain"]
 Ending = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What answers.
+
+    Attributes:
+        name: of the model, as it was asked for.
+        adapter: its name, "" if there is none: then the only way is the plain one.
+        precision: in what the model computes.
+        device: what computes.
+        threads: of the CPU.
+        exact: what is promised of the accelerated way, as in `lossless.stats.Stats`; "" without an adapter.
+        context: most tokens of a text, prompt and answer together.
+        packed: the model's own weights are packed.
+    """
+
+    name: str
+    adapter: str = ""
+    precision: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    exact: str = ""
+    context: int = 4096
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +62,8 @@ class Answer:
         exact: what held, as in `lossless.stats.Stats`.
         served: False if drafts were not possible for this call, and the base's own loop answered.
         why: a sentence, if not served or ended in an error; "" else.
-        plain_steps: passes without drafts, taken because drafts do not pay on this text.
+        reread: passes beyond one a step, in which choices that were too close to call were made again.
+        logprobs: of each token, if they were asked for, once the answer has ended: its own, and the likeliest tokens with theirs.
     """
 
     way: Way
@@ -49,7 +76,8 @@ class Answer:
     exact: str = ""
     served: bool = True
     why: str = ""
-    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = field(default=(), repr=False)  # of each token, if asked for: its own, and the likeliest tokens with theirs
+    reread: int = 0
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = field(default=(), repr=False)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -89,12 +117,12 @@ class Answer:
     @property
     def target_passes(self) -> int:
         """After the prefill."""
-        return max(0, len(self.steps) - 1)
+        return max(0, len(self.steps) - 1) + self.reread
 
     @property
     def passes_saved(self) -> int:
         """Against one pass for each token."""
-        return max(0, len(self.tokens) - len(self.steps))
+        return max(0, len(self.tokens) - 1 - self.target_passes)
 
     @property
     def acceptance_length(self) -> float | None:
@@ -108,7 +136,7 @@ class Answer:
 
     def accepted_at_depth(self) -> tuple[float, ...]:
         """Of the steps with drafts, the share that accepted a draft at depth 1, 2, ..."""
-        drafted = [len(step.tokens) - 1 for step in self.steps[1:] if step.drafted]
+        drafted = [sum(source != 0 for source in step.sources) for step in self.steps[1:] if step.drafted]
         deepest = max(drafted, default=0)
         return tuple(sum(length >= depth for length in drafted) / len(drafted) for depth in range(1, deepest + 1))
 
@@ -136,6 +164,26 @@ class Comparison:
     @property
     def speedup(self) -> float | None:
         """Whole answers, the time to the first token included; None if they differ or one was not finished."""
-        if self.difference is not None or not self.accelerated.seconds or not self.plain.seconds:
+        if self.difference is not None or not {self.accelerated.ending, self.plain.ending} <= {"stop", "length"}:
+            return None
+        if not self.accelerated.seconds or not self.plain.seconds:
             return None
         return self.plain.seconds / self.accelerated.seconds
+
+
+@dataclass(frozen=True)
+class Total:
+    """What answers came to in all."""
+
+    answers: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    target_passes: int = 0
+    seconds: float = 0.0
+
+    def plus(self, answer: Answer) -> Total:
+        return Total(
+            self.answers + 1, self.tokens + len(answer.tokens), self.prompt_tokens + answer.prompt_tokens,
+            self.cached_tokens + answer.cached_tokens, self.target_passes + answer.target_passes, self.seconds + answer.seconds,
+        )  # fmt: skip

@@ -1,16 +1,28 @@
-"""What a message is answered with.
+"""What is asked: messages, and how the answer to them is decoded.
 
-Knows: ranges. Does not know: models, pages, or protocols.
+Knows: ranges, and which conversations make sense. Does not know: models, pages, or protocols.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lossless.errors import UsageError, require_types
+from lossless.errors import UsageError, require_one_of, require_types
+
+Message = dict[str, Any]  # "role": system, user or assistant; "content": text
+Asked = Sequence[Message] | str  # a conversation, or a text that is gone on with as it stands
 
 MOST_TOKENS = 4096  # of an answer
 MOST_CHARACTERS = 100_000  # of a message
+MOST_MESSAGES = 200  # of a conversation
+MOST_STOP = 200  # characters of a stop string
+LEAST_TEMPERATURE = 1e-6  # logits that are divided by less leave the range of their numbers
+
+
+class TooLong(UsageError):
+    """A prompt that leaves no room for an answer."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +48,37 @@ class Settings:
 
     def __post_init__(self) -> None:
         require_types(self)
-        if not 0 <= self.temperature <= 5:
-            raise UsageError(f"temperature must be between 0 and 5, got {self.temperature}")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature <= 5:
+            raise UsageError(f"temperature must be 0 or between {LEAST_TEMPERATURE} and 5, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
         if not 1 <= self.max_tokens <= MOST_TOKENS:
             raise UsageError(f"max_tokens must be between 1 and {MOST_TOKENS}, got {self.max_tokens}")
-        if len(self.stop) > 4 or not all(self.stop):
-            raise UsageError(f"stop must be at most 4 strings, none of them empty, got {self.stop}")
+        if len(self.stop) > 4 or not all(0 < len(each) <= MOST_STOP for each in self.stop):
+            raise UsageError(f"stop must be at most 4 strings of 1 to {MOST_STOP} characters, got {self.stop}"[:300])
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises UsageError for what is no conversation that ends with the user."""
+    if not messages:
+        raise UsageError("there must be at least one message")
+    if len(messages) > MOST_MESSAGES:
+        raise UsageError(f"a conversation may have at most {MOST_MESSAGES} messages, got {len(messages)}")
+    for place, message in enumerate(messages):
+        role = message.get("role")
+        require_one_of(("system", "user", "assistant"), f"the role of message {place + 1}", role)
+        if role == "system" and place:
+            raise UsageError(f"a system message must be the first one, got one as message {place + 1}")
+        if not isinstance(message.get("content"), str):
+            raise UsageError(f"the content of message {place + 1} must be a text, got {type(message.get('content')).__name__}")
+        check_length(message["content"])
+    if messages[-1]["role"] != "user":
+        raise UsageError(f"the last message must be the user's, got the {messages[-1]['role']}'s")
+
+
+def check_length(text: str) -> None:
+    """Raises TooLong for a text that is not worth counting the tokens of."""
+    if len(text) > MOST_CHARACTERS:
+        raise TooLong(f"a message may have at most {MOST_CHARACTERS} characters, got {len(text)}")

@@ -145,7 +145,7 @@ class AcceleratedModel:
 
     def _hand_over(self, reason: str) -> None:
         """Note that the base answers, and warn of it the first time."""
-        self.stats.served = False
+        self.stats.served, self.stats.why = False, reason
         self._warn(reason)
 
     def _warn(self, reason: str) -> None:

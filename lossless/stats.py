@@ -51,9 +51,8 @@ class Stats:
         exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
         reread: passes of one row in which choices that were too close to call were made again.
         exceeded: choices made again whose logits had moved further than the probe's bound: tokens before them were guarded by too
-            narrow a bound. From then on it is wider, in later
-            processes, too.
-        served: False if the call was handed to the base's own generate.
+            narrow a bound. From then on it is wider, in later processes, too.
+        served: False if the call was handed to the base's own generate; `why` tells the reason.
         steps: one for each text and step, in order; the first of a text is its prefill. Grows while the call is under way.
     """
 
@@ -72,6 +71,7 @@ class Stats:
     reread: int = 0
     exceeded: int = 0
     served: bool = True
+    why: str = ""
     steps: list[Step] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
 

@@ -28,7 +28,7 @@ VOCAB = 96
 torch.set_num_threads(1)  # tiny products are not worth a second thread, and the other core has a worker of its own
 
 
-_OF_COMMANDS = {"test_bad_input", "test_robustness", "test_cli", "test_hub", "test_interruptions", "test_quantized", "test_readme"}
+_OF_COMMANDS = {"test_bad_input", "test_robustness", "test_cli", "test_command", "test_hub", "test_interruptions", "test_quantized", "test_readme"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,109 @@
+"""One job at a time, first come, first served.
+
+Knows: who waits for whom, who has left, and that jobs run in a thread of their own, so that a caller who goes away holds nobody
+up. Does not know: what a job does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+_ENDING_S = 5.0  # so long a job that is under way is waited for when the slot closes: it ends at its next step
+
+_log = logging.getLogger(__name__)
+
+
+class Job:
+    """Someone in the line. It does not hold the work, so that the work may hold it, and both go as soon as they are over.
+
+    Args:
+        cancelled: asked by the slot before the work starts, and by the work as often as it likes.
+
+    Attributes:
+        done: set once nothing more will happen.
+    """
+
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        self._cancelled = cancelled
+        self.left = False
+        self.done = threading.Event()
+
+    def given_up(self) -> bool:
+        return self.left or self._cancelled()
+
+
+class Slot:
+    """Runs jobs in the order in which they joined.
+
+    The thread ends with `close`.
+    """
+
+    def __init__(self) -> None:
+        self._line: list[Job] = []  # the first one is being worked on
+        self._work: dict[Job, Callable[[], None]] = {}  # of those that wait
+        self._changed = threading.Condition()
+        self._closed = False
+        self._worker = threading.Thread(target=self._serve, name="answers", daemon=True)
+        self._worker.start()
+
+    def __len__(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._line)
+
+    def join(self, job: Job, work: Callable[[], None]) -> None:
+        """Go to the end of the line; the work is called once, in the slot's thread, unless the job is given up before.
+
+        In a closed slot a job is done at once, without having run.
+        """
+        with self._changed:
+            if self._closed:
+                job.done.set()
+            else:
+                self._line.append(job)
+                self._work[job] = work
+                self._changed.notify()
+
+    def place(self, job: Job) -> int:
+        """Jobs before this one, the running one included; 0 for the running one, and for one that is done."""
+        with self._changed:
+            return self._line.index(job) if job in self._line else 0
+
+    def leave(self, job: Job) -> None:
+        """Give a job up: out of the line at once if it waits, at its next step if it runs."""
+        with self._changed:
+            job.left = True
+            if job in self._line[1:]:
+                self._line.remove(job)
+                del self._work[job]
+                job.done.set()
+
+    def close(self) -> None:
+        """Give up every job, and wait for the running one to notice."""
+        with self._changed:
+            self._closed = True
+            for job in self._line:
+                job.left = True
+            self._changed.notify()
+        if threading.current_thread() is not self._worker:
+            self._worker.join(_ENDING_S)
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._line or self._closed)
+                if not self._line:
+                    return
+                job = self._line[0]
+                work = self._work.pop(job)
+            try:
+                if not job.given_up():
+                    work()
+            except Exception:
+                _log.exception("a job failed")  # whoever waits for the next one must not wait for ever
+            finally:
+                with self._changed:
+                    self._line.remove(job)
+                job.done.set()
+            del job, work  # or what they hold would be held until the next one comes

@@ -1,0 +1,120 @@
+"""`python -m chat_app`: what it refuses in one line, and that it serves and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from chat_app import __main__ as command
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(command.KEY_VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in, and that takes a key: set LOSSLESS_API_KEY"),
+        (["--host", "::"], "--host :: lets other machines in"),
+        (["--host", "example.org"], "--host example.org lets other machines in"),
+        (["--share"], "--share lets everybody in, and that takes a key"),
+        (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
+        (["--api-only", "--port", "0", "--model", "./nowhere"], "no model folder or GGUF file at nowhere"),
+        (["--api-only", "--port", "0", "--dtype", "float99"], "dtype must be one of"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--port", "many"], ["--unheard-of"]])
+def test_flags_that_are_none(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert command.main(["--api-only", "--port", str(port)]) == 2
+    assert re.fullmatch(rf"chat_app: cannot listen on 127\.0\.0\.1, port {port}: Address already in use\n", capsys.readouterr().err)
+
+
+def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.util.find_spec
+
+    def missing(name: str, *rest: Any) -> Any:
+        return None if name == "gradio" else found(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    assert command.main([]) == 2
+    assert capsys.readouterr().err == "chat_app: gradio is not installed: pip install 'lossless-streams[chat]' brings it\n"
+
+
+@contextlib.contextmanager
+def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """The command in a process of its own: the process, its address, and what it printed until then."""
+    line = [sys.executable, "-m", "chat_app", "--api-only", "--port", "0", *arguments]
+    with subprocess.Popen(line, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline() + process.stdout.readline()
+            address = re.search(r"http://\S+(?=/v1)", said)
+            assert address, said + (process.stderr.read() if process.stderr and process.poll() is not None else "")
+            yield process, address[0], said
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_and_ends_with_one_line(tiny_folder: Path, number: signal.Signals) -> None:
+    with running("--model", str(tiny_folder), "--dtype", "float32") as (process, address, said):
+        assert "plain: there is no adapter for it" in said
+        [model] = httpx.get(f"{address}/v1/models").json()["data"]
+        body = {"model": model["id"], "messages": [{"role": "user", "content": "w5"}], "max_tokens": 3}
+        assert httpx.post(f"{address}/v1/chat/completions", json=body).json()["lossless"]["accelerated"] is False
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        assert (process.returncode, error) == (0, "chat_app: ended\n")
+
+
+def test_it_ends_while_an_answer_is_made(tiny_folder: Path) -> None:
+    with running("--model", str(tiny_folder), "--dtype", "float32") as (process, address, _):
+        [model] = httpx.get(f"{address}/v1/models").json()["data"]
+        body = {"model": model["id"], "messages": [{"role": "user", "content": "w5"}], "max_tokens": 4096, "stream": True, "n": 8}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as found:
+            lines = found.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            assert '"message": "the server is ending"' in [line for line in lines if line][-1]
+        _, error = process.communicate(timeout=60)
+        assert (process.returncode, error) == (0, "chat_app: ended\n")
+
+
+def test_with_a_key_others_are_let_in(tiny_folder: Path) -> None:
+    with running("--model", str(tiny_folder), "--host", "0.0.0.0", LOSSLESS_API_KEY="secret") as (_, address, said):
+        assert "secret" not in said
+        here = address.replace("0.0.0.0", "127.0.0.1")
+        assert httpx.get(f"{here}/v1/models").status_code == 401
+        assert httpx.get(f"{here}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
