@@ -323,8 +323,9 @@ def _fetch_wheel(folder: Path) -> Path:
 
 def context_limit(model: Any) -> int | None:
     """The tokens that the model was made for, None if it does not say."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "max_target_positions")]  # MPT's, Whisper's
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]:

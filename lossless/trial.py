@@ -24,8 +24,12 @@ _FAR_FLOAT32, _FAR_COARSER = 0.01, 0.25
 
 def too_far(model: Any) -> float:
     """How far off, as a part of their spread, logits are too far to be the same computation rounded otherwise."""
-    fine = model.get_input_embeddings().weight.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    return _FAR_FLOAT32 if fine else _FAR_COARSER
+    return _FAR_FLOAT32 if is_fine(model) else _FAR_COARSER
+
+
+def is_fine(model: Any) -> bool:
+    """Whether it computes with float32 weights, so that roundings are small."""
+    return bool(model.get_input_embeddings().weight.dtype == torch.float32) and not getattr(model, "is_quantized", False)
 
 
 @contextlib.contextmanager

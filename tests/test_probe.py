@@ -280,5 +280,5 @@ def test_a_base_whose_cache_forgets_what_its_attention_would_see_is_refused() ->
     accelerate(model, tiny_config())
     model.config.sliding_window = 12  # of the cache alone: this family's attention knows of none
     model.config.layer_types = ["sliding_attention"] * model.config.num_hidden_layers
-    with pytest.raises(UsageError, match="behind a text of 24 tokens a draft tree gives other logits than the model's own loop"):
+    with pytest.raises(UsageError, match="a draft tree gives other logits than the model's own loop"):
         accelerate(model, tiny_config(), exact="near-tie")

@@ -34,8 +34,8 @@ REFUSALS = {  # what a refusal says -> what the table says
     "encoder-decoder": "refused: encoder-decoder",
     "no list of": "refused: its decoder layers do not stand in one list",
     "another width": "refused: its token embeddings are of another width than its hidden states",
-    "gives other logits": "refused: a trial at attach gave other logits over a draft tree (its positions, for example, follow columns)",
     "than the model's own loop": "refused: behind a long text its own cache forgets what its attention would see, or the like",
+    "gives other logits": "refused: a trial at attach gave other logits over a draft tree (its positions, for example, follow columns)",
     "over a draft tree ended in": "refused: a trial at attach ended in an error, its layers do not take the rows of a draft tree",
 }
 BUILDING = (StrictDataclassError, ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, IndexError, AssertionError)

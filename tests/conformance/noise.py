@@ -25,7 +25,7 @@ from .families import REQUIRED, VOCAB, build
 from .judge import CONFIG
 
 PROMPT, LENGTH = 24, 200  # tokens: read as a prompt, and in all
-SHAPES = (1, 2, 3, 5, 8, 12)  # rows of a pass
+SHAPES = (1, 2, 5, 12)  # rows of a pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
