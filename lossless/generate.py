@@ -19,8 +19,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .adapter import StreamAdapter
-from .anatomy import as_decoding, device_of, input_device
-from .base.packed import product_dtype
+from .anatomy import as_decoding, input_device
 from .base.structure import state_of
 from .cache import RowCache
 from .config import StreamingConfig
@@ -30,10 +29,13 @@ from .drafting.policy import DraftPolicy
 from .errors import UsageError, nearest
 from .fit import new_adapter
 from .generation.attach import attach
+from .generation.conditions import conditions, without_autocast
 from .generation.measure import kept_curve
+from .generation.verdict import keep
 from .lookup import TextMemory
-from .models import device_name, fingerprint, require_model
+from .models import fingerprint, give_back_memory, require_model
 from .passes import PassOutput
+from .probe import Passes, moved
 from .served import exactness, not_served, not_served_as_prepared, turn_of, with_stop_strings
 from .stats import Stats
 from .text import Text, result
@@ -51,7 +53,7 @@ class AcceleratedModel:
     untouched outside a call of `generate`; one call runs at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: StreamAdapter, exact: str | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: StreamAdapter, exact: str | None = None, **overrides: Any) -> None:
         self.base: Any = model
         self.adapter = adapter
         self.exact = exact
@@ -60,6 +62,8 @@ class AcceleratedModel:
         self.recall = adapter.config.recall
         self.adaptive = adapter.config.adaptive
         self.pruning_floor = adapter.config.pruning_floor
+        for name, value in overrides.items():  # of `OVERRIDES`
+            setattr(self, name, value)
         self.stats = Stats()
         self._turn = turn_of(model)
         self._warned: set[str] = set()
@@ -68,16 +72,26 @@ class AcceleratedModel:
 
     def _attach(self) -> None:
         """Look at the base as it is now."""
-        found = attach(self.base, self.adapter, self.exact)
-        self.reader, self.runner, self.drafter, self.guarantee = found.reader, found.runner, found.drafter, found.guarantee
-        self.measure_costs(refresh=False)
-        self._attached_to, self._state = self._place(), state_of(self.base)
+        with without_autocast(self.base):
+            self._attached = found = attach(self.base, self.adapter, self.exact, self._passes())
+            self.reader, self.runner, self.drafter, self.guarantee = found.reader, found.runner, found.drafter, found.guarantee
+            self.measure_costs(refresh=False)
+        self._looked_at = state_of(self.base), conditions(self.base)
+        give_back_memory()
+
+    def _passes(self) -> Passes:
+        """The passes over trees that this session may make."""
+        return Passes(self.tree_nodes, self.schedule == "parallel")
+
+    def _holds(self) -> bool:
+        """Whether the base is as it was looked at: the same weights, modules and switches, computing under the same conditions."""
+        as_it_is = state_of(self.base), conditions(self.base)
+        return as_it_is == self._looked_at and self._attached.passes.covers(self._passes())
 
     def measure_costs(self, refresh: bool = True) -> CostCurve:
         """What the parts of a step cost here: measured, or, without `refresh`, as it was measured before; seconds the first time."""
-        device = device_name(input_device(self.base))
         with self._turn.lock:  # beside a call everything takes longer
-            self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, device, refresh)
+            self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.tree_nodes, refresh)
         return self.costs
 
     def __getattr__(self, name: str) -> Any:
@@ -87,11 +101,6 @@ class AcceleratedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
-
-    def _place(self) -> tuple[Any, ...]:
-        """Where the base is, and in which dtype: what was probed at attach holds there."""
-        ends = self.base.get_input_embeddings(), self.base.get_output_embeddings()
-        return tuple((str(device_of(end)), product_dtype(end) or end.weight.dtype) for end in ends)  # a packed weight is not unpacked for it
 
     def detach(self) -> PreTrainedModel:
         """The base, as it was."""
@@ -110,9 +119,7 @@ class AcceleratedModel:
                 self._warn("generate was called within generate")
                 return self.base.generate(inputs, **kwargs)
             self.stats = Stats()
-            if self._place() != self._attached_to:
-                raise UsageError("the base has been moved or converted since the adapter was attached: call accelerate() again")
-            if state_of(self.base) != self._state:  # other weights, an adapter of the user's own switched on or off
+            if not self._holds():
                 self._attach()
             if reason := not_served(self.base, inputs, kwargs):
                 self._hand_over(reason)
@@ -205,7 +212,7 @@ class AcceleratedModel:
                 cache.keep_each([accepted.path for accepted in walks])
                 rows = [accepted.path[-1] for accepted in walks]
                 if walks[0].open:  # too close to call: made again from rows read one by one, as the base reads them
-                    out, rows = self._read_alone(active[0], cache), [0]
+                    out, rows = self._read_alone(active[0], cache, out.logits[0, rows]), [0]
                 # 6. speculate: the streams of each last accepted node, if drafts pay; finished texts leave the batch
                 with self.stats.timing("draft_s"):
                     active, streams = self._go_on(active, out, rows, cache, policy)
@@ -312,8 +319,9 @@ class AcceleratedModel:
 
         return choose
 
-    def _read_alone(self, text: Text, cache: RowCache) -> PassOutput:
-        """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last."""
+    def _read_alone(self, text: Text, cache: RowCache, doubted: torch.Tensor) -> PassOutput:
+        """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last, whose logits in
+        a pass of another shape were `doubted`, `[1, vocab]`."""
         cache.forget(text.before + text.sound)
         device = input_device(self.base)
         for place in range(text.sound, text.ids.shape[1]):
@@ -321,6 +329,12 @@ class AcceleratedModel:
             out = self.reader.verify(text.ids[:, place : place + 1].to(device), position, None, cache, None)
             cache.keep([0])
         reread, text.sound = text.ids.shape[1] - text.sound, text.ids.shape[1]
+        found = self.guarantee.after(moved(doubted, out.logits[0, -1:].float()))
+        if found is not self.guarantee:  # what the probe promised was too little: no longer
+            self.guarantee = found
+            self.stats.exceeded += 1
+            text.widen(found.noise)
+            keep(self._attached.kept, self.reader.model, found)
         text.remember(text.choose_alone(out.logits[0, -1]))
         self.stats.count_alone(text.number, text.last, reread)
         return out
@@ -384,7 +398,4 @@ def accelerate(
     elif not isinstance(adapter, StreamAdapter):
         adapter = StreamAdapter.from_pretrained(adapter, base={"fingerprint": fingerprint(model, tokenizer)})
     replace(adapter.config, **overrides)  # checks them
-    fast = AcceleratedModel(model, adapter, exact)
-    for name, value in overrides.items():
-        setattr(fast, name, value)
-    return fast
+    return AcceleratedModel(model, adapter, exact, **overrides)

@@ -10,6 +10,7 @@ Does not know: adapters or generation. A base that it returns is frozen and in e
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import math
 import os
@@ -164,6 +165,12 @@ def free_memory(device: torch.device) -> float:
     return memory.get("cpu", max(memory.values())) / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def give_back_memory() -> None:
+    """Let the system have what was freed: glibc keeps it otherwise, and what attaching takes for a while is much of a small model."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def precision(model: Any) -> str:
     """In what a base computes: its dtype, and how it is quantized."""
     how = [name for name in LOAD_IN if getattr(model, f"is_loaded_in_{name}", False)]
@@ -316,8 +323,9 @@ def _fetch_wheel(folder: Path) -> Path:
 
 def context_limit(model: Any) -> int | None:
     """The tokens that the model was made for, None if it does not say."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "max_target_positions")]  # MPT's, Whisper's
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]:

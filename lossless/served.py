@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
 from .anatomy import counts_padding, decoder, rotary_turns, shares_position_bias
+from .generation.conditions import under_autocast
 
 # arguments of generate() that are not fields of a generation config
 _CALL_ARGUMENTS = frozenset(
@@ -32,6 +33,8 @@ _REMEMBERING = ("SynthID", "UnbatchedClassifierFree")  # of those, the ones that
 
 def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this call must go to the base, if it must."""
+    if under_autocast(model):
+        return "autocast is on"
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     if kwargs.get("inputs_embeds") is not None:
         if ids is not None:

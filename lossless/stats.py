@@ -50,6 +50,8 @@ class Stats:
             a GPU, which works on its own, only their sum with the rest says something.
         exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
         reread: passes of one row in which choices that were too close to call were made again.
+        exceeded: choices made again whose logits had moved further than the probe's bound: tokens before them were guarded by too
+            narrow a bound. From then on it is wider, in later processes, too.
         served: False if the call was handed to the base's own generate; `why` tells the reason.
         steps: one for each text and step, in order; the first of a text is its prefill. Grows while the call is under way.
     """
@@ -67,6 +69,7 @@ class Stats:
     pass_s: float = 0.0
     exact: str = "off"
     reread: int = 0
+    exceeded: int = 0
     served: bool = True
     why: str = ""
     steps: list[Step] = field(default_factory=list)
@@ -85,9 +88,10 @@ class Stats:
     def __str__(self) -> str:
         if not self.served:
             return "not accelerated: handed to the base's own generate"
+        beyond = f", {self.exceeded} times logits moved further than was promised" if self.exceeded else ""
         return (
             f"{self.tokens} tokens, {self.target_passes} target passes, acceptance length "
-            f"{self.acceptance_length:.2f}, {self.tokens_per_s:.1f} tokens/s"
+            f"{self.acceptance_length:.2f}, {self.tokens_per_s:.1f} tokens/s{beyond}"
         )
 
     @contextlib.contextmanager

@@ -61,6 +61,12 @@ from .rows import AloneRows
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
 
 
+def _rotaries(model: nn.Module) -> list[nn.Module]:
+    """What makes position embeddings for all layers: modules beside them, one or one for each base frequency."""
+    beside = [part for child in model.children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
+    return [part for part in beside if "Rotary" in type(part).__name__]
+
+
 class StreamRunner:
     """A frozen base and an adapter that fits it.
 
@@ -84,7 +90,7 @@ class StreamRunner:
         self.lm_head = self.model.get_output_embeddings()
         self.own_attention = not uses_attention_interface(base)
         self.implementation = self.text_config._attn_implementation  # the base's own attention
-        self._rotaries = [m for m in decoder(self.model).children() if "Rotary" in type(m).__name__]
+        self._rotaries = _rotaries(decoder(self.model))
         self._after = after_layers(self.model)
         self._names = [list(inspect.signature(layer.forward).parameters) for layer in self.layers]
         self._reaches = [Reach(own_window(layer)) for layer in self.layers] if self.own_attention else []

@@ -46,8 +46,8 @@ class Text:
         guard: float = 0.0,
     ) -> None:
         penalty, heat = config.repetition_penalty or 1.0, config.temperature or 1.0
-        magnified = max(penalty, 1 / penalty) / (1.0 if noise is None else min(1.0, heat))
-        self.off_by, self.guard = guard, guard * magnified  # of logits, and of what they are chosen by
+        self._magnified = max(penalty, 1 / penalty) / (1.0 if noise is None else min(1.0, heat))
+        self.widen(guard)
         self.number, self.ids, self.prompt, self.before = number, ids, ids.shape[1], before
         self.start = padding - before  # of the text, counted in ids
         self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
@@ -57,6 +57,10 @@ class Text:
         keep = config.return_dict_in_generate
         self.scores: tuple[torch.Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep and config.output_logits else None
+
+    def widen(self, guard: float) -> None:
+        """From now on choices are guarded so."""
+        self.off_by, self.guard = guard, guard * self._magnified  # of logits, and of what they are chosen by
 
     @property
     def last(self) -> int:

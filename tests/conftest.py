@@ -20,7 +20,7 @@ from lossless.base import products
 from lossless.config import StreamingConfig
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel, accelerate
-from lossless.generation import measure
+from lossless.generation import measure, verdict
 from lossless.models import cache_dir, freeze
 
 VOCAB = 96
@@ -44,11 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _costs_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What steps of tiny models cost is kept for this session only."""
-    folder = tmp_path_factory.mktemp("costs")
+def _kept_for_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What steps of tiny models cost, and how exact they are, is kept for this session only."""
+    folder = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "cache_dir", lambda: folder)
+        for module in (measure, verdict):
+            patch.setattr(module, "cache_dir", lambda: folder)
         yield
 
 

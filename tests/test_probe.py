@@ -251,7 +251,7 @@ def test_a_base_whose_layers_cannot_take_more_rows_is_refused() -> None:
     model = build_tiny()
     rows = torch.ones(1, 3, 32)
     model.model.layers[2].register_forward_hook(lambda layer, args, out: out + rows[:, : out.shape[1]])
-    with pytest.raises(UsageError, match="its layers cannot carry a draft tree"):
+    with pytest.raises(UsageError, match="a trial of a pass over a draft tree ended in RuntimeError: The size of tensor"):
         accelerate(model, tiny_config())
 
 
@@ -273,3 +273,12 @@ def test_a_row_read_alone_is_no_better_than_the_rows_that_it_looks_back_at() -> 
     assert text.choose_after(torch.stack([sure, close]), True)(0) == (1, False)  # a pass of two rows
     assert text.choose_after(close[None], True)(0) is None  # one row over a row of that pass
     assert text.choose_after(sure[None], True)(0) == (1, False)
+
+
+def test_a_base_whose_cache_forgets_what_its_attention_would_see_is_refused() -> None:
+    model = build_tiny()
+    accelerate(model, tiny_config())
+    model.config.sliding_window = 12  # of the cache alone: this family's attention knows of none
+    model.config.layer_types = ["sliding_attention"] * model.config.num_hidden_layers
+    with pytest.raises(UsageError, match="a draft tree gives other logits than the model's own loop"):
+        accelerate(model, tiny_config(), exact="near-tie")

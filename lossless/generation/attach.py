@@ -7,6 +7,7 @@ pay. Does not know: the decode loop, or what a call asks for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from ..adapter import StreamAdapter
 from ..anatomy import device_of
 from ..base.packed import packed_twin, warm_up
 from ..draft import Drafter
-from ..probe import Guarantee, check_level, check_served, find_guarantee, logit_scale
+from ..probe import Guarantee, Passes, check_level, find_guarantee, logit_scale
 from ..streams import StreamRunner
+from ..trial import check_served
+from .verdict import kept_guarantee, verdict_path
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,24 @@ class Attachment:
         runner: passes over trees, through a packed twin or the reader itself.
         drafter: trees from streams.
         guarantee: what holds.
+        passes: over trees, for which it does.
+        kept: where it is kept on disk.
     """
 
     reader: StreamRunner
     runner: StreamRunner
     drafter: Drafter
     guarantee: Guarantee
+    passes: Passes
+    kept: Path
 
 
-def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None) -> Attachment:
+def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, passes: Passes) -> Attachment:
     """Look at a base as it is now: what it can do, and how exactly. No random generator is moved, not even for a while: others may draw.
 
     Args:
         exact: the level that is wanted, None for the strongest that pays.
+        passes: over trees, that are to come.
 
     Raises:
         UsageError: the base cannot be served, or not at this level.
@@ -51,15 +59,24 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None) -> 
     dtype: Any = embeddings.weight.dtype
     adapter = adapter.copy_as(device_of(head), dtype)
     reader = StreamRunner(base, adapter)
-    check_served(reader)
-    model = None if exact == "bitwise" else packed_twin(base)
+    # in 16 bits a twin is never close enough to guard, and without a guard only `off` takes it
+    coarse = exact != "off" and dtype in (torch.bfloat16, torch.float16)
+    model = None if exact == "bitwise" or coarse else packed_twin(base)
     twin = None if model is None else StreamRunner(base, adapter, model)
-    guarantee = find_guarantee(reader, exact, twin)
+
+    def look() -> Guarantee:
+        check_served(reader)
+        return find_guarantee(reader, exact, passes, twin)
+
+    kept = verdict_path(reader, twin or reader, exact, passes)
+    guarantee = kept_guarantee(kept, reader.model, look)
     if guarantee.limits is not None:
         reader.keep_bits(guarantee.limits)
     drafter = Drafter(adapter, embeddings, head, logit_scale(reader))
     serves = twin is not None and (guarantee.twin or guarantee.level == "off")
     runner = twin if twin is not None and serves else reader
     with torch.no_grad():
-        warm_up(runner.model, adapter.config.tree_nodes)
-    return Attachment(reader, runner, drafter, guarantee)
+        warm_up(runner.model, passes.rows)
+        if runner is not reader:
+            runner.observe_anything()  # streams call its layers as the base does: seen now, not in the first answer
+    return Attachment(reader, runner, drafter, guarantee, passes, kept)

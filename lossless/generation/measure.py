@@ -6,10 +6,7 @@ Knows: how to time passes, streams and levels of a tree, and where the times are
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +14,15 @@ from typing import Any
 import torch
 
 from ..anatomy import as_decoding, input_device
-from ..base import kernels
-from ..base.packed import is_packed
 from ..cache import RowCache
 from ..draft import Drafter
 from ..drafting.costs import CostCurve
-from ..models import cache_dir, context_limit, precision
+from ..models import cache_dir, context_limit
 from ..passes import PassOutput
-from ..storage import read_json, versions, write_json
+from ..storage import read_json, write_json
 from ..streams import StreamRunner
 from ..tree import DraftTree
+from .conditions import circumstances, file_name
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)  # what reading a file that is no curve ends with
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of the passes that are measured
@@ -123,22 +119,14 @@ def read_curve(path: Path) -> CostCurve:
 
 
 def kept_curve(
-    reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_nodes: int, device_name: str, refresh: bool = False
+    reader: StreamRunner, runner: StreamRunner, drafter: Drafter, max_nodes: int, refresh: bool = False
 ) -> CostCurve:
     """The curve that was measured before under the same circumstances, or a new one, which is then kept.
 
     A file that cannot be read, or be written, costs a measurement, nothing else.
     """
-    config = runner.text_config.to_dict()
-    shape = {key: value for key, value in sorted(config.items()) if isinstance(value, int | str | float) and not key.startswith("_")}
-    depends = {
-        "base": type(runner.base).__name__, "shape": shape, "precision": precision(runner.base), "device": device_name, "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(), "attention": runner.implementation, "twin": runner is not reader, "packed": is_packed(runner.base),
-        "bitwise": runner.limits is not None, "max_nodes": max_nodes, "adapter": runner.adapter.config.to_dict(),
-        "versions": versions(), "modules": Counter(type(module).__name__ for module in runner.model.modules()), "kernels": kernels.available(),
-    }  # fmt: skip
-    name = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    path = cache_dir() / "costs" / f"{name}.json"
+    depends = circumstances(reader, runner) | {"bitwise": runner.limits is not None, "max_nodes": max_nodes}
+    path = cache_dir() / "costs" / file_name(depends)
     if not refresh:
         with contextlib.suppress(*BROKEN):  # not there yet, or broken: it is measured
             return read_curve(path)

@@ -387,7 +387,7 @@ def test_a_closed_engine_gives_nothing(base: Base, in_background: Callable[..., 
     threading.Timer(0.1, hold.released.set).start()
     engine.close()
     assert last(engine.answer([user("w5")], GREEDY, "plain")).ending == "cancelled"
-    until(lambda: bool(found and waiting))  # the threads have only to be told
+    until(lambda: all(some and getattr(some[-1], "ending", None) for some in (found, waiting)))  # the threads have only to be told
     assert found[-1].ending == waiting[-1].ending == "cancelled"
 
 

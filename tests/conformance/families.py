@@ -43,6 +43,8 @@ _SIZES: dict[str, Any] = {
     "sliding_window": WINDOW, "window_size": WINDOW, "attention_chunk_size": 16,
     "rotary_dim": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "initializer_range": 0.3, "init_std": 0.3,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "global_head_dim": 8, "num_global_key_value_heads": 2,
+    "image_size": 28, "patch_size": 14, "mm_tokens_per_image": 4, "pronunciation_vocab_size": 16, "shape_vocab_size": 16,
     "decoder_layers": 4, "encoder_layers": 4, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
     "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "embedding_size": 32, "type_vocab_size": 2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
@@ -59,6 +61,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "full_attention"]},
     "llama4_text": {"interleave_moe_layer_step": 2},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "full_attention"]},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4, "intermediate_size": [48] * 4,
+                     "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "zaya": {"num_experts_per_tok": 1},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
 }
 
 
@@ -69,7 +80,11 @@ _SELF_CENTRED = frozenset(("gemma2", "gemma3_text", "xglm"))
 def config_of(family: str) -> PretrainedConfig:
     """Its default config with every size made tiny."""
     kind = CONFIG_MAPPING[family]
-    inner = {name: sizes_of(sub, name) for name, sub in getattr(kind, "sub_configs", {}).items() if sub.model_type in CONFIG_MAPPING}
+    specs, inner = getattr(kind, "sub_configs_defaults", {}), {}
+    for name, sub in getattr(kind, "sub_configs", {}).items():
+        part = getattr(sub, "model_type", "") or getattr(specs.get(name), "model_type", "")
+        if part in CONFIG_MAPPING:
+            inner[name] = sizes_of(CONFIG_MAPPING[part], name) | ({} if hasattr(sub, "model_type") else {"model_type": part})
     return kind(**sizes_of(kind, family), **inner)
 
 

@@ -1,6 +1,6 @@
 """What becomes of a family: served, refused, or not to be tried; and the README's table of all of them.
 
-`python -m tests.conformance.judge` tries every family and writes the table into README.md.
+`python -m tests.conformance.judge` tries every family and writes the table into the README beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..test_lossless import both
 from .families import ALL, WINDOW, build
 
 CONFIG = StreamingConfig(num_streams=3, num_msa_layers=2, lora_rank=4, transition_rank=8, tree_nodes=12)
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- families: written by python -m tests.conformance.judge -->", "<!-- end of families -->"
 SERVED, ALONE, BROKEN = "served", "served, batches by the base itself", "not tried: no tiny model of it runs here"
 REFUSALS = {  # what a refusal says -> what the table says
@@ -34,8 +34,9 @@ REFUSALS = {  # what a refusal says -> what the table says
     "encoder-decoder": "refused: encoder-decoder",
     "no list of": "refused: its decoder layers do not stand in one list",
     "another width": "refused: its token embeddings are of another width than its hidden states",
+    "than the model's own loop": "refused: behind a long text its own cache forgets what its attention would see, or the like",
     "gives other logits": "refused: a trial at attach gave other logits over a draft tree (its positions, for example, follow columns)",
-    "cannot carry": "refused: a trial at attach failed, its layers cannot carry a draft tree",
+    "over a draft tree ended in": "refused: a trial at attach ended in an error, its layers do not take the rows of a draft tree",
 }
 BUILDING = (StrictDataclassError, ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, IndexError, AssertionError)
 

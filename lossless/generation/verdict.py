@@ -1,0 +1,80 @@
+"""The guarantee that a probe found, kept on disk by all that it depends on, and widened by what is seen later.
+
+Knows: what identifies a base whose arithmetic was probed, and where verdicts lie. Does not know: how they are found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models import cache_dir
+from ..probe import Guarantee, Passes, projections
+from ..storage import read_json, write_json
+from ..streams import StreamRunner
+from ..trial import trial
+from .conditions import circumstances, file_name
+
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a file that is no verdict ends with
+
+
+@torch.no_grad()
+def verdict_path(reader: StreamRunner, runner: StreamRunner, wanted: str | None, passes: Passes) -> Path:
+    """Where the verdict on this base belongs.
+
+    A base is known by the bits of what it says after a short text: every weight, hook and setting has a part in them, and where
+    two runs round otherwise, they must not share a verdict.
+    """
+    with trial(reader.base):
+        logits = reader.observe_anything()[1].float().cpu()
+    depends = circumstances(reader, runner) | {
+        "says": hashlib.sha256(logits.numpy().tobytes()).hexdigest(), "wanted": wanted, "rows": passes.rows, "streams": passes.streams,
+    }  # fmt: skip
+    return cache_dir() / "guarantees" / file_name(depends)
+
+
+def kept_guarantee(path: Path, model: Any, find: Callable[[], Guarantee]) -> Guarantee:
+    """The verdict that was found before under the same circumstances, or a new one, which is then kept.
+
+    A file that cannot be read, or be written, costs a probe, nothing else.
+
+    Args:
+        model: what rows are read through, whose projections have limits; find: probes it.
+    """
+    with contextlib.suppress(*BROKEN):  # not there yet, or broken
+        return read_guarantee(path, model)
+    found = find()
+    keep(path, model, found)
+    return found
+
+
+def read_guarantee(path: Path, model: Any) -> Guarantee:
+    """A verdict that was kept; raises one of `BROKEN` if it is not there, or is none of this model."""
+    kept = read_json(path)["guarantee"]
+    limits: Any = kept["limits"]
+    if limits is not None:
+        limits = {module: limits.pop(name) for name, module in _named(model).items()} | limits
+    if limits and not all(isinstance(module, torch.nn.Module) and type(rows) is int for module, rows in limits.items()):
+        raise ValueError("limits of other projections")
+    return Guarantee(str(kept["level"]), limits, dict(kept["operations"]), float(kept["noise"]), bool(kept["twin"]))
+
+
+def keep(path: Path, model: Any, found: Guarantee) -> None:
+    """Write it, unless the cache cannot be written to. Bounds only grow: another process may have seen more."""
+    with contextlib.suppress(*BROKEN):
+        found = found.at_least(read_guarantee(path, model).noise)
+    limits = None if found.limits is None else {name: found.limits[module] for name, module in _named(model).items()}
+    verdict = {"level": found.level, "limits": limits, "operations": found.operations, "noise": found.noise, "twin": found.twin}
+    with contextlib.suppress(OSError):
+        write_json(path, {"guarantee": verdict})
+
+
+def _named(model: Any) -> dict[str, torch.nn.Module]:
+    """A model's projections by the names of its modules."""
+    names = {module: name for name, module in model.named_modules()}
+    return {names[module]: module for module in projections(model)}

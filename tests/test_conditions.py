@@ -1,0 +1,94 @@
+"""What was probed under other conditions is probed again at the next call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lossless.fit import new_adapter
+from lossless.generate import AcceleratedModel, accelerate
+from lossless.generation import attach as module
+from lossless.generation import verdict
+
+from .conftest import build_tiny, prompt_ids, tiny_config
+from .test_lossless import both
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[Any]:
+    """The passes that are probed for, with an empty cache."""
+    found: list[Any] = []
+    real = module.find_guarantee
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(module, "find_guarantee", lambda reader, wanted, passes, twin: found.append(passes) or real(reader, wanted, passes, twin))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    """What a test changes in torch is changed back."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+def attached(**options: Any) -> AcceleratedModel:
+    model = build_tiny(seed=5)
+    return accelerate(model, new_adapter(model, tiny_config()).randomize(2), **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: torch.set_num_threads(torch.get_num_threads() + 1),
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: torch.set_float32_matmul_precision("medium"),
+    ],
+    ids=["threads", "attention", "dtype", "precision of products"],
+)
+def test_other_conditions_are_noticed_at_the_next_call(change: Callable[[PreTrainedModel], object], probed: list[Any]) -> None:
+    fast = attached()
+    both(fast, prompt_ids())
+    assert len(probed) == 1
+    change(fast.base)
+    for seed in (3, 4):
+        expected, found = both(fast, prompt_ids(seed=seed))
+        assert torch.equal(expected, found)
+        assert fast.stats.served
+    assert len(probed) == 2
+    assert fast.reader.implementation == fast.base.config._attn_implementation
+
+
+def test_under_autocast_the_base_itself_answers(probed: list[Any]) -> None:
+    fast = attached()
+    plain = fast.guarantee
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.warns(UserWarning, match="not accelerated: autocast is on"):
+            expected, found = both(fast, prompt_ids())
+        assert not fast.stats.served
+        assert attached().guarantee == plain  # autocast or not, the weights are what is probed
+    assert torch.equal(expected, found)
+    both(fast, prompt_ids())
+    assert fast.stats.served
+    assert len(probed) == 1
+
+
+def test_more_rows_or_streams_than_were_probed_are_probed(probed: list[Any]) -> None:
+    fast = attached(tree_nodes=6, schedule="deferred")
+    assert [(passes.rows, passes.streams) for passes in probed] == [(6, False)]
+    fast.tree_nodes = 4
+    both(fast, prompt_ids())
+    assert len(probed) == 1
+    fast.tree_nodes = 24
+    expected, found = both(fast, prompt_ids())
+    assert torch.equal(expected, found)
+    fast.schedule = "parallel"
+    expected, found = both(fast, prompt_ids())
+    assert torch.equal(expected, found)
+    assert [(passes.rows, passes.streams) for passes in probed[1:]] == [(24, False), (24, True)]
