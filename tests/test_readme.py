@@ -17,7 +17,7 @@ from lossless.models import Base
 from . import tables
 from .tables import ROOT, TABLES, between, reports
 
-DOCUMENTS = {path: (ROOT / path).read_text(encoding="utf-8") for path in (*TABLES, "lossless/README.md", "tests/conformance/README.md", "data/README.md")}
+DOCUMENTS = {path: (ROOT / path).read_text(encoding="utf-8") for path in (*TABLES, "lossless/README.md", "chat_app/README.md", "tests/conformance/README.md", "data/README.md")}
 README = DOCUMENTS["README.md"]
 
 
@@ -56,6 +56,11 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_the_first_page_is_short() -> None:
     assert len(README.splitlines()) <= 160
+
+
+def test_the_first_page_counts_the_families_that_are_served() -> None:
+    served = re.findall(r"^\| served[^|]*\| (\d+) \|", DOCUMENTS["tests/conformance/README.md"], re.MULTILINE)
+    assert f"{sum(map(int, served))} families are tested" in README
 
 
 def test_the_main_command_answers_and_is_identical(demo: Base, capsys: pytest.CaptureFixture[str]) -> None:
