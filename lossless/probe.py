@@ -112,7 +112,8 @@ class Guarantee:
 
     def after(self, moved: float) -> Guarantee:
         """What holds once differences between logits have been seen to move so far."""
-        return self.at_least(_SAFETY_COARSER * moved) if moved > self.noise else self
+        # logits of a pass may overflow: then no choice of such passes is sure, and that is no error
+        return self.at_least(min(_SAFETY_COARSER * moved, 1e30)) if moved > self.noise else self
 
     def describe(self) -> dict[str, Any]:
         """For JSON."""

@@ -167,3 +167,5 @@ def test_passes_and_guarantees_are_checked() -> None:
     assert not Passes(3).covers(Passes(2, True))
     assert Guarantee("near-tie", noise=0.1).after(0.05).noise == 0.1
     assert Guarantee("near-tie", noise=0.1).after(0.2).noise == pytest.approx(probe._SAFETY_COARSER * 0.2)
+    assert 1e29 < Guarantee("near-tie", noise=0.1).after(float("inf")).noise < float("inf")  # a pass that overflowed
+    assert Guarantee("near-tie", noise=0.1).after(float("nan")).noise == 0.1
