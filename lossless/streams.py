@@ -60,6 +60,8 @@ from .passes import (
 from .rows import AloneRows
 from .sight import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
 
+_BESIDE = 4096  # columns behind the last place that streams of a pass may take; expanded ones take no memory
+
 
 def _rotaries(model: nn.Module) -> list[nn.Module]:
     """What makes position embeddings for all layers: modules beside them, one or one for each base frequency."""
@@ -104,7 +106,8 @@ class StreamRunner:
         if self.own_attention:  # rows of a tree do not stand in columns of their own place
             mask: Any
             for mask in (module for layer in self.layers for module in column_masks(layer)):
-                mask.bias = mask.bias.new_ones(1, 1, 1, 1).expand_as(mask.bias)
+                columns = mask.bias.shape[-1] + _BESIDE
+                mask.bias = mask.bias.new_ones(1, 1, 1, 1).expand(1, 1, columns, columns)
         else:
             self.text_config._attn_implementation = ATTENTION
         self._unhooked = structure_of(self.top)

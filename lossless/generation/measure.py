@@ -75,7 +75,8 @@ class _Text:
 
     def read(self, by: StreamRunner, rows: int) -> PassOutput:
         """A tree of so many rows, two children each; nothing of it is kept."""
-        tree = DraftTree(tuple(self.ids[:rows]), (-1, *((i - 1) // 2 for i in range(1, rows))))
+        vocab = self.runner.text_config.vocab_size
+        tree = DraftTree(tuple(i % vocab for i in range(rows)), (-1, *((i - 1) // 2 for i in range(1, rows))))
         mask = tree.mask()[None].to(self.device) if rows > 1 else None
         depths = (torch.tensor([tree.depths], device=self.device) + self.length).clamp_max(self.runner.places - 1)
         out = by.verify(torch.tensor([tree.tokens], device=self.device), depths, mask, self.cache, None)

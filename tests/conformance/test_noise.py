@@ -20,4 +20,4 @@ def test_the_bound_holds_at_a_thousand_positions(family: str, dtype: str) -> Non
         pytest.skip("in 16 bits a router's own near-tie sends a token to another expert: no bound holds, and bitwise is the default")
     found = observe(attach(family, DTYPES[dtype]), texts=2)
     assert found.positions > 1000
-    assert 0 < found.worst <= found.bound, found
+    assert found.worst <= found.bound, found
