@@ -63,7 +63,10 @@ def decoder(model: PreTrainedModel) -> Any:
     Raises:
         UsageError: no module has a list of `num_hidden_layers` layers.
     """
+    kinds = type(model.config), type(model.config.get_text_config())
     for module in (model.get_decoder(), *model.modules()):
+        if not isinstance(getattr(module, "config", model.config), kinds):
+            continue  # what reads pictures or sound may be as deep
         if any(isinstance(child, nn.ModuleList) and len(child) == depth(model) for child in module.children()):
             return module
     raise UsageError(f"{type(model).__name__} has no list of {depth(model)} decoder layers that streams could enter")
@@ -87,6 +90,15 @@ def uses_attention_interface(model: PreTrainedModel) -> bool:
     return hasattr(sys.modules[type(decoder_layers(model)[0]).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
+def refuse_other_rows(model: PreTrainedModel, hidden: torch.Tensor, batch: int, rows: int) -> None:
+    """Raises UsageError if what a layer is given is not `[batch, rows, width]`: streams would join the wrong dimension."""
+    if hidden.ndim != 3 or hidden.shape[:2] != (batch, rows):
+        raise UsageError(
+            f"{type(model).__name__} cannot be accelerated: its layers must take hidden states of the shape [batch, rows, width], "
+            f"got {list(hidden.shape)} for batch {batch} and {rows} rows"
+        )
+
+
 def hides_where_true(layer: nn.Module) -> bool:
     """Whether a layer whose attention is its own takes a boolean mask, True for the keys that are not seen."""
     return type(layer).__name__ in _HIDDEN_IS_TRUE
@@ -99,7 +111,19 @@ def shares_position_bias(model: PreTrainedModel) -> bool:
 
 def counts_padding(model: PreTrainedModel) -> bool:
     """Whether places in a text padded on the left are counted from the padding on: nobody tells the base otherwise."""
-    return "position_ids" not in inspect.signature(model.forward).parameters and not hasattr(decoder(model), "build_alibi_tensor")
+    return not takes_positions(model) and not hasattr(decoder(model), "build_alibi_tensor")
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a base can be told which place in its text each row has."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def as_generating(model: PreTrainedModel, ids: torch.Tensor, past: int = 0) -> dict[str, torch.Tensor]:
+    """What HF's own loop gives a base to read `[1, rows]` tokens behind `past` others: it counts places from 0, even for those bases that
+    count from elsewhere if nobody tells them (RoBERTa)."""
+    places = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+    return {"input_ids": ids} | ({"position_ids": places} if takes_positions(model) else {})
 
 
 def as_decoding(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
@@ -123,10 +147,16 @@ def rotary_turns(model: PreTrainedModel) -> list[tuple[int, bool]]:
 
 
 def position_bias(model: PreTrainedModel, length: int) -> torch.Tensor:
-    """`[heads, length]`, what a base with ALiBi adds to the scores of the keys at each place."""
+    """`[heads, length]`, what a base with ALiBi adds to the scores of the keys at each place.
+
+    Raises:
+        UsageError: its bias is another one.
+    """
     whole, device = decoder(model), input_device(model)
     if shares_position_bias(model):
         return whole.build_mpt_alibi_tensor(whole.num_heads, length, device=device)[:, 0]
+    if not hasattr(whole, "build_alibi_tensor"):
+        raise UsageError(f"{type(model).__name__} cannot be accelerated: it adds a position bias to attention scores by a rule of its own, not ALiBi")
     ones = torch.ones(1, length, device=device)
     return whole.build_alibi_tensor(ones, whole.num_heads, model.get_input_embeddings().weight.dtype)[:, 0]
 

@@ -62,8 +62,7 @@ class AcceleratedModel:
         self.recall = adapter.config.recall
         self.adaptive = adapter.config.adaptive
         self.pruning_floor = adapter.config.pruning_floor
-        for name, value in overrides.items():  # of `OVERRIDES`
-            setattr(self, name, value)
+        vars(self).update(overrides)  # of `OVERRIDES`
         self.stats = Stats()
         self._turn = turn_of(model)
         self._warned: set[str] = set()
@@ -85,8 +84,7 @@ class AcceleratedModel:
 
     def _holds(self) -> bool:
         """Whether the base is as it was looked at: the same weights, modules and switches, computing under the same conditions."""
-        as_it_is = state_of(self.base), conditions(self.base)
-        return as_it_is == self._looked_at and self._attached.passes.covers(self._passes())
+        return (state_of(self.base), conditions(self.base)) == self._looked_at and self._attached.passes.covers(self._passes())
 
     def measure_costs(self, refresh: bool = True) -> CostCurve:
         """What the parts of a step cost here: measured, or, without `refresh`, as it was measured before; seconds the first time."""

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .anatomy import as_decoding, decoder, device_of, features, input_device, is_projection, rotary_turns
+from .anatomy import as_decoding, as_generating, decoder, device_of, features, input_device, is_projection, rotary_turns
 from .base.packed import product_dtype
 from .cache import RowCache
 from .errors import UsageError, require_at_least, require_one_of
@@ -73,10 +73,11 @@ class Passes:
         """Whether the other's are all among them."""
         return other.rows <= self.rows and other.streams <= self.streams
 
-    def each(self) -> Iterator[tuple[int, bool]]:
-        """Rows, and whether streams stand beside them."""
+    def part(self, number: int, parts: int) -> Iterator[tuple[int, bool]]:
+        """Rows, and whether streams stand beside them: every number of rows, and every pass in one of two parts."""
         for rows in range(1, self.rows + 1):
-            yield from ((rows, streams) for streams in (False, True)[: 1 + self.streams])
+            both = (False, True) if parts == 1 else ((rows + number) % 2 == 0,)
+            yield from ((rows, streams) for streams in (both if self.streams else (False,)))
 
 
 @dataclass(frozen=True)
@@ -263,12 +264,12 @@ def _compare(
     a part of their spread; no further once the noise is `most`."""
     bits, noise, off = limits is not None, 0.0, 0.0
     safety = _SAFETY_FLOAT32 if is_fine(runner.base) else _SAFETY_COARSER
-    for text in known:
+    for number, text in enumerate(known):
         # what drafts have brought was read in such passes, too, so that the keys that a row looks back at have noise
         read = _behind(runner, text.prompt, passes.rows)
         exact = _behind(runner, text.prompt, len(text.prompt)) if bits else read
         with as_decoding(runner.model):
-            for rows, streams in passes.each():
+            for rows, streams in passes.part(number, len(known)):
                 native = read(text.tree, rows, streams)
                 off = max(off, float((native - text.alone[:rows]).abs().max() / text.alone.std()))
                 noise = max(noise, safety * max(_rounding(runner.base, native), moved(native, text.alone[:rows])))
@@ -288,7 +289,8 @@ def _rounding(model: Any, logits: torch.Tensor) -> float:
 def _plain(model: Any, ids: list[int], cache: DynamicCache) -> torch.Tensor:
     """`[vocab]`: the base's own logits after these tokens, in one pass behind its cache."""
     given = torch.tensor([ids], device=input_device(model))
-    return model(input_ids=given, past_key_values=cache, use_cache=True).logits[0, -1].float()
+    told = as_generating(model, given, cache.get_seq_length())
+    return model(**told, past_key_values=cache, use_cache=True).logits[0, -1].float()
 
 
 def _behind(runner: StreamRunner, prompt: list[int], rows: int) -> Callable[[DraftTree, int, bool], torch.Tensor]:

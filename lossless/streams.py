@@ -35,6 +35,7 @@ from .anatomy import (
     input_device,
     own_window,
     position_bias,
+    refuse_other_rows,
     shares_position_bias,
     uses_attention_interface,
 )
@@ -291,6 +292,7 @@ class StreamRunner:
         hidden = given.pop(self._names[number][0])
         self._habits[number] = habit = Habit({name: named(name, value, plan) for name, value in given.items()})
         if layer is self.top[0]:
+            refuse_other_rows(self.base, hidden, plan.batch, plan.main_rows)
             hidden = hidden.to(self.adapter.device)  # another than the layer's below, perhaps
             plan.entry = hidden
             if plan.begin is not None:

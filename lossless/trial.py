@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .anatomy import input_device
+from .anatomy import as_generating, input_device
 from .cache import RowCache
 from .errors import UsageError
 from .streams import StreamRunner
@@ -60,6 +60,8 @@ def check_served(runner: StreamRunner) -> None:
     with trial(model):
         cache, device = RowCache(len(runner.layers)), input_device(model)
         runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None)
+        if not any(layer.is_initialized for layer in cache.rows):
+            raise UsageError(f"{name} cannot be accelerated: it leaves no keys in a cache for later passes to look back at")
         cache.keep(range(3))
         places = torch.tensor([tree.depths], device=device) + 3
         nodes = torch.arange(len(tree))
@@ -70,7 +72,7 @@ def check_served(runner: StreamRunner) -> None:
         runner.speculate(out.entry[:, :1], places[:, :1].to(there), context.to(there), cache)
         for branch in branches:
             text = torch.tensor([[*tokens[:3], *(tree.tokens[node] for node in branch)]], device=device)
-            plain = model(input_ids=text, use_cache=False).logits[0, 3:].float()
+            plain = model(**as_generating(model, text), use_cache=False).logits[0, 3:].float()
             apart = (out.logits[0, list(branch)].float() - plain).abs().max()
             off = float(apart / plain.std()) if apart else 0.0
             if not off < far:

@@ -36,6 +36,9 @@ REFUSALS = {  # what a refusal says -> what the table says
     "another width": "refused: its token embeddings are of another width than its hidden states",
     "than the model's own loop": "refused: behind a long text its own cache forgets what its attention would see, or the like",
     "gives other logits": "refused: a trial at attach gave other logits over a draft tree (its positions, for example, follow columns)",
+    "hidden states of the shape": "refused: hidden states of its layers are not [batch, rows, width]",
+    "a rule of its own": "refused: adds a position bias to attention scores by a rule of its own",
+    "leaves no keys": "refused: leaves no keys in a cache for later passes to look back at",
     "over a draft tree ended in": "refused: a trial at attach ended in an error, its layers do not take the rows of a draft tree",
 }
 BUILDING = (StrictDataclassError, ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, IndexError, AssertionError)

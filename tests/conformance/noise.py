@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
-from lossless.anatomy import as_decoding
+from lossless.anatomy import as_decoding, as_generating
 from lossless.cache import RowCache
 from lossless.fit import new_adapter
 from lossless.generate import AcceleratedModel, accelerate
@@ -58,9 +58,10 @@ def observe(fast: AcceleratedModel, texts: int) -> Observed:
 def _read_alone(fast: AcceleratedModel, ids: torch.Tensor) -> torch.Tensor:
     """`[positions, vocab]`: the base's own passes of one row."""
     cache = DynamicCache(config=fast.base.config)
-    fast.base(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+    fast.base(**as_generating(fast.base, ids[:, :PROMPT]), past_key_values=cache, use_cache=True)
     with as_decoding(fast.base):
-        found = [fast.base(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0, -1] for i in range(PROMPT, LENGTH)]
+        told = [as_generating(fast.base, ids[:, i : i + 1], i) for i in range(PROMPT, LENGTH)]
+        found = [fast.base(**one, past_key_values=cache, use_cache=True).logits[0, -1] for one in told]
     return torch.stack(found).float()
 
 
