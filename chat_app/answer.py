@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lossless.stats import Step
+from lossless.generation.stats import Step
 
 Way = Literal["accelerated", "plain"]
 Ending = Literal["stop", "length", "cancelled", "error"]

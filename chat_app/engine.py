@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from lossless.anatomy import input_device
+from lossless.base.layers import input_device
+from lossless.base.loading import context_limit, device_name, free_memory, load_base, precision
 from lossless.base.packed import is_packed, pack
+from lossless.distillation.prompts import encode
 from lossless.errors import UsageError, require_one_of
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.models import context_limit, device_name, free_memory, load_base, precision
-from lossless.prompts import encode
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from .answer import Answer, Comparison, Info, Total, Waiting, Way
 from .kept import Conversation, Kept, copied, keepable
@@ -308,7 +308,7 @@ def load(
     Raises:
         UsageError: the model or the adapter cannot be loaded, or they do not belong together.
     """
-    from lossless.commands import shipped_adapter  # it draws and reads data sets, too: slow to import
+    from lossless.cli.commands import shipped_adapter  # it draws and reads data sets, too: slow to import
 
     base = load_base(model, dtype, load_in, device)
     if packed:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from lossless.stats import Stats, Step
+from lossless.generation.stats import Stats, Step
 
 from .answer import Answer, Ending, Way
 from .settings import Settings

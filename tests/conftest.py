@@ -16,12 +16,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lossless.adapter.compat import new_adapter
 from lossless.base import products
+from lossless.base.loading import cache_dir, freeze
 from lossless.config import StreamingConfig
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
 from lossless.generation import measure, verdict
-from lossless.models import cache_dir, freeze
+from lossless.generation.model import AcceleratedModel, accelerate
 
 VOCAB = 96
 
@@ -135,7 +135,7 @@ def save_tiny(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def demo() -> Iterator[object]:
     """The demo model, where it is already in the cache or `LOSSLESS_TEST_DEMO=1` allows fetching it."""
-    from lossless.models import load_base
+    from lossless.base.loading import load_base
 
     converted = Path(cache_dir()) / "SmolLM2-135M-Instruct-Q4_1" / "config.json"
     if not converted.is_file() and os.environ.get("LOSSLESS_TEST_DEMO") != "1":

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lossless.ablation import table
-from lossless.adapter import StreamAdapter
-from lossless.commands import shipped_adapter
+from lossless.adapter.weights import StreamAdapter
+from lossless.cli.commands import shipped_adapter
+from lossless.training.ablation import table
 
 ROOT = Path(__file__).parent.parent
 REPORTS = ROOT / "data" / "reports"

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from lossless.adapter import CONFIG_FILE, WEIGHTS_FILE, StreamAdapter
+from lossless.adapter.compat import new_adapter
+from lossless.adapter.weights import CONFIG_FILE, WEIGHTS_FILE, StreamAdapter
 from lossless.config import StreamingConfig
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
+from lossless.generation.model import accelerate
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 

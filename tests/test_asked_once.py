@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
+from lossless.adapter.compat import new_adapter
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 from .test_generate import letters

@@ -18,15 +18,15 @@ import torch
 
 import lossless
 from lossless import StreamAdapter, StreamingConfig, UsageError, accelerate
-from lossless.cli import main
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import load_base
+from lossless.cli.parser import main
 from lossless.config import DistillConfig, TrainConfig
+from lossless.distillation.prompts import from_text, parse_record, read_prompts
 from lossless.evaluation.sides import wanted
 from lossless.evaluation.suites import read_suite
 from lossless.evaluation.timing import Decoding
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel
-from lossless.models import load_base
-from lossless.prompts import from_text, parse_record, read_prompts
+from lossless.generation.model import AcceleratedModel
 from lossless.storage import alone_with
 
 from .conftest import build_tiny, tiny_config

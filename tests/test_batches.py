@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from lossless.dice import NoiseTape
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
+from lossless.adapter.compat import new_adapter
+from lossless.drafting.noise import NoiseTape
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 from .test_lossless import both

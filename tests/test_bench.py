@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from lossless import bench as module
-from lossless.bench import Run, SideRun, acceptance_by_depth, bench, run_sides, summarize
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import load_base
+from lossless.distillation.prompts import from_text
 from lossless.errors import UsageError
+from lossless.evaluation import bench as module
 from lossless.evaluation import sides as side_module
+from lossless.evaluation.bench import Run, SideRun, acceptance_by_depth, bench, run_sides, summarize
 from lossless.evaluation.bench_plot import draw
 from lossless.evaluation.machine import ceiling, weights_read
 from lossless.evaluation.report import categories_table, sides_table
 from lossless.evaluation.sides import Side, accelerated, stock
 from lossless.evaluation.timing import Clock, Decoding, encode_checked, timed_generate
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import load_base
-from lossless.prompts import from_text
+from lossless.generation.model import accelerate
 
 from .conftest import tiny_config
 

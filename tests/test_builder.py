@@ -11,8 +11,8 @@ import torch
 from lossless.drafting.builder import TreeBuilder, best_size, plant
 from lossless.drafting.costs import CostCurve
 from lossless.drafting.policy import DraftPolicy
+from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
-from lossless.tree import DraftTree
 
 
 def curve(row_s: float, streams_s: float = 0.1, level_s: float = 0.01) -> CostCurve:

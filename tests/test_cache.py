@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from lossless.cache import RowCache
+from lossless.streams.cache import RowCache
 
 from .conftest import build_tiny, prompt_ids
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lossless import commands
-from lossless.adapter import StreamAdapter
-from lossless.answers import Answers
+from lossless.adapter.compat import new_adapter
+from lossless.adapter.weights import StreamAdapter
 from lossless.base import products
-from lossless.cli import main
+from lossless.base.loading import load_base
+from lossless.cli import commands
+from lossless.cli.parser import main
+from lossless.distillation.answers import Answers
 from lossless.evaluation import sides
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel
 from lossless.generation import attach
-from lossless.models import load_base
+from lossless.generation.model import AcceleratedModel
 
 from .conftest import tiny_config
 

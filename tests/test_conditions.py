@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
+from lossless.adapter.compat import new_adapter
 from lossless.generation import attach as module
 from lossless.generation import verdict
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both

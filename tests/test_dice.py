@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lossless import dice as module
-from lossless.dice import Dice, NoiseTape
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
+from lossless.adapter.compat import new_adapter
+from lossless.drafting import noise as module
+from lossless.drafting.noise import Dice, NoiseTape
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from jinja2 import TemplateError
 
-from lossless import distill as module
-from lossless.answers import Answers, AnswerWriter, mend
-from lossless.batch import Job, JobQueue, _Batch, continue_all
+from lossless.base.loading import Base
 from lossless.config import DistillConfig
-from lossless.distill import distill
+from lossless.distillation import distill as module
+from lossless.distillation.answers import Answers, AnswerWriter, mend
+from lossless.distillation.batching import Job, JobQueue, _Batch, continue_all
+from lossless.distillation.distill import distill
+from lossless.distillation.prompts import Prompt, encode, from_text
 from lossless.errors import UsageError
-from lossless.models import Base
-from lossless.prompts import Prompt, encode, from_text
 from lossless.storage import append_jsonl, read_jsonl
 
 from .conftest import VOCAB, build_tiny

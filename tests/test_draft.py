@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lossless.cache import RowCache
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.lookup import TextMemory
-from lossless.tree import DraftTree
+from lossless.drafting.ngram import TextMemory
+from lossless.drafting.tree import DraftTree
+from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.streams.cache import RowCache
 
 from .conformance.families import build
 from .conftest import prompt_ids, tiny_config

@@ -11,9 +11,9 @@ from accelerate import cpu_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, pipeline
 
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import load_base
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import load_base
+from lossless.generation.model import accelerate
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lossless.drafting.costs import CostCurve
+from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
 from lossless.evaluation.forecast import (
     ACCEPTANCE_RATES,
@@ -21,7 +22,6 @@ from lossless.evaluation.forecast import (
     simulate,
     table,
 )
-from lossless.tree import DraftTree
 
 CURVE = CostCurve(0.1, (1, 2, 4, 8, 16), (0.1, 0.11, 0.13, 0.17, 0.25), streams_s=0.02, level_s=0.005)
 FREE = 1e-12  # seconds: no time may be 0

@@ -28,13 +28,13 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from lossless import probe
-from lossless.bench import Decoding
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.models import Base, freeze, load_base
-from lossless.probe import Passes, find_guarantee
-from lossless.verify import force
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import Base, freeze, load_base
+from lossless.evaluation.bench import Decoding
+from lossless.evaluation.certificate import force
+from lossless.generation import exactness as probe
+from lossless.generation.exactness import Passes, find_guarantee
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 from .test_lossless import Oracle, both

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from lossless.fit import new_adapter
-from lossless.models import load_base
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import load_base
 
 from .conftest import tiny_config
 

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from lossless.adapter import StreamAdapter
-from lossless.answers import Answers
-from lossless.cli import main
+from lossless.adapter.weights import StreamAdapter
+from lossless.cli.parser import main
+from lossless.distillation.answers import Answers
 from lossless.storage import read_jsonl
 
 DISTILL = ["--max-new-tokens", "24", "--batch-size", "4", "--temperatures", "0", "--answer-tokens", "100000"]
@@ -172,7 +172,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-000012"]
     assert main(train) == 0
 
-    from lossless.answers import AnswerWriter
+    from lossless.distillation.answers import AnswerWriter
 
     write, written = AnswerWriter.write, []
 

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
 import lossless
+from lossless.adapter.compat import new_adapter
 from lossless.base import kernels
 from lossless.base.attention import GROUPED
 from lossless.base.linears import FourBitLinear, StoredLinear
+from lossless.base.loading import freeze
 from lossless.base.packed import dense, is_packed, packed_twin
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import freeze
+from lossless.generation.model import accelerate
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both

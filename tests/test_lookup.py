@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lossless.lookup import TextMemory
-from lossless.tree import blend
+from lossless.drafting.ngram import TextMemory
+from lossless.drafting.tree import blend
 
 
 def test_recalls_what_followed_the_longest_run_last() -> None:

@@ -17,10 +17,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from lossless.draft import Drafter
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.tree import DraftTree
+from lossless.adapter.compat import new_adapter
+from lossless.drafting.drafter import Drafter
+from lossless.drafting.tree import DraftTree
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from lossless.adapter.compat import new_adapter
 from lossless.drafting.costs import CostCurve
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
 from lossless.generation import measure as module
-from lossless.stats import Stats
+from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.generation.stats import Stats
 
 from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config

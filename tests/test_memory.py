@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lossless.cli import main
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import load_base
+from lossless.cli.parser import main
 from lossless.config import StreamingConfig
 from lossless.errors import UsageError
 from lossless.evaluation.memory import Trial, _most_resident, _resident
-from lossless.fit import new_adapter
-from lossless.models import load_base
 
 from .conftest import tiny_config
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lossless.answers import Answers
-from lossless.draft import Drafter
+from lossless.adapter.compat import new_adapter
+from lossless.distillation.answers import Answers
+from lossless.drafting.drafter import Drafter
+from lossless.drafting.pruning import worth_streams
+from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
-from lossless.features import FeatureStore, make_block
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.loss import StreamLoss
-from lossless.pruning import worth_streams
-from lossless.streams import StreamRunner
-from lossless.tree import DraftTree
+from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.streams.runner import StreamRunner
+from lossless.training.features import FeatureStore, make_block
+from lossless.training.loss import StreamLoss
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
@@ -123,7 +123,7 @@ def test_turned_values_tell_streams_apart_where_embeddings_do_not() -> None:
 
 
 def fresh_cache() -> Any:
-    from lossless.cache import RowCache
+    from lossless.streams.cache import RowCache
 
     return RowCache(4)
 

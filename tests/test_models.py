@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lossless import models
+from lossless.adapter.compat import new_adapter
+from lossless.base import loading as models
+from lossless.base.loading import Base, fingerprint, fingerprint_differences, load_base
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import Base, fingerprint, fingerprint_differences, load_base
+from lossless.generation.model import accelerate
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import lossless
+from lossless.adapter.compat import new_adapter
 from lossless.base import kernels, products
 from lossless.base import packed as module
 from lossless.base.linears import Int8Linear, PackedLinear, StoredLinear, draft_linear
+from lossless.base.loading import freeze
 from lossless.base.packed import dense, is_packed, packed_bytes, packed_twin
 from lossless.base.structure import state_of, structure_of
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import freeze
+from lossless.generation.model import accelerate
 
 from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config

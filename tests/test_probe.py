@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers.generation import MaxLengthCriteria
 
-from lossless.draft import Drafter
+from lossless.adapter.compat import new_adapter
+from lossless.drafting.drafter import Drafter
+from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.probe import find_limits
-from lossless.text import Text
-from lossless.tree import DraftTree
+from lossless.generation.exactness import find_limits
+from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.generation.sequence import Text
 
 from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config

@@ -12,8 +12,8 @@ import datasets
 import pytest
 from jinja2 import TemplateError
 
+from lossless.distillation.prompts import Prompt, encode, encode_user_opening, from_text, read_prompts
 from lossless.errors import UsageError
-from lossless.prompts import Prompt, encode, encode_user_opening, from_text, read_prompts
 
 OWN = Path(__file__).parent.parent / "data" / "prompts.jsonl"
 

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lossless.draft import Drafter
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import freeze
-from lossless.tree import DraftTree
-from lossless.verification import walk
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import freeze
+from lossless.drafting.drafter import Drafter
+from lossless.drafting.tree import DraftTree
+from lossless.generation.model import accelerate
+from lossless.generation.verification import walk
 
 from .conftest import tiny_config
 from .test_lossless import both

@@ -10,9 +10,9 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoTokenizer
 
-from lossless.cli import main
+from lossless.base.loading import differentiable, load_base
+from lossless.cli.parser import main
 from lossless.errors import UsageError
-from lossless.models import differentiable, load_base
 
 from .conftest import build_tiny
 

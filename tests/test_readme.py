@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lossless.ablation import VARIANTS
-from lossless.cli import _parser, main
-from lossless.commands import shipped_adapter
-from lossless.models import Base
+from lossless.base.loading import Base
+from lossless.cli.commands import shipped_adapter
+from lossless.cli.parser import _parser, main
+from lossless.training.ablation import VARIANTS
 
 from . import tables
 from .tables import ROOT, TABLES, between, reports

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lossless.answers import AnswerWriter, mend
+from lossless.distillation.answers import AnswerWriter, mend
 from lossless.errors import UsageError
 
 from .robustness import calls, files, fuzz, long, soak, table

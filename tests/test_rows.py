@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lossless.rows import in_pieces, one_by_one, row_calls
-from lossless.tree import DraftTree
+from lossless.drafting.tree import DraftTree
+from lossless.streams.invariance import in_pieces, one_by_one, row_calls
 
 TREE = DraftTree((11, 12, 13, 14, 15, 16), (-1, 0, 0, 1, 2, 3))
 PATHS = [[i for i, seen in enumerate(row) if seen] for row in TREE.mask().tolist()]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lossless.base.loading import Base, load_base
 from lossless.base.packed import is_packed, pack
 from lossless.errors import UsageError
 from lossless.evaluation import sides as module
 from lossless.evaluation.sides import SIDES, Side, rivals, stock, wanted
 from lossless.evaluation.timing import Decoding
-from lossless.models import Base, load_base
 
 IDS = torch.tensor([[1, 5, 6, 7, 5, 6, 1]])
 DECODING = Decoding(max_new_tokens=12)

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from lossless.adapter.compat import new_adapter
 from lossless.drafting.builder import TreeBuilder
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.lookup import TextMemory
+from lossless.drafting.ngram import TextMemory
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 

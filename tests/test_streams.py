@@ -7,14 +7,14 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from lossless import fit
-from lossless.anatomy import decoder_layers, find_projections
-from lossless.cache import RowCache
+from lossless.adapter import compat as fit
+from lossless.adapter.compat import new_adapter
+from lossless.base.layers import decoder_layers, find_projections
+from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel
-from lossless.streams import StreamRunner
-from lossless.tree import DraftTree
+from lossless.generation.model import AcceleratedModel
+from lossless.streams.cache import RowCache
+from lossless.streams.runner import StreamRunner
 
 from .conformance.families import WINDOW, build
 from .conftest import build_tiny, prompt_ids, tiny_config

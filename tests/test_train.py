@@ -18,31 +18,32 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedType
 from torch.nn import functional as F
 
-from lossless import features, models
-from lossless import foretell as foretelling
-from lossless import train as module
-from lossless.ablation import ablate
-from lossless.adapter import StreamAdapter
-from lossless.answers import Answers, AnswerWriter
-from lossless.cache import RowCache
-from lossless.card import draw_curve
-from lossless.checkpoints import differing
+from lossless.adapter.compat import new_adapter
+from lossless.adapter.weights import StreamAdapter
+from lossless.base import loading as models
+from lossless.base.loading import Base, freeze
 from lossless.config import DistillConfig, TrainConfig
-from lossless.curriculum import Order, block, draft_vocabulary, read_answers, split
-from lossless.distill import distill
-from lossless.draft import Drafter
+from lossless.distillation.answers import Answers, AnswerWriter
+from lossless.distillation.distill import distill
+from lossless.distillation.prompts import from_text
+from lossless.drafting.drafter import Drafter
 from lossless.errors import UsageError
-from lossless.features import FeatureStore, make_block
-from lossless.fit import new_adapter
-from lossless.foretell import Foretold, check_parity
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.loss import StreamLoss, _Divergence
-from lossless.models import Base, freeze
-from lossless.probe import logit_scale
-from lossless.prompts import from_text
+from lossless.generation.exactness import logit_scale
+from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.storage import read_jsonl
-from lossless.streams import StreamRunner
-from lossless.train import train
+from lossless.streams.cache import RowCache
+from lossless.streams.runner import StreamRunner
+from lossless.training import acceptance as foretelling
+from lossless.training import features
+from lossless.training import trainer as module
+from lossless.training.ablation import ablate
+from lossless.training.acceptance import Foretold, check_parity
+from lossless.training.card import draw_curve
+from lossless.training.checkpoints import differing
+from lossless.training.features import FeatureStore, make_block
+from lossless.training.loss import StreamLoss, _Divergence
+from lossless.training.sampler import Order, block, draft_vocabulary, read_answers, split
+from lossless.training.trainer import train
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_distill import Words

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
-from lossless.tree import DraftTree
 
 
 def test_mask_shows_ancestors_and_self() -> None:

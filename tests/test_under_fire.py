@@ -16,10 +16,10 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.passes import PASS
-from lossless.served import turn_of
+from lossless.adapter.compat import new_adapter
+from lossless.generation.fallback import turn_of
+from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.streams.passes import PASS
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .moments import elsewhere, interrupted, moments

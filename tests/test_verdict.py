@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from lossless import probe
+from lossless.adapter.compat import new_adapter
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
 from lossless.generation import attach as module
+from lossless.generation import exactness as probe
 from lossless.generation import verdict
-from lossless.probe import Guarantee, Passes
-from lossless.streams import StreamRunner
+from lossless.generation.exactness import Guarantee, Passes
+from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.streams.runner import StreamRunner
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from lossless.tree import DraftTree
-from lossless.verification import walk
+from lossless.drafting.tree import DraftTree
+from lossless.generation.verification import walk
 
 
 def random_tree(rng: random.Random, root: int, size: int, vocabulary: int) -> DraftTree:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lossless.bench import Decoding
-from lossless.cli import main
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import Base, load_base
+from lossless.cli.parser import main
+from lossless.distillation.prompts import from_text
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import Base, load_base
-from lossless.prompts import from_text
-from lossless.verify import asked, certify, force, measure_noise
+from lossless.evaluation.bench import Decoding
+from lossless.evaluation.certificate import asked, certify, force, measure_noise
+from lossless.generation.model import accelerate
 
 from .conftest import prompt_ids, tiny_config
 

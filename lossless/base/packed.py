@@ -21,10 +21,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from ..models import free_memory, require_model
 from . import kernels, products
 from .attention import GROUPED
 from .linears import FourBitLinear, PackedLinear, StoredLinear, scales_of, stored_pairs
+from .loading import free_memory, require_model
 from .structure import structure_of
 
 _TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much

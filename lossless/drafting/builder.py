@@ -13,9 +13,9 @@ import heapq
 import math
 from collections.abc import Collection, Sequence
 
-from ..lookup import TextMemory
-from ..tree import DraftTree, blend
 from .costs import CostCurve
+from .ngram import TextMemory
+from .tree import DraftTree, blend
 
 _NEVER = -math.inf
 

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from ..anatomy import decoder_layers
+from ..base.layers import decoder_layers
+from ..base.loading import Base, load_base, precision
 from ..base.packed import pack
 from ..base.products import packable
 from ..errors import UsageError, nearest, require_one_of
-from ..models import Base, load_base, precision
 from .timing import Clock, Decoding, timed_generate
 
 STOCK, ACCELERATED, PROMPT_LOOKUP, COMPILED, LLAMA_CPP = "stock", "accelerated", "prompt-lookup", "compiled", "llama.cpp"

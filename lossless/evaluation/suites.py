@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..distillation.prompts import Message, Prompt, read_prompts
 from ..errors import UsageError, require_at_least, require_one_of
-from ..prompts import Message, Prompt, read_prompts
 
 FOLDER_VARIABLE = "LOSSLESS_SUITES"
 _OWN_PROMPTS = Path(__file__).parents[2] / "data" / "prompts.jsonl"  # beside the package in a checkout

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ..base.loading import Base, context_limit
+from ..distillation.prompts import Prompt, encode
 from ..errors import UsageError, require_at_least, require_seed, require_types
-from ..models import Base, context_limit
-from ..prompts import Prompt, encode
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..adapter import StreamAdapter
-from ..anatomy import device_of
+from ..adapter.weights import StreamAdapter
+from ..base.layers import device_of
 from ..base.packed import packed_twin, warm_up
-from ..draft import Drafter
-from ..probe import Guarantee, Passes, check_level, find_guarantee, logit_scale
-from ..streams import StreamRunner
-from ..trial import check_served
+from ..drafting.drafter import Drafter
+from ..streams.runner import StreamRunner
+from .exactness import Guarantee, Passes, check_level, find_guarantee, logit_scale
+from .trial import check_served
 from .verdict import kept_guarantee, verdict_path
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from ..anatomy import device_of, input_device
 from ..base import kernels
+from ..base.layers import device_of, input_device
+from ..base.loading import device_name, precision
 from ..base.packed import is_packed, product_dtype
-from ..models import device_name, precision
 from ..storage import versions
-from ..streams import StreamRunner
+from ..streams.runner import StreamRunner
 
 # variables that have a library round otherwise
 _VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")

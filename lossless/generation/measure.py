@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from ..anatomy import as_decoding, input_device
-from ..cache import RowCache
-from ..draft import Drafter
+from ..base.layers import as_decoding, input_device
+from ..base.loading import cache_dir, context_limit
 from ..drafting.costs import CostCurve
-from ..models import cache_dir, context_limit
-from ..passes import PassOutput
+from ..drafting.drafter import Drafter
+from ..drafting.tree import DraftTree
 from ..storage import read_json, write_json
-from ..streams import StreamRunner
-from ..tree import DraftTree
+from ..streams.cache import RowCache
+from ..streams.passes import PassOutput
+from ..streams.runner import StreamRunner
 from .conditions import circumstances, file_name
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError)  # what reading a file that is no curve ends with

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ..models import cache_dir
-from ..probe import Guarantee, Passes, projections
+from ..base.loading import cache_dir
 from ..storage import read_json, write_json
-from ..streams import StreamRunner
-from ..trial import trial
+from ..streams.runner import StreamRunner
 from .conditions import circumstances, file_name
+from .exactness import Guarantee, Passes, projections
+from .trial import trial
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a file that is no verdict ends with
 

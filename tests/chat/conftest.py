@@ -14,10 +14,10 @@ import torch
 from chat_app.answer import Info
 from chat_app.engine import Engine
 from chat_app.settings import Settings
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import Base, load_base
-from lossless.prompts import encode
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import Base, load_base
+from lossless.distillation.prompts import encode
+from lossless.generation.model import accelerate
 from tests.conftest import tiny_config
 
 

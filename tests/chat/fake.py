@@ -13,7 +13,7 @@ from typing import Any
 from chat_app.answer import Answer, Comparison, Info, Waiting, Way
 from chat_app.settings import check_messages
 from lossless.errors import UsageError
-from lossless.stats import Step
+from lossless.generation.stats import Step
 
 SOURCES = ((1, 2, 0), (1, 0), (0,), (1, 2, 3, 0), (-1, -1, 0))  # of the tokens of one step after the other
 PASS_S = {"accelerated": 0.055, "plain": 0.05}

@@ -24,9 +24,9 @@ import psutil
 import pytest
 
 from chat_app.settings import Settings
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import Base
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.models import Base
 from tests.conftest import tiny_config
 
 from .conftest import assistant, expected, until, user

@@ -14,10 +14,10 @@ import torch
 from chat_app.answer import Answer, Comparison, Info, Waiting, Way
 from chat_app.engine import MOST_WAITING, Busy, Engine
 from chat_app.settings import Settings, TooLong
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import Base
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
-from lossless.models import Base
+from lossless.generation.model import accelerate
 from tests.conftest import tiny_config
 
 from .conftest import Hold, assistant, engine_over, expected, last, until, user

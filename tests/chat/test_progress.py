@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chat_app.progress import Detokenizer, Progress
 from chat_app.settings import Settings
-from lossless.stats import Stats
+from lossless.generation.stats import Stats
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 

@@ -9,7 +9,7 @@ import pytest
 
 from chat_app import render
 from chat_app.answer import Answer, Comparison, Waiting
-from lossless.stats import Step
+from lossless.generation.stats import Step
 
 from .fake import PASS_S, REPLY, recorded
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lossless.models import freeze
+from lossless.base.loading import freeze
 
 VOCAB, WINDOW = 96, 12
 _MOST_WEIGHTS = 5_000_000

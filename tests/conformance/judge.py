@@ -15,10 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lossless.adapter.compat import new_adapter
 from lossless.config import StreamingConfig
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from ..conftest import prompt_ids
 from ..test_batches import padded

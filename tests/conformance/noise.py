@@ -15,11 +15,11 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
-from lossless.anatomy import as_decoding, as_generating
-from lossless.cache import RowCache
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.probe import moved
+from lossless.adapter.compat import new_adapter
+from lossless.base.layers import as_decoding, as_generating
+from lossless.generation.exactness import moved
+from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.streams.cache import RowCache
 
 from .families import REQUIRED, VOCAB, build
 from .judge import CONFIG

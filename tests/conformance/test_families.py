@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from lossless.adapter import StreamAdapter
+from lossless.adapter.weights import StreamAdapter
 
 from ..conftest import prompt_ids
 from ..test_batches import padded

@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import lossless
+from lossless.adapter.compat import new_adapter
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from ..conformance.families import build
 from ..conftest import VOCAB, build_tiny, tiny_config

@@ -30,12 +30,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lossless import cli, models
-from lossless.adapter import StreamAdapter
-from lossless.answers import Answers
+from lossless.adapter.compat import new_adapter
+from lossless.adapter.weights import StreamAdapter
+from lossless.base import loading as models
+from lossless.base.loading import load_base
+from lossless.cli import parser as cli
+from lossless.distillation.answers import Answers
 from lossless.errors import UsageError
-from lossless.fit import new_adapter
-from lossless.models import load_base
 from lossless.storage import read_jsonl
 
 from ..conftest import save_tiny, tiny_config
@@ -424,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"faults: {error}", file=sys.stderr)
         return 2
     os.environ["OMP_NUM_THREADS"] = "1"
-    _PROCESSES.set_forkserver_preload(["lossless.cli", "tests.conftest", "matplotlib.figure", "transformers.models.llama.modeling_llama"])
+    _PROCESSES.set_forkserver_preload(["lossless.cli.parser", "tests.conftest", "matplotlib.figure", "transformers.models.llama.modeling_llama"])
     wanted = [name for name in arguments.jobs if name not in tally.measured]
     if not wanted:
         return tally.close()

@@ -24,21 +24,21 @@ from typing import Any
 import datasets
 import torch
 
-from lossless.adapter import StreamAdapter
-from lossless.answers import Answers, AnswerWriter, mend
-from lossless.bench import bench
+from lossless.adapter.compat import new_adapter
+from lossless.adapter.weights import StreamAdapter
+from lossless.base.loading import Base, fingerprint, load_base
 from lossless.config import DistillConfig, TrainConfig
-from lossless.distill import distill
+from lossless.distillation.answers import Answers, AnswerWriter, mend
+from lossless.distillation.distill import distill
+from lossless.distillation.prompts import Prompt, from_text, read_prompts
 from lossless.drafting.costs import CostCurve
 from lossless.errors import UsageError
+from lossless.evaluation.bench import bench
+from lossless.evaluation.certificate import asked, certify
 from lossless.evaluation.timing import Decoding
-from lossless.fit import new_adapter
-from lossless.generate import accelerate
 from lossless.generation import measure
-from lossless.models import Base, fingerprint, load_base
-from lossless.prompts import Prompt, from_text, read_prompts
-from lossless.train import train
-from lossless.verify import asked, certify
+from lossless.generation.model import accelerate
+from lossless.training.trainer import train
 
 from ..conftest import save_tiny, tiny_config
 

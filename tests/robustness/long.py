@@ -19,10 +19,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from lossless.commands import shipped_adapter
-from lossless.fit import new_adapter
-from lossless.generate import AcceleratedModel, accelerate
-from lossless.models import context_limit, freeze, load_base
+from lossless.adapter.compat import new_adapter
+from lossless.base.loading import context_limit, freeze, load_base
+from lossless.cli.commands import shipped_adapter
+from lossless.generation.model import AcceleratedModel, accelerate
 
 from ..conftest import VOCAB, build_tiny, tiny_config
 from .report import Tally, own_cache, peak_mib

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lossless.base.loading import device_name
 from lossless.errors import UsageError
-from lossless.models import device_name
 from lossless.storage import versions, write_json
 
 _SHOWN = 20  # failures that are kept in full; the rest are counted

@@ -1,0 +1,1 @@
+"""What is trained: weights, saving, the hub, and what fits which base."""

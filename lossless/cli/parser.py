@@ -1,0 +1,247 @@
+"""The command line: `lossless generate | compare | bench | verify | forecast | doctor | memory | distill | train | ablate | push`.
+
+Knows: flags and exit codes (0 done, 2 bad input, 3 tokens differ, 4 drafts are not what training foretold, 130 Ctrl-C).
+Does not know: what a command does (commands.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import inspect
+import os
+import re
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import torch
+import transformers
+
+from ..config import DistillConfig, StreamingConfig, TrainConfig
+from ..errors import UsageError, nearest
+from ..evaluation.memory import Trial
+from ..evaluation.sides import ACCELERATED, ALL, COMPILED, LLAMA_CPP, SIDES, STOCK
+from ..evaluation.suites import FOLDER_VARIABLE, SUITES
+from ..storage import versions
+from ..training.ablation import VARIANTS
+from . import commands
+
+# what drafted best for the demo model, where told_rank was its width, 576
+_STREAMING = StreamingConfig(
+    num_streams=5, num_msa_layers=8, lora_rank=48, transition_rank=768, told_rank=512, draft_vocab_size=16384, tree_nodes=32, schedule="deferred"
+)
+# a variant of an ablation in a few minutes on two cores: many small steps learn fastest at first
+_SMALL_STREAMING = StreamingConfig(transition_rank=256, draft_vocab_size=16384, tree_nodes=32)
+_SMALL_TRAINING = TrainConfig(steps=300, answers_per_step=8, eval_every=300, checkpoint_every=50, held_out=32)
+_PROMPTS = "JSONL, JSON, CSV, Parquet, Arrow, a folder for datasets, or a data set's hub id; plain, alpaca, chat or ShareGPT records"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells more)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # told by the command that they were given to, which knows its flags
+            known = re.findall(r"--[\w-]+", self.format_help())
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], known)}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    transformers.logging.set_verbosity_error()
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs of a broken file is in the one line, too
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_warning
+        try:
+            arguments = _parser().parse_args(argv)
+            return int(arguments.run(arguments))
+        except UsageError as error:
+            print(f"lossless: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                print("lossless: the disk is full; what was whole is kept, and with more room the same command goes on", file=sys.stderr)
+            else:  # a place that cannot be read or written
+                place = f"{error.filename}: " if error.filename is not None else ""
+                print(f"lossless: {place}{error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            print(
+                f"lossless: out of memory ({str(error).splitlines()[0] if str(error) else 'the machine has no more'}); what was done is "
+                "kept. Less is needed with a lower --batch-size (distill), --feature-memory-gb and --logits-memory-gb (train, ablate), "
+                "or, in another folder, with a lower --answers-per-step or --load-in 4bit",
+                file=sys.stderr,
+            )
+            return 2
+        except KeyboardInterrupt:
+            print("lossless: interrupted; what was done is kept", file=sys.stderr)
+            return 130
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"lossless: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lossless", description="Faster answers from a frozen chat model, token for token the same.")
+    parser.add_argument("--version", action="version", version=" ".join(f"{k} {v}" for k, v in versions().items()))
+    verbs = parser.add_subparsers(title="commands", required=True)
+
+    command = verbs.add_parser("generate", help="answer one prompt, accelerated")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command)
+    command.add_argument("--prompt", required=True, help="what to ask")
+    command.set_defaults(run=commands.generate)
+
+    command = verbs.add_parser("compare", help="answer one prompt plain and accelerated, and compare tokens and speed")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command)
+    command.add_argument("--prompt", required=True, help="what to ask")
+    command.add_argument("--json", metavar="OUT", help="write the report here")
+    command.set_defaults(run=commands.compare)
+
+    command = verbs.add_parser("bench", help="compare over a suite or a file of prompts")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command, None)
+    asked = command.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompts", nargs="+", metavar="FILE", help=_PROMPTS)
+    asked.add_argument("--suite", choices=tuple(SUITES), help="prompts by name; the files of public benchmarks are looked up in --suites")
+    command.add_argument("--suites", metavar="FOLDER", help=f"where the files of public benchmarks lie; ${FOLDER_VARIABLE} by default")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file, or N spread evenly over a suite")
+    command.add_argument("--sides", nargs="+", metavar="NAME", default=[STOCK, ACCELERATED],
+                         help=f"what is measured, of {', '.join(SIDES)}; {ALL} is all but {COMPILED}, which takes minutes ({STOCK} {ACCELERATED})")  # fmt: skip
+    command.add_argument("--gguf", metavar="FILE", help=f"the same model for {LLAMA_CPP}")
+    command.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True,
+                         help=f"with {STOCK}, to compare; or measure acceptance only")  # fmt: skip
+    command.add_argument("--json", metavar="OUT", help="write the report here; after an interruption the same command goes on")
+    command.add_argument("--plot", metavar="OUT.png", help="draw the report here")
+    command.set_defaults(run=commands.bench)
+
+    command = verbs.add_parser("verify", help="check every token of accelerated answers against the plain base")
+    _model_flags(command)
+    _adapter_flags(command)
+    _decoding_flags(command)
+    command.add_argument("--prompts", required=True, nargs="+", metavar="FILE", help=_PROMPTS)
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
+    command.add_argument("--json", metavar="OUT", help="write the certificate here; after an interruption the same command goes on")
+    command.set_defaults(run=commands.verify)
+
+    command = verbs.add_parser("forecast", help="say what speedup each acceptance length gives on this machine, before any training")
+    _model_flags(command)
+    _adapter_flags(command)
+    command.add_argument("--refresh", action="store_true", help="measure what steps cost anew")
+    command.add_argument("--json", metavar="OUT", help="write the forecast here")
+    command.add_argument("--plot", metavar="OUT.png", help="draw it here")
+    command.set_defaults(run=commands.forecast, streaming=_STREAMING)
+
+    command = verbs.add_parser("doctor", help="say what this device, dtype and model can do, how exactly, and what steps cost")
+    _model_flags(command)
+    _adapter_flags(command)
+    command.add_argument("--refresh", action="store_true", help="measure what steps cost anew")
+    command.set_defaults(run=commands.doctor)
+
+    command = verbs.add_parser("memory", help="compare what plain and accelerated answers take in memory, on the CPU")
+    _model_flags(command)
+    _adapter_flags(command)
+    _config_flags(command, Trial())
+    command.add_argument("--json", metavar="OUT", help="write the report here")
+    command.set_defaults(run=commands.memory)
+
+    command = verbs.add_parser("distill", help="collect the model's own answers to train on")
+    _model_flags(command)
+    command.add_argument("--prompts", nargs="+", metavar="FILE", help=_PROMPTS)
+    command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
+    _config_flags(command, DistillConfig())
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the answers go; the same command goes on there")
+    command.set_defaults(run=commands.distill)
+
+    command = verbs.add_parser("train", help="train an adapter on collected answers")
+    _training_flags(command, _STREAMING, TrainConfig())
+    command.set_defaults(run=commands.train)
+
+    command = verbs.add_parser("ablate", help="train variants of the method on the same answers, and compare them")
+    command.add_argument("--only", nargs="+", metavar="NAME", choices=[v.name for v in VARIANTS], help="these variants only")
+    _training_flags(command, _SMALL_STREAMING, _SMALL_TRAINING)
+    command.set_defaults(run=commands.ablate)
+
+    command = verbs.add_parser("push", help="put a trained adapter on the Hugging Face hub")
+    command.add_argument("--adapter", required=True, metavar="FOLDER", help="a folder that train has written")
+    command.add_argument("--repo", required=True, help="hub id, owner/name; it is made if it is not there")
+    command.add_argument("--private", action="store_true", help="if it is made, for your eyes only")
+    command.add_argument("--revision", help="a branch other than main")
+    command.set_defaults(run=commands.push)
+    return parser
+
+
+def _training_flags(command: argparse.ArgumentParser, streaming: StreamingConfig, training: TrainConfig) -> None:
+    _model_flags(command)
+    command.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="folders that distill has written")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where it goes; the same command goes on there")
+    command.set_defaults(streaming=streaming, training=training)
+    _config_flags(command.add_argument_group("streaming"), streaming)
+    _config_flags(command.add_argument_group("training"), training)
+
+
+def _config_flags(group: argparse._ActionsContainer, config: Any) -> None:
+    """A flag for each field of a config, with what its docstring says of it. Only what is given is set."""
+    meanings = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(type(config)) or "", re.MULTILINE))
+    for key, value in vars(config).items():
+        how: dict[str, Any] = {"type": type(value)}
+        if isinstance(value, bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, tuple):
+            how = {"type": type(value[0]), "nargs": "+"}
+        meaning = " ".join(meanings[key].split()).rstrip(".").replace("%", "%%")
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        told = f"{meaning} ({shown})" if shown else meaning
+        group.add_argument(f"--{key.replace('_', '-')}", default=argparse.SUPPRESS, help=told, **how)
+
+
+def _model_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", default="demo", help="hub id, local folder, .gguf file, or 'demo' (%(default)s)")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (%(default)s)")
+    command.add_argument("--load-in", metavar="4bit|8bit", help="quantize while loading, with bitsandbytes")
+    command.add_argument("--device", help="a torch device; by default the GPU if there is one")
+
+
+def _adapter_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--adapter",
+        help="folder or hub id of an adapter; 'random' for one of random numbers, which must not change a token; "
+        "the demo model brings its own",
+    )
+    command.add_argument("--pack", action="store_true",
+                         help="pack the model's weights in place first: it answers faster by itself, and is what answers are compared with")  # fmt: skip
+    command.add_argument("--exact", help="bitwise, near-tie or off; by default what a probe finds: bitwise if it can be had and is worth it")
+    command.add_argument("--tree-nodes", type=int, help="most rows of a verification pass; the adapter's own choice by default")
+    command.add_argument("--adaptive", action=argparse.BooleanOptionalAction,
+                         help="trees that fit what rows cost here, and none while drafts do not pay; or full trees; the same")  # fmt: skip
+    command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
+    command.add_argument("--pruning-floor", type=float, help="least probability, by the pruning layer, of a node that speculates; the same")
+    command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from the text itself too, or not")
+
+
+def _decoding_flags(command: argparse.ArgumentParser, max_new_tokens: int | None = 128) -> None:
+    """`max_new_tokens` None: a suite says it."""
+    shown = "(%(default)s)" if max_new_tokens else "(what the suite says; 128 with --prompts)"
+    command.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=shown)
+    command.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
+    command.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
+    command.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of every side, anew for each prompt (%(default)s)")

@@ -1,0 +1,147 @@
+"""Drafting: from the streams of the accepted node to a tree under the certain token.
+
+Knows: the transition head, the draft vocabulary, and how a level of a tree is read off the streams, with dice that are
+foreseen. Does not know: verification, caches, or how the
+streams came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+from torch.nn import functional as F
+
+from ..adapter.weights import StreamAdapter
+from ..base.linears import Int8Linear, draft_linear
+from .builder import TreeBuilder
+from .costs import CostCurve
+from .ngram import TextMemory
+from .noise import Dice
+from .pruning import worth_streams
+from .tree import DraftTree
+
+_ANY_DEPTH = 2**31
+
+
+class Drafter:
+    """Reads token distributions off the streams.
+
+    Args:
+        adapter: transition head and draft vocabulary.
+        embeddings: the base's input embeddings; head: its LM head; scale: what the base multiplies that one's logits with.
+    """
+
+    def __init__(self, adapter: StreamAdapter, embeddings: Any, head: nn.Module, scale: float = 1.0) -> None:
+        self.adapter, self.embeddings, self.head, self.scale = adapter, embeddings, head, scale
+        self._rows: torch.Tensor | None = None
+        self._head: nn.Module | None = None
+        self._numbers: torch.Tensor | None = None  # [vocab], places in the draft vocabulary
+        with align_module_device(head):  # Accelerate may keep the weight elsewhere
+            weight = getattr(head, "weight", None)
+            if adapter.draft_ids is not None and weight is not None and weight.is_floating_point():
+                self._rows = weight.detach()[adapter.draft_ids].contiguous()  # [draft vocabulary, dim]
+        learning = any(parameter.requires_grad for parameter in adapter.parameters())
+        if self._rows is not None and not learning:  # drafts need no bits
+            self._head, self._rows = draft_linear(self._rows, None), None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., dim]` -> `[..., draft vocabulary]`, in float32."""
+        ids = self.adapter.draft_ids
+        hidden = hidden.contiguous()  # of a slice torch would multiply each text with a copy of the weight
+        if self._head is not None:
+            rows = hidden.float() if isinstance(self._head, Int8Linear) else hidden
+            return self._scaled(self._head(rows).float())
+        if self._rows is not None:
+            return self._scaled(F.linear(hidden.to(self._rows.dtype), self._rows).float())
+        full = self.head(hidden)
+        return self._scaled((full if ids is None else full[..., ids]).float())
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.scale == 1.0 else logits * self.scale
+
+    def token_ids(self, drafted: torch.Tensor) -> torch.Tensor:
+        """Numbers in the draft vocabulary -> token ids."""
+        return drafted if self.adapter.draft_ids is None else self.adapter.draft_ids[drafted]
+
+    def worth_streams(self, exits: torch.Tensor, trees: Sequence[DraftTree], floor: float, dice: Dice | None = None) -> torch.Tensor:
+        """`[m]`, the rows of a pass over these trees that speculate; exits: `[batch, rows, dim]`, what the LM head reads
+        of the early exit; dice: those that the trees were grown with."""
+        if self._numbers is None and self.adapter.draft_ids is not None:
+            ids = self.adapter.draft_ids
+            self._numbers = torch.full((len(self.embeddings.weight),), -1, device=ids.device)
+            self._numbers[ids] = torch.arange(len(ids), device=ids.device)
+        logits = self.logits(exits)
+        if dice is not None:
+            depths = [tree.depths for tree in trees]
+            for ahead in range(self.adapter.config.num_streams):
+                places = [(text, row) for text, own in enumerate(depths) for row, depth in enumerate(own) if depth == ahead]
+                texts, rows = torch.tensor(places, dtype=torch.long, device=logits.device).reshape(-1, 2).unbind(1)
+                logits[texts, rows] = dice.throw(logits[texts, rows], texts, ahead, self.adapter.draft_ids)
+        return torch.tensor(worth_streams(logits, trees, self._numbers, floor))
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embeddings(ids).to(self.adapter.device)
+
+    def trees(
+        self,
+        streams: torch.Tensor | None,
+        roots: Sequence[int],
+        max_nodes: int,
+        memories: Sequence[TextMemory | None],
+        dice: Dice | None = None,
+        depths: Sequence[int] | None = None,
+        curve: CostCurve | None = None,
+    ) -> list[DraftTree]:
+        """For each sequence, the tree that fits: of paths that are jointly most likely, of at most `max_nodes` nodes.
+
+        Args:
+            streams: `[batch, num_streams, dim]` of the accepted nodes, stream j gives the nodes of depth j; None: only the
+                memories draft.
+            memories: of each text up to its root.
+            dice: of these texts, for as many positions as there are streams; None if decoding is greedy.
+            depths: of each tree at most, where a text is about to end.
+            curve: what rows cost here; None: trees are full.
+        """
+        if max_nodes == 1:
+            return [DraftTree((root,), (-1,)) for root in roots]
+        depths = depths or [_ANY_DEPTH] * len(roots)
+        builders = [TreeBuilder(max_nodes, memory, depth, curve) for memory, depth in zip(memories, depths, strict=True)]
+        if streams is not None:
+            self._grow(builders, streams, roots, dice)
+        return [builder.finish(root) for builder, root in zip(builders, roots, strict=True)]
+
+    def _grow(self, builders: list[TreeBuilder], streams: torch.Tensor, roots: Sequence[int], dice: Dice | None) -> None:
+        """Levels of drafts, as many as there are streams or are worth it; one product for all nodes of a level."""
+        transition, device = self.adapter.transition, streams.device
+        tokens = torch.tensor(roots, device=device)
+        r, heard = transition.begin(streams[:, 0]), transition.hear(streams)  # [frontier of all sequences, rank], [batch, gamma, rank]
+        owner = torch.arange(len(roots), device=device)  # whose each row of the frontier is
+        for j in range(self.adapter.config.num_streams):
+            if not any(builder.worth_a_level() for builder in builders):
+                break
+            r = transition.advance(r, self.embed(tokens).to(streams.dtype), heard[owner, j])
+            logits = self.logits(transition.adjust(streams[owner, j], r))  # [frontier, draft vocabulary]
+            if dice is not None:
+                logits = dice.throw(logits, owner, j, self.adapter.draft_ids)
+            likely = iter(self._likely(logits))
+            first, chosen = 0, []
+            for builder in builders:
+                count = len(builder.frontier)
+                builder.levels += bool(count)
+                chosen += [first + row for row in builder.grow([next(likely) for _ in range(count)])]
+                first += count
+            if not chosen:
+                break
+            r, owner = r[chosen], owner[chosen]
+            tokens = torch.tensor([path[-1] for builder in builders for path in builder.paths], device=device)
+
+    def _likely(self, logits: torch.Tensor) -> list[dict[int, float]]:
+        """The best tokens of each row of `[rows, draft vocabulary]`, with their log probabilities."""
+        # the normalizer first: a full log-softmax would write the whole vocabulary once more
+        top = logits.topk(min(self.adapter.config.tree_top_k, logits.shape[1]), dim=-1)
+        scores = (top.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0).tolist()
+        return [dict(zip(*row, strict=True)) for row in zip(self.token_ids(top.indices).tolist(), scores, strict=True)]

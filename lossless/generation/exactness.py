@@ -1,0 +1,332 @@
+"""A question to a base at attach: how much of its arithmetic does a pass of several rows keep?
+
+Knows: how to compare passes over draft trees of every size with the base's own passes, how many rows at a time a projection
+takes without rounding otherwise, and what level of exactness follows. Does not know: adapters' worth, or generation.
+
+    bitwise   every row has the very bits of a pass of its own
+    near-tie  rows may be rounded otherwise; where that could change a choice, the text is read again row by row
+    off       rows may be rounded otherwise, and a choice with them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from ..base.layers import (
+    as_decoding,
+    as_generating,
+    decoder,
+    device_of,
+    features,
+    input_device,
+    is_projection,
+    rotary_turns,
+)
+from ..base.loading import context_limit
+from ..base.packed import product_dtype
+from ..drafting.tree import DraftTree
+from ..errors import UsageError, require_at_least, require_one_of
+from ..streams.cache import RowCache
+from ..streams.passes import keeping_bits
+from ..streams.runner import StreamRunner
+from .trial import is_fine, too_far
+
+EXACTNESS = ("bitwise", "near-tie", "off")
+
+
+def logit_scale(runner: StreamRunner) -> float:
+    """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
+    with torch.no_grad():
+        plan, logits = runner.observe_anything()
+        bare = runner.lm_head(plan.final[:, -1:]).float().to(logits.device)
+    found = float((bare * logits.float()).sum() / (bare * bare).sum())
+    return found if abs(found - 1) >= 0.02 else 1.0  # also if there is nothing to scale
+
+
+_PIECES = range(2, 33)  # rows at a time that a projection is tried with
+_SHORT, _LONG = 24, 500  # tokens behind which passes are tried, as far as the base has places for them
+_OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
+_RIVALS = 8  # the noise is that of differences between a position's best tokens
+_QUIET = 0.01  # noise, in logits, that a choice is hardly ever within
+# A short probe does not see the worst. Over 21,000 positions of a random model in float32 the worst was 12 times the probe's worst; in
+# 16 bits, where every position is rounded much, they are closer together.
+_SAFETY_FLOAT32, _SAFETY_COARSER = 16.0, 4.0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes over trees that a session may make.
+
+    Attributes:
+        rows: of up to so many rows, at least 1.
+        streams: some of them with the streams of every row beside it.
+    """
+
+    rows: int
+    streams: bool = False
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "rows")
+
+    def covers(self, other: Passes) -> bool:
+        """Whether the other's are all among them."""
+        return other.rows <= self.rows and other.streams <= self.streams
+
+    def part(self, number: int, parts: int) -> Iterator[tuple[int, bool]]:
+        """Rows, and whether streams stand beside them: every number of rows, and every pass in one of two parts."""
+        for rows in range(1, self.rows + 1):
+            both = (False, True) if parts == 1 else ((rows + number) % 2 == 0,)
+            yield from ((rows, streams) for streams in (both if self.streams else (False,)))
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What holds for this base on this device, in this dtype.
+
+    Attributes:
+        level: one of `EXACTNESS`.
+        limits: rows at a time that keep their bits, for each projection; None if the level is not bitwise.
+        operations: the same by kind of projection, to be read: `in x out` -> rows.
+        noise: how far differences between logits move with the shape of a pass, in logits.
+        twin: passes over trees run through packed copies of the weights.
+    """
+
+    level: str
+    limits: dict[nn.Module, int] | None = field(default=None, repr=False)
+    operations: dict[str, int] = field(default_factory=dict)
+    noise: float = 0.0
+    twin: bool = False
+
+    def __post_init__(self) -> None:
+        require_one_of(EXACTNESS, "exact", self.level)
+        if not 0 <= self.noise < math.inf:
+            raise UsageError(f"noise must be a number from 0 on, got {self.noise}")
+        if (self.level == "bitwise") != (self.limits is not None):
+            raise UsageError(f"limits belong to bitwise and to no other level, got {'some' if self.limits else 'none'} for {self.level}")
+        if any(rows < 1 for rows in (self.limits or {}).values()):
+            raise UsageError(f"limits must be at least 1, got {min((self.limits or {}).values())}")
+
+    def at_least(self, noise: float) -> Guarantee:
+        """With a bound that is no smaller."""
+        return replace(self, noise=max(self.noise, noise))
+
+    def after(self, moved: float) -> Guarantee:
+        """What holds once differences between logits have been seen to move so far."""
+        # logits of a pass may overflow: then no choice of such passes is sure, and that is no error
+        return self.at_least(min(_SAFETY_COARSER * moved, 1e30)) if moved > self.noise else self
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"exact": self.level, "rows_that_keep_bits": self.operations, "noise": self.noise}
+
+
+@torch.no_grad()
+def find_guarantee(runner: StreamRunner, wanted: str | None, passes: Passes, twin: StreamRunner | None = None) -> Guarantee:
+    """Probe the base, in some seconds.
+
+    Args:
+        runner: passes in the base's own weights and kernels; twin: passes through packed copies, where there are any.
+        wanted: a level; None for the strongest that pays: bitwise where it is to be had, unless most weights would
+            take one row at a time for it and the noise is so small that a choice is hardly ever within it (float32).
+        passes: what is to be promised for.
+
+    Raises:
+        UsageError: there is no such level, or the device does not give it.
+    """
+    check_level(wanted)
+    if wanted == "off":
+        return Guarantee("off")
+    known = [_Known(runner.base, prompt, passes.rows) for prompt in _prompts(runner, passes.rows)]
+    if twin is not None and wanted in (None, "near-tie"):
+        noise = _compare(twin, None, known, passes, _QUIET)[1]
+        if noise < _QUIET:
+            return Guarantee("near-tie", noise=noise, twin=True)
+    limits, operations, together = find_limits(runner.model)
+    # attention that is not called through transformers' interface takes the rows of a pass together
+    apart = wanted != "near-tie" and not runner.own_attention
+    bits, noise, off = _compare(runner, limits if apart else None, known, passes)
+    allowed = 4 * too_far(runner.base)  # behind a long text roundings have added up
+    if not bits and not off < allowed:  # its own cache, for example, may forget what its attention would see
+        raise UsageError(
+            f"{type(runner.base).__name__} cannot be accelerated: behind a text of {len(known[-1].prompt)} tokens a draft tree gives other logits "
+            f"than the model's own loop (off by {off:.2g} of their spread, allowed is {allowed})"
+        )
+    enough = wanted is None and together < 0.5 and noise < _QUIET
+    if bits and not enough:
+        return Guarantee("bitwise", limits, operations, noise)
+    if wanted == "bitwise":
+        raise UsageError(
+            f"exact='bitwise' is not to be had for {type(runner.base).__name__} in {runner.base.dtype} on "
+            f"{input_device(runner.base)}: something besides its projections and attention depends on the rows of a pass"
+        )
+    return Guarantee("near-tie", None, operations, noise)
+
+
+def check_level(wanted: str | None) -> None:
+    """Raises UsageError if there is no such level."""
+    if wanted is not None:
+        require_one_of(EXACTNESS, "exact", wanted)
+
+
+def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float]:
+    """How many rows at a time each projection takes so that each has the bits that it has alone.
+
+    Returns:
+        The rows for each module; by kind; and the part of all weights that take more than one.
+    """
+    limits: dict[nn.Module, int] = {}
+    kinds: dict[tuple[Any, ...], int] = {}
+    weights = several = 0
+    for module in projections(model):
+        kind = (type(module).__name__, *features(module), product_dtype(module))
+        if kind not in kinds:
+            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, device_of(module))
+        limits[module] = kinds[kind]
+        size = features(module)[0] * features(module)[1]
+        weights += size
+        several += size * (kinds[kind] > 1)
+    operations = {f"{name} {ins}x{outs}": rows for (name, ins, outs, _), rows in kinds.items()}
+    return limits, operations, several / weights
+
+
+def projections(model: Any) -> list[nn.Module]:
+    """All of a base's, the LM head among them."""
+    modules = [module for module in decoder(model).modules() if is_projection(module)]
+    head = model.get_output_embeddings()
+    return [*modules, *([] if head in modules else [head])]
+
+
+def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
+    """The most rows of `_PIECES` up to which no number differs."""
+    ins, outs = features(projection)
+    count = min(256, max(16, _OUTPUTS // outs))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, ins, generator=generator)
+    rows *= 2.0 ** (torch.arange(count)[:, None] % 6 - 2)  # rows of all sizes: 8-bit projections treat outliers apart
+    rows = rows.to(device, dtype)
+    alone = [projection(row[None, None])[0] for row in rows[4:6]]
+    if not torch.equal(projection(rows[4:6]), torch.cat(alone)):
+        return 1
+    expected = torch.cat([projection(row[None, None])[0] for row in rows])
+    most = 1
+    for size in _PIECES:
+        if size > count or not torch.equal(torch.cat([projection(piece) for piece in rows.split(size)]), expected):
+            break
+        most = size
+    return most
+
+
+def _prompts(runner: StreamRunner, rows: int) -> list[list[int]]:
+    """A short and a long one, no longer than that a tree and its streams still have places that the base turns as before."""
+    ends = (runner.places, context_limit(runner.base) or _LONG + rows, *(turn for turn, _ in rotary_turns(runner.base)))
+    most = max(1, min(ends) - rows - runner.adapter.config.num_streams - 1)
+    ids = torch.randint(0, runner.text_config.vocab_size, (_LONG,), generator=torch.Generator().manual_seed(0)).tolist()
+    return [ids[:length] for length in sorted({min(_SHORT, most), min(_LONG, most)})]
+
+
+class _Known:
+    """A prompt, a tree behind it, and what the base itself says after each node.
+
+    The first nodes of the tree are trees, too: a spine, with a leaf beside it at every third node. `alone` is
+    `[nodes, vocab]`, from passes of one row.
+    """
+
+    def __init__(self, model: Any, prompt: list[int], rows: int) -> None:
+        vocab = model.config.get_text_config().vocab_size
+        parents = (-1, *(i - 2 if i % 3 == 1 and i > 1 else i - 1 for i in range(1, rows)))
+        self.prompt, self.tree = prompt, DraftTree(tuple(i % vocab for i in range(rows)), parents)
+        cache = DynamicCache(config=model.config)
+        _plain(model, prompt, cache)
+        found, caches = [], {-1: cache}
+        with as_decoding(model):
+            for node, parent in enumerate(parents):
+                again = parent in parents[node + 1 :]
+                caches[node] = copy.deepcopy(caches[parent]) if again else caches.pop(parent)
+                found.append(_plain(model, [self.tree.tokens[node]], caches[node]))
+                if node not in parents[node + 1 :]:
+                    del caches[node]
+        self.alone = torch.stack(found)
+
+
+def moved(logits: torch.Tensor, alone: torch.Tensor) -> float:
+    """How far differences between the best tokens of a row have moved at most: `[rows, vocab]` logits, and those of the same rows
+    read alone."""
+    rivals = alone.topk(min(_RIVALS, alone.shape[1])).indices
+    by = (logits.to(alone) - alone).gather(1, rivals)
+    return float((by - by[:, :1]).abs().max())
+
+
+def _compare(
+    runner: StreamRunner, limits: dict[nn.Module, int] | None, known: list[_Known], passes: Passes, most: float = math.inf
+) -> tuple[bool, float, float]:
+    """Over all passes: whether rows have the bits of one-row passes under `limits`, the noise without, and how far logits are off at most, as
+    a part of their spread; no further once the noise is `most`."""
+    bits, noise, off = limits is not None, 0.0, 0.0
+    safety = _SAFETY_FLOAT32 if is_fine(runner.base) else _SAFETY_COARSER
+    for number, text in enumerate(known):
+        # what drafts have brought was read in such passes, too, so that the keys that a row looks back at have noise
+        read = _behind(runner, text.prompt, passes.rows)
+        exact = _behind(runner, text.prompt, len(text.prompt)) if bits else read
+        with as_decoding(runner.model):
+            for rows, streams in passes.part(number, len(known)):
+                native = read(text.tree, rows, streams)
+                off = max(off, float((native - text.alone[:rows]).abs().max() / text.alone.std()))
+                noise = max(noise, safety * max(_rounding(runner.base, native), moved(native, text.alone[:rows])))
+                if noise >= most:
+                    return False, noise, off
+                if bits:
+                    with _limited(runner, limits):
+                        bits = torch.equal(exact(text.tree, rows, streams), text.alone[:rows])
+    return bits, noise, off
+
+
+def _rounding(model: Any, logits: torch.Tensor) -> float:
+    """The last bit of the largest logit: rows that kept it here will not keep it everywhere."""
+    return torch.finfo(model.get_input_embeddings().weight.dtype).eps * float(logits.abs().max())
+
+
+def _plain(model: Any, ids: list[int], cache: DynamicCache) -> torch.Tensor:
+    """`[vocab]`: the base's own logits after these tokens, in one pass behind its cache."""
+    given = torch.tensor([ids], device=input_device(model))
+    told = as_generating(model, given, cache.get_seq_length())
+    return model(**told, past_key_values=cache, use_cache=True).logits[0, -1].float()
+
+
+def _behind(runner: StreamRunner, prompt: list[int], rows: int) -> Callable[[DraftTree, int, bool], torch.Tensor]:
+    """Read a prompt once, its beginning as a prompt and what follows so many rows a pass; returns: tree, its first nodes, whether
+    they speculate -> `[nodes, vocab]`, the logits of a pass over them behind the prompt."""
+    device, cache = input_device(runner.model), RowCache(len(runner.layers), len(prompt) + rows)
+    first = len(prompt) if rows >= len(prompt) else min(_SHORT, len(prompt))
+    for start, end in itertools.pairwise((0, *range(first, len(prompt), rows), len(prompt))):
+        places = torch.arange(start, end, device=device)[None]
+        with as_decoding(runner.model) if start else contextlib.nullcontext():
+            runner.verify(torch.tensor([prompt[start:end]], device=device), places, None, cache, None)
+        cache.keep(range(end - start))
+
+    def read(tree: DraftTree, rows: int, streams: bool) -> torch.Tensor:
+        places = torch.tensor([tree.depths[:rows]], device=device) + len(prompt)
+        mask = tree.mask()[None, :rows, :rows].to(device) if rows > 1 else None
+        ids = torch.tensor([tree.tokens[:rows]], device=device)
+        return runner.verify(ids, places, mask, cache, torch.arange(rows) if streams else None).logits[0].float()
+
+    return read
+
+
+@contextlib.contextmanager
+def _limited(runner: StreamRunner, limits: dict[nn.Module, int] | None) -> Iterator[None]:
+    before, runner.limits = runner.limits, limits
+    try:
+        with keeping_bits(limits or {}):
+            yield
+    finally:
+        runner.limits = before

@@ -1,0 +1,205 @@
+"""The text so far, and the base's own choice after it: HF's sampling step, one position at a time.
+
+Knows: logits processors, stopping criteria, streamers, and what `generate` returns. Does not
+know: drafts, passes, or caches. Positions of one text are chosen in order, each once, as HF's loop would;
+texts of a batch may run ahead of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
+
+from ..drafting.ngram import TextMemory
+from ..drafting.noise import NoiseTape
+
+
+class Text:
+    """One sequence of a batch.
+
+    Args:
+        number: which sequence it is; ids: `[1, prompt]`, padding included.
+        padding: columns without a token at the start; before: columns of the prompt that are not among the ids.
+        processor, criteria, config: as HF prepared them.
+        noise: of the batch, None if decoding is greedy.
+        memory: what the drafter recalls from, or None.
+        guard: how much closer than its rival a choice may not be, in logits, if its row was not read alone.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        ids: torch.Tensor,
+        padding: int,
+        before: int,
+        processor: Any,
+        criteria: Any,
+        config: GenerationConfig,
+        noise: NoiseTape | None,
+        memory: TextMemory | None,
+        streamer: Any = None,
+        guard: float = 0.0,
+    ) -> None:
+        penalty, heat = config.repetition_penalty or 1.0, config.temperature or 1.0
+        self._magnified = max(penalty, 1 / penalty) / (1.0 if noise is None else min(1.0, heat))
+        self.widen(guard)
+        self.number, self.ids, self.prompt, self.before = number, ids, ids.shape[1], before
+        self.start = padding - before  # of the text, counted in ids
+        self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
+        self.noise, self.memory, self.streamer = noise, memory, streamer
+        self.stopped = False
+        self.sound = ids.shape[1]  # so many of its rows were read in the base's own shapes: the prompt at once, others alone
+        keep = config.return_dict_in_generate
+        self.scores: tuple[torch.Tensor, ...] | None = () if keep and config.output_scores else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if keep and config.output_logits else None
+
+    def widen(self, guard: float) -> None:
+        """From now on choices are guarded so."""
+        self.off_by, self.guard = guard, guard * self._magnified  # of logits, and of what they are chosen by
+
+    @property
+    def last(self) -> int:
+        """The last token: certain, but not yet read by the base."""
+        return int(self.ids[0, -1])
+
+    @property
+    def position(self) -> int:
+        """Its place in the text."""
+        return self.ids.shape[1] - 1 - self.start
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return int(self.config.max_length) - self.ids.shape[1]
+
+    @property
+    def emitted(self) -> int:
+        return self.ids.shape[1] - self.prompt
+
+    def choose(self, logits: torch.Tensor, alone: bool = True) -> tuple[int, bool] | None:
+        """The base's choice given `[vocab]` logits, and whether it ends the text.
+
+        Greedy is argmax; sampled is the very draw that `model.generate` makes at this position.
+
+        Args:
+            alone: the row was read in a pass of its own. If not, and another token is closer to the choice than
+                the guard allows, the answer is None, and the position must be asked for again, alone.
+        """
+        raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        scores = self.processor(self.ids, raw)
+        ranking, noise = scores, None
+        if self.noise is not None:
+            probabilities = torch.softmax(scores, dim=-1)
+            noise = self.noise.at(self.number, probabilities)
+            ranking = probabilities / noise
+        token = ranking.argmax(dim=-1, keepdim=True)
+        if noise is not None and bool(probabilities[0, token[0]].isnan()):
+            torch.multinomial(probabilities, num_samples=1)  # refuses, as in the base's own loop
+        if not alone and self.guard and self._hangs_on_little(logits, scores, ranking, noise, int(token)):
+            return None
+        if self.noise is not None:
+            self.noise.go_on(self.number)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        self.ids = torch.cat([self.ids, token], dim=-1)
+        self.stopped = bool(self.criteria(self.ids, self.scores)[0])
+        if self.streamer is not None:
+            self.streamer.put(token[0].cpu())
+            if self.stopped:
+                self.streamer.end()
+        if self.stopped and self.noise is not None:
+            self.noise.leave(self.number)
+        return int(token), self.stopped
+
+    def _hangs_on_little(
+        self, logits: torch.Tensor, scores: torch.Tensor, ranking: torch.Tensor, noise: torch.Tensor | None, token: int
+    ) -> bool:
+        """Whether logits that are off by as much as the guard could have led to another choice than this token.
+
+        logits: `[vocab]`; scores, ranking: `[1, vocab]`, as processed, and as thrown with the noise, `[vocab]`.
+        """
+        best = (ranking if noise is None else ranking.log()).topk(2).values[0]
+        if best[0] - best[1] < self.guard:
+            return True
+        cut = scores[0] == -torch.inf
+        if noise is None or not cut.any():
+            return False
+        # What top-k, top-p and the like cut off may hang on a little, too. Would the token still be there if it
+        # were less likely? Would one be there that would have been chosen in its place, if it were likelier?
+        raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        thrown = raw[0] / (self.config.temperature or 1.0) - noise.log()
+        standing = torch.minimum(thrown[token], scores[0, token] - noise[token].log())  # a penalty may have lowered it
+        rivals = cut & (thrown > standing - self.guard)
+        lower = raw.clone()
+        lower[0, token] -= self.off_by
+        higher = raw + self.off_by * rivals
+        return bool(self.processor(self.ids, lower)[0, token] == -torch.inf) or bool(
+            (self.processor(self.ids, higher)[0, rivals] > -torch.inf).any()
+        )
+
+    def choose_alone(self, logits: torch.Tensor) -> tuple[int, ...]:
+        """The choice given `[vocab]` logits of a row that was read in the base's own shape."""
+        self.choose(logits)
+        return (self.last,)
+
+    def choose_after(self, logits: torch.Tensor, native: bool) -> Callable[[int], tuple[int, bool] | None]:
+        """For a walk: node -> the choice after it, given `[nodes, vocab]`; None if it is too close to call.
+
+        A pass of one row, in the base's own weights (`native`), is as good as the base's own only if the rows that it looks
+        back at are.
+        """
+        alone = native and len(logits) == 1 and self.sound == self.ids.shape[1] - 1
+        self.sound += alone
+        return lambda node: self.choose(logits[node], alone)
+
+    def remember(self, tokens: tuple[int, ...]) -> None:
+        """Tokens that were chosen: what the drafter recalls from."""
+        if self.memory is not None:
+            self.memory.extend(tokens)
+
+
+def _of_one(processors: Any, number: int) -> Any:
+    """The processors as sequence `number` of the batch is to see them: it will be called alone."""
+    alone = type(processors)()
+    for processor in processors:
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            processor = PrefixConstrainedLogitsProcessor(_asked_once(number, processor._prefix_allowed_tokens_fn), 1)
+        ignored = getattr(processor, "prompt_ignore_length", None)  # of a repetition penalty: the padding
+        if isinstance(ignored, torch.Tensor):
+            processor = copy(processor)
+            processor.prompt_ignore_length = ignored[number : number + 1]
+        alone.append(processor)
+    return alone
+
+
+def _asked_once(number: int, allowed: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
+    """A caller's function, for sequence `number`: it may count its calls, and its processor may be called again for a position."""
+    length, answer = -1, list[int]()
+
+    def ask(_: int, ids: torch.Tensor) -> list[int]:
+        nonlocal length, answer
+        if len(ids) != length:
+            length, answer = len(ids), allowed(number, ids)
+        return answer
+
+    return ask
+
+
+def result(texts: list[Text], cache: Any) -> Any:
+    """What `generate` returns: sequences `[batch, length]`, shorter ones filled with the padding token."""
+    config, longest = texts[0].config, max(text.ids.shape[1] for text in texts)
+    pad = getattr(config, "_pad_token_tensor", None)
+    filler = 0 if pad is None else int(pad)
+    rows = [torch.nn.functional.pad(text.ids, (0, longest - text.ids.shape[1]), value=filler) for text in texts]
+    sequences = torch.cat(rows)
+    if not config.return_dict_in_generate:
+        return sequences
+    found: dict[str, Any] = {"sequences": sequences, "scores": texts[0].scores, "logits": texts[0].logits}
+    return GenerateDecoderOnlyOutput(**found, past_key_values=cache if len(texts) == 1 else None)

@@ -1,0 +1,82 @@
+"""A trial of a base: can it carry a draft tree at all?
+
+Knows: how to compare a pass over a small tree with the base's own forward, and how to say what went wrong. Does not know: how exactly
+rows are rounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..base.layers import as_generating, input_device
+from ..drafting.tree import DraftTree
+from ..errors import UsageError
+from ..streams.cache import RowCache
+from ..streams.runner import StreamRunner
+
+# logits further off than this part of their spread are another computation, not another rounding
+_FAR_FLOAT32, _FAR_COARSER = 0.01, 0.25
+
+
+def too_far(model: Any) -> float:
+    """How far off, as a part of their spread, logits are too far to be the same computation rounded otherwise."""
+    return _FAR_FLOAT32 if is_fine(model) else _FAR_COARSER
+
+
+def is_fine(model: Any) -> bool:
+    """Whether it computes with float32 weights, so that roundings are small."""
+    return bool(model.get_input_embeddings().weight.dtype == torch.float32) and not getattr(model, "is_quantized", False)
+
+
+@contextlib.contextmanager
+def trial(model: Any) -> Iterator[None]:
+    """What a base's first passes end with is said as what it is; too little memory is nobody's fault."""
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError) as error:
+        what = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise UsageError(
+            f"{type(model).__name__} cannot be accelerated: a trial of a pass over a draft tree ended in {type(error).__name__}: {what}"
+        ) from error
+
+
+@torch.no_grad()
+def check_served(runner: StreamRunner) -> None:
+    """A trial: a prompt, then a tree of two branches with streams, against the base's own forward.
+
+    Raises:
+        UsageError: a pass over a draft tree fails, or gives other logits.
+    """
+    model, name = runner.base, type(runner.base).__name__
+    tokens = [1 + i % (runner.text_config.vocab_size - 1) for i in range(7)]
+    tree, branches = DraftTree((*tokens[3:5], tokens[6], tokens[5]), (-1, 0, 0, 1)), ((0, 1, 3), (0, 2))
+    far = too_far(model)
+    with trial(model):
+        cache, device = RowCache(len(runner.layers)), input_device(model)
+        runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None)
+        if not any(layer.is_initialized for layer in cache.rows):
+            raise UsageError(f"{name} cannot be accelerated: it leaves no keys in a cache for later passes to look back at")
+        cache.keep(range(3))
+        places = torch.tensor([tree.depths], device=device) + 3
+        nodes = torch.arange(len(tree))
+        out = runner.verify(torch.tensor([tree.tokens], device=device), places, tree.mask()[None].to(device), cache, nodes)
+        cache.keep([0])
+        context = torch.ones(1, 1, 4, dtype=torch.bool, device=device)
+        there = out.entry.device
+        runner.speculate(out.entry[:, :1], places[:, :1].to(there), context.to(there), cache)
+        for branch in branches:
+            text = torch.tensor([[*tokens[:3], *(tree.tokens[node] for node in branch)]], device=device)
+            plain = model(**as_generating(model, text), use_cache=False).logits[0, 3:].float()
+            apart = (out.logits[0, list(branch)].float() - plain).abs().max()
+            off = float(apart / plain.std()) if apart else 0.0
+            if not off < far:
+                raise UsageError(
+                    f"{name} cannot be accelerated: over a draft tree it gives other logits than in a pass of its "
+                    f"own (off by {off:.2g} of their spread, allowed is {far})"
+                )

@@ -1,0 +1,1 @@
+"""Stream rows inside the frozen model's layers."""
