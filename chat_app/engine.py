@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from lossless.base.layers import input_device
-from lossless.base.loading import context_limit, device_name, free_memory, load_base, precision
+from lossless.base.layers import context_limit, input_device
+from lossless.base.loading import load_base, precision
 from lossless.base.packed import is_packed, pack
+from lossless.base.processes import device_name, free_memory
 from lossless.distillation.prompts import encode
 from lossless.errors import UsageError, require_one_of
 from lossless.generation.model import AcceleratedModel, accelerate
@@ -308,7 +309,7 @@ def load(
     Raises:
         UsageError: the model or the adapter cannot be loaded, or they do not belong together.
     """
-    from lossless.cli.commands import shipped_adapter  # it draws and reads data sets, too: slow to import
+    from lossless.adapter.hub import shipped_adapter
 
     base = load_base(model, dtype, load_in, device)
     if packed:

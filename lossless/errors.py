@@ -1,7 +1,7 @@
 """The exceptions that mean "the caller can mend this", and the rules that are stated most.
 
-Knows: nothing of models. The command line prints it as a single line and exits with 2;
-anything else that escapes is a defect of ours and keeps its traceback.
+Knows: how a rule and the value that broke it are said. The command line prints that as a single line and exits with 2;
+anything else that escapes is a defect of ours and keeps its traceback. Does not know: models.
 """
 
 from __future__ import annotations

@@ -147,3 +147,10 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$LOSSLESS_CACHE`, else `$XDG_CACHE_HOME/lossless`, else `~/.cache/lossless`."""
+    if explicit := os.environ.get("LOSSLESS_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lossless"

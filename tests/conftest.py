@@ -17,11 +17,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lossless.adapter.compat import new_adapter
+from lossless.adapter.config import AdapterConfig, DraftConfig
 from lossless.base import products
-from lossless.base.loading import cache_dir, freeze
-from lossless.config import StreamingConfig
+from lossless.base.loading import freeze
 from lossless.generation import measure, verdict
 from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.storage import cache_dir
 
 VOCAB = 96
 
@@ -81,9 +82,10 @@ def build_tiny(seed: int = 0, attention: str = "sdpa", layers: int = 4, hidden: 
     return freeze(model)  # type: ignore[return-value]
 
 
-def tiny_config(**changes: object) -> StreamingConfig:
-    values = {"num_msa_layers": 2, "lora_rank": 4, "transition_rank": 8, "tree_nodes": 20, **changes}
-    return StreamingConfig(**values)  # type: ignore[arg-type]
+def tiny_config(**changes: object) -> AdapterConfig:
+    """The paper's, and a transition head: small, with full streams in every pass."""
+    plain = AdapterConfig(4, 2, 4, 8, next_token_rank=0, draft_vocab_size=0, drafting=DraftConfig(tree_nodes=20, schedule="parallel"))
+    return plain.changed(**changes)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lossless.adapter.hub import shipped_adapter
 from lossless.adapter.weights import StreamAdapter
-from lossless.cli.commands import shipped_adapter
 from lossless.training.ablation import table
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from lossless.adapter.compat import new_adapter
-from lossless.adapter.weights import CONFIG_FILE, WEIGHTS_FILE, StreamAdapter
-from lossless.config import StreamingConfig
+from lossless.adapter.config import AdapterConfig, DraftConfig
+from lossless.adapter.hub import CONFIG_FILE, WEIGHTS_FILE
+from lossless.adapter.weights import StreamAdapter
 from lossless.errors import UsageError
 from lossless.generation.model import accelerate
 
@@ -40,7 +41,7 @@ def digest(model: nn.Module) -> str:
 )
 def test_config_states_the_rule_and_the_value(change: dict[str, Any], rule: str) -> None:
     with pytest.raises(UsageError, match=rule):
-        StreamingConfig(**change)
+        AdapterConfig().changed(**change)
 
 
 def test_more_layers_than_the_model_has_are_refused(tiny: LlamaForCausalLM) -> None:
@@ -125,9 +126,18 @@ def test_broken_files_are_told_apart(tiny: LlamaForCausalLM, tmp_path: Path) -> 
         accelerate(tiny, tmp_path)
 
 
+def test_configs_of_before_are_read() -> None:
+    """As earlier versions saved them: other names, one field that is gone, some that were not there yet."""
+    found = AdapterConfig.from_dict({"num_streams": 3, "told_rank": 7, "start_rank": 2, "tree_floor": 4, "schedule": "deferred", "tree_nodes": 9})
+    assert (found.num_streams, found.next_token_rank, found.init_rank, found.draft_vocab_size) == (3, 7, 2, 0)
+    assert found.drafting == DraftConfig(tree_nodes=9, schedule="deferred")
+    assert AdapterConfig.from_dict({"num_streams": 3}).drafting.schedule == "parallel"
+    assert AdapterConfig.from_dict(found.to_dict()) == found
+
+
 def test_overrides_are_checked(tiny: LlamaForCausalLM) -> None:
     adapter = new_adapter(tiny, tiny_config())
-    assert accelerate(tiny, adapter, tree_nodes=3, schedule="deferred").tree_nodes == 3
+    assert accelerate(tiny, adapter, tree_nodes=3, schedule="deferred").drafting.tree_nodes == 3
     for override, rule in (
         ({"tree_nodes": 0}, "tree_nodes must be at least 1"),
         ({"pruning_floor": 1.0}, "pruning_floor must be at least 0 and below 1, got 1.0"),

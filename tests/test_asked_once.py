@@ -82,7 +82,7 @@ def attached(level: str) -> AcceleratedModel:
     model = build_tiny(seed=5, hidden=64, inner=160)
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), exact=level, adaptive=False)
     if level == "near-tie":
-        fast.guarantee = replace(fast.guarantee, noise=CLOSE)
+        fast.attached.guarantee = replace(fast.guarantee, noise=CLOSE)
     return fast
 
 
@@ -96,7 +96,7 @@ def test_a_processor_that_remembers(kind: Callable[[], Any], do_sample: bool, le
         more = {"logits_processor": [processor], "stopping_criteria": [criterion], "do_sample": do_sample, "max_new_tokens": 40}
         served = speaker is fast.base or level != "near-tie"
         if speaker is fast and served:
-            fast.drafter = Bushy(said[0])  # so that a pass emits several tokens
+            fast.attached.drafter = Bushy(said[0])  # so that a pass emits several tokens
         torch.manual_seed(3)
         with contextlib.nullcontext() if served else pytest.warns(UserWarning, match=f"{kind.__name__}, a processor that may remember"):
             out = speaker.generate(prompt_ids(), attention_mask=torch.ones(1, 7), **more)

@@ -17,17 +17,18 @@ import pytest
 import torch
 
 import lossless
-from lossless import StreamAdapter, StreamingConfig, UsageError, accelerate
+from lossless import AdapterConfig, DraftConfig, StreamAdapter, UsageError, accelerate
 from lossless.adapter.compat import new_adapter
 from lossless.base.loading import load_base
 from lossless.cli.parser import main
-from lossless.config import DistillConfig, TrainConfig
+from lossless.distillation.config import DistillConfig
 from lossless.distillation.prompts import from_text, parse_record, read_prompts
 from lossless.evaluation.sides import wanted
 from lossless.evaluation.suites import read_suite
 from lossless.evaluation.timing import Decoding
 from lossless.generation.model import AcceleratedModel
 from lossless.storage import alone_with
+from lossless.training.config import TrainConfig
 
 from .conftest import build_tiny, tiny_config
 
@@ -149,7 +150,7 @@ def test_a_command_says_in_one_line_what_is_wrong(
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "model": (lambda fast: accelerate(torch.nn.Linear(2, 2), StreamingConfig()), "model must be a loaded Hugging Face causal LM, got Linear"),  # type: ignore[arg-type]
+    "model": (lambda fast: accelerate(torch.nn.Linear(2, 2), AdapterConfig()), "model must be a loaded Hugging Face causal LM, got Linear"),  # type: ignore[arg-type]
     "no model": (lambda fast: accelerate(None, "a"), "causal LM, got NoneType"),  # type: ignore[arg-type]
     "adapter": (lambda fast: accelerate(fast.base, 3), "adapter must be a folder, a hub id, .* got int"),  # type: ignore[arg-type]
     "no adapter": (lambda fast: accelerate(fast.base, ""), "no adapter"),
@@ -158,10 +159,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "override": (lambda fast: accelerate(fast.base, fast.adapter, tree_node=3), "did you mean 'tree_nodes'"),
     "override of a kind": (lambda fast: accelerate(fast.base, fast.adapter, tree_nodes=2.5), "tree_nodes must be a whole number, got 2.5"),
     "override of another kind": (lambda fast: accelerate(fast.base, fast.adapter, recall="no"), "recall must be True or False, got 'no'"),
-    "more layers than there are": (lambda fast: accelerate(fast.base, StreamingConfig(num_msa_layers=99)), "99"),
-    "field": (lambda fast: StreamingConfig.from_dict({"num_stream": 3}), "did you mean 'num_streams'"),
-    "streams": (lambda fast: StreamingConfig(num_streams=True), "num_streams must be a whole number, got True"),
-    "schedule": (lambda fast: StreamingConfig(schedule=None), "schedule must be a text, got None"),  # type: ignore[arg-type]
+    "more layers than there are": (lambda fast: accelerate(fast.base, AdapterConfig(num_msa_layers=99)), "99"),
+    "field": (lambda fast: AdapterConfig.from_dict({"num_stream": 3}), "did you mean 'num_streams'"),
+    "streams": (lambda fast: AdapterConfig(num_streams=True), "num_streams must be a whole number, got True"),
+    "schedule": (lambda fast: DraftConfig(schedule=None), "schedule must be a text, got None"),  # type: ignore[arg-type]
     "steps": (lambda fast: TrainConfig(steps="9"), "steps must be a whole number, got '9'"),  # type: ignore[arg-type]
     "seed": (lambda fast: TrainConfig(seed=-1), "seed must be at least 0"),
     "temperatures": (lambda fast: DistillConfig(temperatures=0.5), "temperatures must be a list of finite numbers, got 0.5"),  # type: ignore[arg-type]
@@ -205,9 +206,9 @@ def test_a_mask_of_another_shape_than_the_prompt_is_the_base_s_to_refuse(shape: 
 _HASTY = """
 import sys, time
 from huggingface_hub import file_download
-from lossless import adapter
-from lossless.cli import main
-time.sleep, file_download._ETAG_RETRY_TIMEOUT, adapter._PATIENCE = lambda seconds: None, 0.2, 0.2
+from lossless.adapter import hub
+from lossless.cli.parser import main
+time.sleep, file_download._ETAG_RETRY_TIMEOUT, hub._PATIENCE = lambda seconds: None, 0.2, 0.2
 sys.exit(main(sys.argv[1:]))
 """
 

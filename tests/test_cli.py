@@ -17,8 +17,8 @@ from lossless.adapter.compat import new_adapter
 from lossless.adapter.weights import StreamAdapter
 from lossless.base import products
 from lossless.base.loading import load_base
-from lossless.cli import commands
-from lossless.cli.parser import main
+from lossless.cli import training
+from lossless.cli.parser import _parser, _renamed, main
 from lossless.distillation.answers import Answers
 from lossless.evaluation import sides
 from lossless.generation import attach
@@ -180,13 +180,13 @@ def test_a_training_whose_tokens_differ_is_exit_3_and_one_that_drafts_otherwise_
 ) -> None:
     data, model = str(tmp_path / "data"), ["--model", str(tiny_folder)]
     assert main(["distill", *model, "--prompts", str(prompts), "--answer-tokens", "600", "--max-new-tokens", "20", "--out", data]) == 0
-    real = commands.certify
-    monkeypatch.setattr(commands, "certify", lambda *given: real(*given) | {"mismatches": 1})
+    real = training.certify
+    monkeypatch.setattr(training, "certify", lambda *given: real(*given) | {"mismatches": 1})
     short = ["--steps", "1", "--num-msa-layers", "2", "--held-out", "2", "--answers-per-step", "4"]
     assert main(["train", *model, "--data", data, "--out", str(tmp_path / "out"), *short]) == 3
-    monkeypatch.setattr(commands, "certify", real)
-    check = commands.check_parity
-    monkeypatch.setattr(commands, "check_parity", lambda *given: check(*given) | {"agrees": False})
+    monkeypatch.setattr(training, "certify", real)
+    check = training.check_parity
+    monkeypatch.setattr(training, "check_parity", lambda *given: check(*given) | {"agrees": False})
     assert main(["train", *model, "--data", data, "--out", str(tmp_path / "out"), *short]) == 4
     assert "WARNING: the decode loop or the saved adapter disagrees" in capsys.readouterr().err
     assert "**they do not agree**" in (tmp_path / "out" / "README.md").read_text()
@@ -201,7 +201,7 @@ def test_distil_train_bench_end_to_end(tiny_folder: Path, prompts: Path, tmp_pat
                  "--transition-rank", "8", "--held-out", "4", "--eval-every", "3", "--draft-vocab-size", "40"]) == 0  # fmt: skip
     said = capsys.readouterr().out
     assert "held-out acceptance length" in said
-    assert "are foretold for what it says" in said
+    assert "are simulated for what it says" in said
     assert "mismatches          0" in said
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter.safetensors", "adapter_config.json", "training.json", "parity.json", "certificate.json",
@@ -303,3 +303,12 @@ def test_the_module_runs_and_tells_its_versions() -> None:
     )
     assert done.returncode == 0
     assert "torch" in done.stdout
+
+
+def test_flags_of_before_still_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--told-rank", "3", "--share=0.5", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match="--told-rank is now --next-token-rank"):
+        found = _parser().parse_args(_renamed(["train", *given]))
+    assert (found.next_token_rank, found.data_fraction) == (3, 0.5)
+    assert main(["train", "--model", str(tmp_path), *given]) == 2
+    assert "--share is now --data-fraction" in capsys.readouterr().err

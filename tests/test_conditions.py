@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,13 +83,13 @@ def test_under_autocast_the_base_itself_answers(probed: list[Any]) -> None:
 def test_more_rows_or_streams_than_were_probed_are_probed(probed: list[Any]) -> None:
     fast = attached(tree_nodes=6, schedule="deferred")
     assert [(passes.rows, passes.streams) for passes in probed] == [(6, False)]
-    fast.tree_nodes = 4
+    fast.drafting = replace(fast.drafting, tree_nodes=4)
     both(fast, prompt_ids())
     assert len(probed) == 1
-    fast.tree_nodes = 24
+    fast.drafting = replace(fast.drafting, tree_nodes=24)
     expected, found = both(fast, prompt_ids())
     assert torch.equal(expected, found)
-    fast.schedule = "parallel"
+    fast.drafting = replace(fast.drafting, schedule="parallel")
     expected, found = both(fast, prompt_ids())
     assert torch.equal(expected, found)
     assert [(passes.rows, passes.streams) for passes in probed[1:]] == [(24, False), (24, True)]

@@ -14,10 +14,10 @@ import torch
 from jinja2 import TemplateError
 
 from lossless.base.loading import Base
-from lossless.config import DistillConfig
 from lossless.distillation import distill as module
 from lossless.distillation.answers import Answers, AnswerWriter, mend
 from lossless.distillation.batching import Job, JobQueue, _Batch, continue_all
+from lossless.distillation.config import DistillConfig
 from lossless.distillation.distill import distill
 from lossless.distillation.prompts import Prompt, encode, from_text
 from lossless.errors import UsageError

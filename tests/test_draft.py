@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lossless.drafting.ngram import TextMemory
+from lossless.drafting.ngram import NGramCache
 from lossless.drafting.tree import DraftTree
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.streams.cache import RowCache
@@ -37,16 +37,16 @@ def test_drafts_are_scaled_as_the_base_scales_its_logits(family: str) -> None:
 
 def test_each_sequence_of_a_batch_gets_the_tree_that_it_would_get_alone(fast: AcceleratedModel) -> None:
     streams, roots = torch.randn(3, 4, 32), [5, 9, 5]
-    memories = [TextMemory([5, 6, 7, 8, 5]), None, TextMemory([1, 5, 2, 5])]
-    together = fast.drafter.trees(streams, roots, 12, memories)
-    alone = [fast.drafter.trees(streams[i : i + 1], roots[i : i + 1], 12, memories[i : i + 1])[0] for i in range(3)]
+    ngrams = [NGramCache([5, 6, 7, 8, 5]), None, NGramCache([1, 5, 2, 5])]
+    together = fast.drafter.trees(streams, roots, 12, ngrams)
+    alone = [fast.drafter.trees(streams[i : i + 1], roots[i : i + 1], 12, ngrams[i : i + 1])[0] for i in range(3)]
     assert [paths(tree) for tree in together] == [paths(tree) for tree in alone]
 
 
 def test_memory_goes_on_where_streams_end(fast: AcceleratedModel) -> None:
     litany = [11, 12, 13, 14, 15, 16, 17, 18] * 6
-    memory = TextMemory(litany[:8])
-    memory.extend(litany[8:])
-    [tree] = fast.drafter.trees(torch.randn(1, 4, 32), [18], 12, [memory])
+    ngrams = NGramCache(litany[:8])
+    ngrams.extend(litany[8:])
+    [tree] = fast.drafter.trees(torch.randn(1, 4, 32), [18], 12, [ngrams])
     assert max(tree.depths) > fast.adapter.config.num_streams
     assert (18, 11, 12, 13, 14, 15, 16) in paths(tree)

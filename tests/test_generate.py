@@ -32,7 +32,7 @@ from lossless.adapter.compat import new_adapter
 from lossless.base.loading import Base, freeze, load_base
 from lossless.evaluation.bench import Decoding
 from lossless.evaluation.certificate import force
-from lossless.generation import exactness as probe
+from lossless.generation import exactness
 from lossless.generation.exactness import Passes, find_guarantee
 from lossless.generation.model import AcceleratedModel, accelerate
 
@@ -352,7 +352,7 @@ def test_experts_go_about_rows_as_in_the_base_s_own_loop(monkeypatch: pytest.Mon
         seen.append((order[:3], order[-1], order.count("decode")))
     assert seen[0] == seen[1] == (["prompt", "decode", "pass"], "end", 1)
     base, logits = Base(model, None, "tiny"), torch.zeros(1, VOCAB)
-    monkeypatch.setattr(probe, "_LONG", 24)  # behind which prompts are read in pieces
+    monkeypatch.setattr(exactness, "_LONG", 24)  # behind which prompts are read in pieces
     for ask in (
         lambda: find_guarantee(fast.runner, "near-tie", Passes(6)),
         lambda: force(base, prompt_ids(), [3, 4, 5], [logits] * 3, Decoding(max_new_tokens=3)),
@@ -436,7 +436,7 @@ def test_a_streamer_can_tell_a_criterion_to_stop() -> None:
     model = build_tiny(seed=5)
     plain = model.generate(prompt_ids(), attention_mask=torch.ones(1, 7), max_new_tokens=30, do_sample=False)[0, 7:].tolist()
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
-    fast.drafter = Oracle(plain)
+    fast.attached.drafter = Oracle(plain)
     said = []
     for speaker in (model, fast):
         stop = Enough()

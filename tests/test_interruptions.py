@@ -108,7 +108,7 @@ def test_killed_training_loses_at_most_one_checkpoint_interval(tiny_folder: Path
 _NOTING = """
 import os, sys
 from lossless.adapter import StreamAdapter
-from lossless.cli import main
+from lossless.cli.parser import main
 read = StreamAdapter.load_state_dict
 def note(self, *given, **how):
     if not self.transition.out.is_meta and self.transition.out.any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,7 +206,7 @@ def test_a_packed_models_attention_is_the_kernel(monkeypatch: pytest.MonkeyPatch
     model = lossless.pack(build_tiny(seed=5, hidden=128, inner=160))  # heads of 32
     assert model.config._attn_implementation == GROUPED
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
-    fast.adaptive = False
+    fast.drafting = replace(fast.drafting, adaptive=False)
     rows.clear()
     expected, found = both(fast, prompt_ids(9))
     assert torch.equal(expected, found)
@@ -224,7 +225,7 @@ def test_a_sliding_window_is_kept_to(do_sample: bool) -> None:
     model = lossless.pack(freeze(MistralForCausalLM(config)))
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
     assert fast.guarantee.level == "bitwise"
-    fast.adaptive = False
+    fast.drafting = replace(fast.drafting, adaptive=False)
     options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 40}
     expected, found = both(fast, prompt_ids(5), 3, **options)
     assert torch.equal(expected.sequences, found.sequences)

@@ -95,7 +95,7 @@ def test_an_oracle_takes_few_passes_of_several_tokens(schedule: str, drafter: ty
     fast = accelerate(model, new_adapter(model, tiny_config(schedule=schedule)).randomize(2))
     ids = prompt_ids(6)
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)[0, 6:].tolist()
-    fast.drafter = drafter(answer)
+    fast.attached.drafter = drafter(answer)
     _, found = both(fast, ids, max_new_tokens=51)
     assert found[0, 6:].tolist() == answer[:51]
     assert fast.stats.target_passes == 10  # 50 tokens after the prefill's, five a pass
@@ -110,7 +110,7 @@ def test_a_liar_is_never_believed(fast: AcceleratedModel) -> None:
             # never what a random model says after this root twice: the greedy choice is avoided below
             return [DraftTree((roots[0], VOCAB - 1), (-1, 0))]
 
-    fast.drafter = Liar()
+    fast.attached.drafter = Liar()
     banned = {"bad_words_ids": [[VOCAB - 1]]}
     expected, found = both(fast, prompt_ids(), **banned)
     assert torch.equal(expected, found)
@@ -120,7 +120,7 @@ def test_a_liar_is_never_believed(fast: AcceleratedModel) -> None:
 def test_eos_inside_a_tree_ends_the_answer(fast: AcceleratedModel) -> None:
     ids = prompt_ids()
     plain = fast.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)[0, 7:].tolist()
-    fast.drafter = Bushy(plain)
+    fast.attached.drafter = Bushy(plain)
     eos = plain[7]
     expected, found = both(fast, ids, eos_token_id=[eos, VOCAB - 2])
     assert torch.equal(expected, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_drafts_that_do_not_pay_are_left_out_and_tried_again(schedule: str, do_s
     assert seen[:4] == [True] * 4
     assert 4 < sum(seen) < len(seen) / 4
     assert fast.stats.speculated <= (20 * sum(seen) if schedule == "parallel" else 0)
-    fast.adaptive = False
+    fast.drafting = replace(fast.drafting, adaptive=False)
     seen.clear()
     both(fast, prompt_ids(), max_new_tokens=150, do_sample=do_sample)
     assert all(seen)

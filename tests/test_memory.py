@@ -11,7 +11,6 @@ import torch
 from lossless.adapter.compat import new_adapter
 from lossless.base.loading import load_base
 from lossless.cli.parser import main
-from lossless.config import StreamingConfig
 from lossless.errors import UsageError
 from lossless.evaluation.memory import Trial, _most_resident, _resident
 
@@ -38,7 +37,7 @@ def test_a_trial_out_of_range(values: dict[str, int], rule: str) -> None:
 @pytest.mark.commands
 def test_both_sides_are_measured_in_processes_of_their_own(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = load_base(str(tiny_folder)), tmp_path / "memory.json"
-    new_adapter(base.model, StreamingConfig(**vars(tiny_config())), base.tokenizer).randomize(1).save_pretrained(tmp_path / "adapter")
+    new_adapter(base.model, tiny_config(), base.tokenizer).randomize(1).save_pretrained(tmp_path / "adapter")
     model = ["--model", str(tiny_folder), "--adapter", str(tmp_path / "adapter")]
     assert main(["memory", *model, "--context", "200", "--answer", "8", "--generations", "10", "--json", str(out)]) == 0
     found = json.loads(out.read_text())

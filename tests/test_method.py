@@ -18,7 +18,7 @@ from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.streams.runner import StreamRunner
-from lossless.training.features import FeatureStore, make_block
+from lossless.training.features import FeatureStore, make_batch
 from lossless.training.loss import StreamLoss
 
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -27,13 +27,13 @@ from .test_train import answer
 
 PARTS: dict[str, dict[str, Any]] = {
     "no transition": {"transition_rank": 0},
-    "f": {"start_rank": 4},
-    "told": {"told_rank": 4, "schedule": "deferred"},
+    "f": {"init_rank": 4},
+    "told": {"next_token_rank": 4, "schedule": "deferred"},
     "rotated values": {"rotate_values": True},
     "pruning": {"pruning_rank": 4, "pruning_floor": 0.02},
     "pruning, few words": {"pruning_rank": 4, "pruning_floor": 0.02, "draft_vocab_size": 40},
     "the paper": {"transition_rank": 0, "pruning_rank": 4, "recall": False},
-    "everything": {"start_rank": 4, "told_rank": 4, "rotate_values": True, "pruning_rank": 4, "schedule": "deferred"},
+    "everything": {"init_rank": 4, "next_token_rank": 4, "rotate_values": True, "pruning_rank": 4, "schedule": "deferred"},
 }
 
 
@@ -63,7 +63,7 @@ def test_every_part_has_a_gradient_and_the_base_has_none(part: str, tmp_path: Pa
     drafter = Drafter(adapter, model.get_input_embeddings(), model.get_output_embeddings())
     stored = Answers.of([answer(prompt_ids(5, i)[0].tolist(), prompt_ids(14, 9 + i)[0].tolist()) for i in range(3)])
     features = FeatureStore(runner, stored, memory_gb=1).get([0, 1, 2])
-    block = make_block(features, [f.prompt - 1 for f in features], 6, 4, runner.first_top, torch.float32)
+    block = make_batch(features, [f.prompt - 1 for f in features], 6, 4, runner.first_top, torch.float32)
     StreamLoss(runner, drafter, 1.0)(block)[0].backward()
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None, name
@@ -82,7 +82,7 @@ def test_hard_labels_are_cross_entropy_to_the_base_s_best() -> None:
     stored = Answers.of([answer(prompt_ids(5)[0].tolist(), prompt_ids(14, 9)[0].tolist())])
     with torch.no_grad():
         features = FeatureStore(runner, stored, memory_gb=1).get([0])
-        block = make_block(features, [4], 6, 4, runner.first_top, torch.float32)
+        block = make_batch(features, [4], 6, 4, runner.first_top, torch.float32)
         _, soft, same = StreamLoss(runner, drafter, 1.0)(block)
         _, hard, agreement = StreamLoss(runner, drafter, 1.0, hard_labels=True)(block)
     assert torch.equal(same, agreement)

@@ -13,8 +13,8 @@ from lossless.adapter.compat import new_adapter
 from lossless.base.loading import freeze
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.tree import DraftTree
+from lossless.generation.acceptance import accept
 from lossless.generation.model import accelerate
-from lossless.generation.verification import walk
 
 from .conftest import tiny_config
 from .test_lossless import both
@@ -67,7 +67,7 @@ def test_walks_emit_exactly_what_plain_decoding_would(
             grown.append(base(tuple(grown)))
             return grown[-1], len(grown) > length
 
-        accepted = walk(tree, choose)
+        accepted = accept(tree, choose)
         text += accepted.tokens
         assert text == grown == plain[: len(text)]
         assert len(accepted.tokens) == len(accepted.path) - accepted.open
@@ -107,6 +107,6 @@ def test_any_drafts_over_any_prompt_give_the_base_s_own_tokens(
             done = sum(n * count for n, count in fast.stats.accepted.items())  # after the prefill's token
             return [random_tree(roots[0], vocab, luck, answer[done + 1 :], chance)]
 
-    fast.drafter = Lucky()
+    fast.attached.drafter = Lucky()
     expected, found = both(fast, ids, seed, max_new_tokens=30, do_sample=do_sample)
     assert torch.equal(expected, found)

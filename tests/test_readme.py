@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lossless.adapter.hub import shipped_adapter
 from lossless.base.loading import Base
-from lossless.cli.commands import shipped_adapter
 from lossless.cli.parser import _parser, main
 from lossless.training.ablation import VARIANTS
 

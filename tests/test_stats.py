@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lossless.adapter.compat import new_adapter
 from lossless.drafting.builder import TreeBuilder
-from lossless.drafting.ngram import TextMemory
+from lossless.drafting.ngram import NGramCache
 from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -35,11 +36,11 @@ def test_steps_add_up_to_the_answer(exact: str) -> None:
 
 
 def test_an_accepted_token_of_the_text_itself_is_told_from_one_of_a_stream(fast: AcceleratedModel) -> None:
-    fast.adaptive = False
+    fast.drafting = replace(fast.drafting, adaptive=False)
     prompt = prompt_ids(5).repeat(1, 8)
     fast.generate(prompt, max_new_tokens=80)
     assert any(source == -1 for step in fast.stats.steps for source in step.sources)
-    fast.recall = False
+    fast.drafting = replace(fast.drafting, recall=False)
     fast.generate(prompt, max_new_tokens=80)
     assert all(source >= 0 for step in fast.stats.steps for source in step.sources)
 
@@ -52,7 +53,7 @@ def test_texts_of_a_batch_have_steps_of_their_own(fast: AcceleratedModel) -> Non
 
 
 def test_a_node_is_the_texts_own_if_the_text_gave_it_more() -> None:
-    memory = TextMemory([5, 6, 7, 9, 6])  # after 6 came 7: trusted by a sixth
+    memory = NGramCache([5, 6, 7, 9, 6])  # after 6 came 7: trusted by a sixth
     for stream, recalled in [(0.1, True), (0.9, False)]:
         builder = TreeBuilder(2, memory, 1, None)
         builder.grow([{7: math.log(stream), 8: math.log(0.05)}])

@@ -7,12 +7,12 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from lossless.adapter import compat as fit
 from lossless.adapter.compat import new_adapter
 from lossless.base.layers import decoder_layers, find_projections
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
 from lossless.generation.model import AcceleratedModel
+from lossless.streams import layers
 from lossless.streams.cache import RowCache
 from lossless.streams.runner import StreamRunner
 
@@ -100,8 +100,8 @@ def test_streams_of_a_large_model_run_over_its_own_weights(tiny: LlamaForCausalL
     name = "0.mlp.up_proj"
     own = runner.top.get_submodule(name).weight
     for room, shared in ((2**40, False), (8, True)):
-        monkeypatch.setattr(fit, "_ALWAYS", 0)
-        part = fit.stream_layers(runner._unhooked, runner.adapter, room).get_submodule(name)
+        monkeypatch.setattr(layers, "_ALWAYS", 0)
+        part = layers.stream_layers(runner._unhooked, runner.adapter, room).get_submodule(name)
         assert (part.weight is own) == shared
         assert bool(part._forward_hooks) == shared
     assert not runner._unhooked.get_submodule(name)._forward_hooks

@@ -20,29 +20,30 @@ from torch.nn import functional as F
 
 from lossless.adapter.compat import new_adapter
 from lossless.adapter.weights import StreamAdapter
-from lossless.base import loading as models
+from lossless.base import processes as process_module
 from lossless.base.loading import Base, freeze
-from lossless.config import DistillConfig, TrainConfig
 from lossless.distillation.answers import Answers, AnswerWriter
+from lossless.distillation.config import DistillConfig
 from lossless.distillation.distill import distill
 from lossless.distillation.prompts import from_text
 from lossless.drafting.drafter import Drafter
 from lossless.errors import UsageError
-from lossless.generation.exactness import logit_scale
+from lossless.evaluation.parity import check_parity
+from lossless.generation.loop import DecodeLoop
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.storage import read_jsonl
 from lossless.streams.cache import RowCache
-from lossless.streams.runner import StreamRunner
-from lossless.training import acceptance as foretelling
-from lossless.training import features
+from lossless.streams.runner import StreamRunner, logit_scale
+from lossless.training import features, simulation
 from lossless.training import trainer as module
 from lossless.training.ablation import ablate
-from lossless.training.acceptance import Foretold, check_parity
 from lossless.training.card import draw_curve
 from lossless.training.checkpoints import differing
-from lossless.training.features import FeatureStore, make_block
+from lossless.training.config import TrainConfig
+from lossless.training.features import FeatureStore, make_batch
 from lossless.training.loss import StreamLoss, _Divergence
 from lossless.training.sampler import Order, block, draft_vocabulary, read_answers, split
+from lossless.training.simulation import AcceptanceEstimate
 from lossless.training.trainer import train
 
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -169,7 +170,7 @@ def test_logits_in_pieces_are_the_same_loss(taught: Base, answers: Path, monkeyp
     monkeypatch.setattr(Drafter, "logits", noted)
     found = []
     features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1, 2, 3])
-    block = make_block(features, [f.prompt - 1 for f in features], 12, 4, 2, torch.float32)
+    block = make_batch(features, [f.prompt - 1 for f in features], 12, 4, 2, torch.float32)
     for gigabytes in (1.0, 1e-9):
         seen.clear()
         loss, each, agreement = StreamLoss(runner, drafter, gigabytes)(block)
@@ -271,7 +272,7 @@ def test_an_accelerator_that_shards_already_is_refused(
         ({"tracker": "trackless"}, "Accelerate refuses these settings: .*trackless"),
         ({"tracker": "clearml"}, "tracker 'clearml' is not installed here"),
         ({"mixed_precision": "fp4"}, "mixed_precision must be one of no, bf16, fp16"),
-        ({"share": 0.0}, "share must be above 0"),
+        ({"data_fraction": 0.0}, "data_fraction must be above 0"),
         ({"patience": -1}, "patience must be at least 0"),
         ({"logits_memory_gb": 0.0}, "logits_memory_gb must be above 0"),
     ],
@@ -295,9 +296,9 @@ def test_training_stops_when_nothing_gets_better_and_keeps_the_best(
     lengths = iter([2.0, 3.0, 2.5, 2.9, 4.0])
     kept: list[dict[str, torch.Tensor]] = []
 
-    def told(runner: StreamRunner, *_: Any) -> Foretold:
+    def told(runner: StreamRunner, *_: Any) -> AcceptanceEstimate:
         kept.append({name: tensor.clone() for name, tensor in runner.adapter.state_dict().items()})
-        return Foretold(next(lengths), [0.5] * 4)
+        return AcceptanceEstimate(next(lengths), [0.5] * 4)
 
     monkeypatch.setattr(module, "_evaluate", told)
     config = TrainConfig(steps=30, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=3, patience=2)
@@ -328,13 +329,13 @@ def test_a_loop_that_drafts_otherwise_is_found_out(
     adapter, held_out, summary = train(taught, [answers], tmp_path, tiny_config(), config)
     other = new_adapter(taught.model, tiny_config())  # saved in place of the trained one, say
     assert not check_parity(taught, other, held_out, 1.0, summary["acceptance_length"])["agrees"]
-    real = AcceleratedModel._go_on
+    real = DecodeLoop._go_on
 
-    def muddled(self: AcceleratedModel, *args: Any) -> Any:
+    def muddled(self: DecodeLoop, *args: Any) -> Any:
         texts, streams = real(self, *args)
         return texts, None if streams is None else streams.flip(-1)
 
-    monkeypatch.setattr(AcceleratedModel, "_go_on", muddled)
+    monkeypatch.setattr(DecodeLoop, "_go_on", muddled)
     parity = check_parity(taught, adapter, held_out, 1.0, summary["acceptance_length"])
     assert not parity["agrees"]
     assert parity["decoded"] < 0.9 * parity["foretold"]
@@ -345,23 +346,23 @@ def test_walks_along_answers_are_the_same_however_they_are_made(taught: Base, an
     """A run of positions at a time, several answers at a time, each process its part."""
     adapter = new_adapter(taught.model, tiny_config()).randomize(3, scale=0.1)
     fast, counts = AcceleratedModel(taught.model, adapter, "off"), []
-    real = foretelling.make_block
-    monkeypatch.setattr(foretelling, "make_block", lambda *given: counts.append(given[2]) or real(*given))
+    real = simulation.make_batch
+    monkeypatch.setattr(simulation, "make_batch", lambda *given: counts.append(given[2]) or real(*given))
     store = FeatureStore(fast.runner, Answers.read(answers).select(range(10)), memory_gb=1)
-    found = [foretelling.walk_along(fast.runner, fast.drafter, store, 8)]
-    monkeypatch.setattr(foretelling, "_RUN", 7)
-    monkeypatch.setattr(foretelling, "_TOGETHER", 1)
+    found = [simulation.simulate_acceptance(fast.runner, fast.drafter, store, 8)]
+    monkeypatch.setattr(simulation, "_RUN", 7)
+    monkeypatch.setattr(simulation, "_TOGETHER", 1)
     counts.clear()
-    found.append(foretelling.walk_along(fast.runner, fast.drafter, store, 8))
+    found.append(simulation.simulate_acceptance(fast.runner, fast.drafter, store, 8))
     assert max(counts) == 7
-    monkeypatch.setattr(foretelling, "_TOGETHER", 2)
-    parts = [foretelling.walk_along(fast.runner, fast.drafter, store, 8, process, 3) for process in range(3)]
+    monkeypatch.setattr(simulation, "_TOGETHER", 2)
+    parts = [simulation.simulate_acceptance(fast.runner, fast.drafter, store, 8, process, 3) for process in range(3)]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], sum(parts))
     tokens, passes, *reached = found[0].tolist()
     assert tokens == sum(length - 1 for length in store.answers.lengths("answer_ids"))  # the first is certain
     assert tokens == passes + sum(reached)
-    assert Foretold.of(found[0]).acceptance_length == round(tokens / passes, 3) > 1
+    assert AcceptanceEstimate.of(found[0]).acceptance_length == round(tokens / passes, 3) > 1
 
 
 def test_a_pruning_layer_learns_nothing_from_a_block_of_one_position(taught: Base, answers: Path) -> None:
@@ -370,7 +371,7 @@ def test_a_pruning_layer_learns_nothing_from_a_block_of_one_position(taught: Bas
     drafter = Drafter(adapter, taught.model.get_input_embeddings(), taught.model.get_output_embeddings())
     features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1])
     for count, learns in ((1, False), (2, True)):
-        found = make_block(features, [f.prompt - 1 for f in features], count, 4, runner.first_top, torch.float32)
+        found = make_batch(features, [f.prompt - 1 for f in features], count, 4, runner.first_top, torch.float32)
         adapter.zero_grad()
         StreamLoss(runner, drafter, 1.0)(found)[0].backward()
         gradients = [parameter.grad for parameter in adapter.pruning.parameters()]
@@ -463,7 +464,7 @@ def test_a_conversation_is_held_out_as_a_whole() -> None:
     talks = [{id.partition(":")[2] for id in side.column("id")} for side in (held, rest)]
     assert len(held) == 8
     assert not talks[0] & talks[1]
-    _, half = split(stored, TrainConfig(held_out=8, answers_per_step=4, share=0.5))
+    _, half = split(stored, TrainConfig(held_out=8, answers_per_step=4, data_fraction=0.5))
     assert len(half) == len(rest) // 2
 
 
@@ -482,7 +483,7 @@ def test_an_adapter_goes_on_learning(taught: Base, answers: Path, tmp_path: Path
     short = replace(TRAINING, steps=50)
     before, _, first = train(taught, [answers], tmp_path / "first", streaming, short)
     on = replace(short, steps=2, warmup_steps=2, eval_every=1, begin_from=str(tmp_path / "first"))
-    shape = replace(before.config, tree_nodes=8)
+    shape = before.config.changed(tree_nodes=8)
     after, _, second = train(taught, [answers], tmp_path / "second", shape, on)
 
     assert after.draft_ids is not None
@@ -511,7 +512,7 @@ def test_an_adapter_goes_on_learning(taught: Base, answers: Path, tmp_path: Path
         "draft_vocab_size must be that",
     ):
         with pytest.raises(UsageError, match=rule):
-            train(taught, [answers], tmp_path / "third", replace(shape, **change), on)
+            train(taught, [answers], tmp_path / "third", shape.changed(**change), on)
 
 
 def test_gradients_reach_the_adapter_alone(taught: Base, answers: Path) -> None:
@@ -521,7 +522,7 @@ def test_gradients_reach_the_adapter_alone(taught: Base, answers: Path) -> None:
     stored = Answers.read(answers)
     stored = stored.select([i for i, length in enumerate(stored.lengths("answer_ids")) if length > 8][:3])
     features = FeatureStore(runner, stored, memory_gb=1).get([0, 1, 2])
-    block = make_block(features, [f.prompt - 1 for f in features], 4, 4, 2, torch.float32)
+    block = make_batch(features, [f.prompt - 1 for f in features], 4, 4, 2, torch.float32)
     loss, _, _ = StreamLoss(runner, drafter, 1.0)(block)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
@@ -535,7 +536,7 @@ def test_training_streams_are_the_decoding_streams(taught: Base) -> None:
     record = answer(ids[0, :4].tolist(), ids[0, 4:].tolist())
     with torch.no_grad():
         features = FeatureStore(runner, Answers.of([record]), memory_gb=0).get([0])
-        block = make_block(features, [3], 6, 4, 2, torch.float32)
+        block = make_batch(features, [3], 6, 4, 2, torch.float32)
         trained = runner.speculate(block.entry, block.positions, block.context, block.rows)[0]
         decoded = runner.verify(ids, torch.arange(12)[None], None, RowCache(4), torch.arange(12)).streams
     # features are stored in bfloat16
@@ -622,9 +623,9 @@ def test_features_leave_room_for_all_else(monkeypatch: pytest.MonkeyPatch) -> No
     assert features.affordable(9.0, gpu, besides_gb=2.0) == 3.0
     assert features.affordable(9.0, gpu, besides_gb=2.0, kept_bytes=2 * gib) == 4.0  # what is kept may stay
     assert features.affordable(9.0, gpu, besides_gb=20.0) == 0.0
-    monkeypatch.setattr(models, "get_max_memory", lambda: {"mps": 16 * gib})  # one memory for both
+    monkeypatch.setattr(process_module, "get_max_memory", lambda: {"mps": 16 * gib})  # one memory for both
     assert features.affordable(9.0, torch.device("cpu")) == 8.0
-    monkeypatch.setattr(models, "get_max_memory", lambda: {0: 99 * gib, "cpu": 16 * gib})
+    monkeypatch.setattr(process_module, "get_max_memory", lambda: {0: 99 * gib, "cpu": 16 * gib})
     assert features.affordable(9.0, torch.device("cpu")) == 8.0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert features.affordable(9.0, torch.device("cpu")) == 2.0
@@ -736,7 +737,7 @@ def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_p
     for other, what in ((replace(training, steps=5), "steps"), (replace(training, seed=1), "seed")):
         with pytest.raises(UsageError, match=rf"holds an ablation of another kind \({what}\)"):
             ablate(taught, [answers], tmp_path, tiny_config(**options), other, names[:1])
-    rich = tiny_config(**options, told_rank=4, start_rank=2, rotate_values=True, schedule="deferred")  # the paper stays the paper
+    rich = tiny_config(**options, next_token_rank=4, init_rank=2, rotate_values=True, schedule="deferred")  # the paper stays the paper
     paper = ablate(taught, [answers], tmp_path / "rich", rich, training, ["paper"])["variants"][0]
     assert paper["parameters_by_part"] == rows["paper"]["parameters_by_part"]
     written = (tmp_path / "ablation.md").read_text()

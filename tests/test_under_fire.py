@@ -17,7 +17,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from lossless.adapter.compat import new_adapter
-from lossless.generation.fallback import turn_of
+from lossless.generation.fallback import lock_of
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.streams.passes import PASS
 
@@ -133,8 +133,8 @@ def left_behind(model: Any, before: State) -> list[Any]:
     found = before.changes()
     if PASS.get() is not None:
         found.append("a plan")
-    turn = turn_of(model)
-    if turn.taken or not elsewhere(lambda: turn.lock.acquire(blocking=False) and not turn.lock.release()):
+    base_lock = lock_of(model)
+    if base_lock.serving or not elsewhere(lambda: base_lock.lock.acquire(blocking=False) and not base_lock.lock.release()):
         found.append("a turn")
     return found
 
@@ -269,7 +269,7 @@ def test_attaching_moves_no_random_number(drafts: str, request: pytest.FixtureRe
     if drafts == "float_drafts":
         request.getfixturevalue("float_drafts")
     model = build_tiny(seed=5)
-    adapter = new_adapter(model, tiny_config(told_rank=4, start_rank=4, schedule="deferred")).randomize(2)
+    adapter = new_adapter(model, tiny_config(next_token_rank=4, init_rank=4, schedule="deferred")).randomize(2)
     accelerate(model, adapter)  # costs are measured once
     last = moments(lambda: accelerate(model, adapter))
     drawn: list[torch.Tensor] = []

@@ -12,8 +12,7 @@ import torch
 from lossless.adapter.compat import new_adapter
 from lossless.errors import UsageError
 from lossless.generation import attach as module
-from lossless.generation import exactness as probe
-from lossless.generation import verdict
+from lossless.generation import exactness, verdict
 from lossless.generation.exactness import Guarantee, Passes
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.streams.runner import StreamRunner
@@ -106,7 +105,7 @@ def test_every_number_of_rows_is_probed_behind_a_short_and_a_long_text(
     for exact in ("near-tie", "bitwise"):
         attached(exact=exact, schedule=schedule)
     beside = (False, True) if schedule == "parallel" else (False,)
-    rows = range(1, tiny_config().tree_nodes + 1)
+    rows = range(1, tiny_config().drafting.tree_nodes + 1)
     # of the 512 places of this base a tree and its streams must have some
     for limited in (False, True):
         assert {(text, n) for by, text, n, _ in seen if by == limited} >= {(text, n) for text in (24, 487) for n in rows}
@@ -139,7 +138,7 @@ def test_a_bound_that_was_exceeded_is_counted_and_widened_for_good(probed: list[
     assert "promised" not in str(fast.stats)
     swing = 0.1 * torch.ones(fast.base.config.vocab_size).cumsum(0).mul(2).cos()
     fast.runner.model.get_output_embeddings().register_forward_hook(lambda head, args, out: out + swing)
-    fast.guarantee = Guarantee("near-tie", noise=0.05)
+    fast.attached.guarantee = Guarantee("near-tie", noise=0.05)
     for seed in range(3):
         fast.generate(prompt_ids(seed=seed), max_new_tokens=60, do_sample=False)
         if fast.stats.exceeded:
@@ -171,6 +170,6 @@ def test_passes_and_guarantees_are_checked() -> None:
     assert Passes(3, True).covers(Passes(3))
     assert not Passes(3).covers(Passes(2, True))
     assert Guarantee("near-tie", noise=0.1).after(0.05).noise == 0.1
-    assert Guarantee("near-tie", noise=0.1).after(0.2).noise == pytest.approx(probe._SAFETY_COARSER * 0.2)
+    assert Guarantee("near-tie", noise=0.1).after(0.2).noise == pytest.approx(exactness._SAFETY_COARSER * 0.2)
     assert 1e29 < Guarantee("near-tie", noise=0.1).after(float("inf")).noise < float("inf")  # a pass that overflowed
     assert Guarantee("near-tie", noise=0.1).after(float("nan")).noise == 0.1

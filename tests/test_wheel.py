@@ -36,7 +36,7 @@ def test_a_wheel_is_small_and_works_by_itself(tmp_path: Path) -> None:
     assert {"lossless/py.typed", "lossless/base/kernels.c", "lossless/adapters/demo/adapter.safetensors"} <= inside
     assert not any(name.startswith(("tests/", "data/")) for name in inside)
     packed.extractall(tmp_path / "alone")
-    check = "import lossless, lossless.cli, chat_app; print(lossless.__file__); from lossless.commands import shipped_adapter; print(shipped_adapter('demo'))"
+    check = "import lossless, lossless.cli.parser, chat_app; print(lossless.__file__); from lossless.adapter.hub import shipped_adapter; print(shipped_adapter('demo'))"
     alone = os.environ | {"PYTHONPATH": str(tmp_path / "alone")}
     said = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env=alone, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr

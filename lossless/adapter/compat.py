@@ -1,27 +1,21 @@
-"""An adapter meets its base: whether they belong together, a fresh one that does, and the layers that streams run through alone.
+"""An adapter meets its base: whether they belong together, and a fresh one that does.
 
-Knows: shapes, names, and where weights are merged. Does not know: passes.
+Knows: shapes and names. Does not know: passes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..base.layers import device_of, find_projections
-from ..base.linears import draft_itemsize, draft_linear
-from ..base.loading import fingerprint
-from ..base.packed import dense, product_dtype
-from ..base.structure import structure_of
-from ..config import StreamingConfig
+from ..base.fingerprint import fingerprint
+from ..base.layers import find_projections
 from ..errors import NotOfThisBase, UsageError
-from ..streams.passes import adapt, turn_values
+from .config import AdapterConfig
 from .weights import StreamAdapter
-
-_ALWAYS = 64 * 2**20  # bytes that a copy of the top layers' projections may take in any case
 
 
 def check_fit(model: Any, adapter: StreamAdapter) -> None:
@@ -52,43 +46,12 @@ def check_fit(model: Any, adapter: StreamAdapter) -> None:
         )
 
 
-def stream_layers(top: nn.ModuleList, adapter: StreamAdapter, base_bytes: int) -> nn.ModuleList:
-    """Layers for streams that run alone: a copy of the base's top layers, each projection W + B A in one product where that is to be
-    had, else over the base's own weights, with the adapters hooked into it.
-
-    In a small model the many small products of the adapters take as long as the layers themselves, and a copy of the top
-    layers' weights is little. Drafts may be wrong, so the products are the cheapest ones.
-
-    Args:
-        base_bytes: what the base's weights take; the copy takes at most an eighth of that.
-    """
-    layers = structure_of(top)
-    projections: dict[str, Any] = {name: layers.get_submodule(name) for name, _ in adapter.adapters()}
-    learning = any(parameter.requires_grad for parameter in adapter.parameters())
-    needed: int | None = 0
-    for name, low_rank in adapter.adapters():
-        dtype = product_dtype(projections[name])
-        if dtype is None or needed is None:
-            needed = None
-        else:
-            needed += low_rank.shape[0] * low_rank.shape[1] * draft_itemsize(device_of(projections[name]), dtype)
-    if learning or needed is None or needed > max(_ALWAYS, base_bytes // 8):
-        adapt(layers, adapter)
-        return layers
-    for name, low_rank in adapter.adapters():
-        weight, bias = dense(projections[name])  # type: ignore[misc]
-        parent, _, own = name.rpartition(".")
-        setattr(layers.get_submodule(parent), own, draft_linear(low_rank.merged_into(weight), bias))
-    turn_values(layers, adapter)
-    return layers
-
-
 def new_adapter(
-    model: PreTrainedModel, config: StreamingConfig, tokenizer: Any = None, draft_ids: torch.Tensor | None = None
+    model: PreTrainedModel, config: AdapterConfig, tokenizer: Any = None, draft_ids: torch.Tensor | None = None
 ) -> StreamAdapter:
-    """A fresh, untrained adapter that fits `model`."""
+    """A fresh, untrained adapter that fits `model`; without `draft_ids`, `[draft_vocab_size]`, all tokens may be drafted."""
     return StreamAdapter(
-        config,
+        replace(config, draft_vocab_size=0) if draft_ids is None else config,
         model.config.get_text_config().hidden_size,
         find_projections(model, config.num_msa_layers),
         draft_ids,

@@ -1,7 +1,7 @@
 """The adapter: everything that is trained, and nothing that is not.
 
 Knows: the weights of the stream embeddings, the MSA adapters and the transition head, what each of
-them computes, and how they are saved. Does not know: how rows travel through the base (streams.py),
+them computes, and how they are saved. Does not know: how rows travel through the base (streams/),
 trees, or generation.
 
 Speculative Streaming (Bhendawade et al., arXiv 2402.11131). Stream j at position t starts at layer
@@ -23,14 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from ..base.fingerprint import fingerprint_differences
 from ..base.linears import draft_linear
-from ..base.loading import fingerprint_differences
-from ..config import StreamingConfig
 from ..errors import UsageError
 from ..storage import ensure_room, read_json, versions, write_json
+from .config import AdapterConfig
+from .hub import CONFIG_FILE, WEIGHTS_FILE, find_adapter
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter.safetensors"
 _ROOM = 2**20  # bytes beside the weights: the config, and some to spare
 
 
@@ -151,7 +150,7 @@ class StreamAdapter(nn.Module):
 
     def __init__(
         self,
-        config: StreamingConfig,
+        config: AdapterConfig,
         dim: int,
         projections: dict[str, tuple[int, int]],
         draft_ids: torch.Tensor | None = None,
@@ -166,8 +165,8 @@ class StreamAdapter(nn.Module):
         self.stream_embeddings: nn.Parameter | None = None  # P
         if not config.rotate_values:
             self.stream_embeddings = nn.Parameter(torch.randn(config.num_streams, dim) * 0.02)
-        self.start = LowRank(dim, dim, config.start_rank) if config.start_rank else None
-        self.told = LowRank(dim, dim, config.told_rank) if config.told_rank else None
+        self.start = LowRank(dim, dim, config.init_rank) if config.init_rank else None
+        self.told = LowRank(dim, dim, config.next_token_rank) if config.next_token_rank else None
         self.pruning = LowRank(dim, dim, config.pruning_rank) if config.pruning_rank else None
         # module names hold no dots
         self.msa = nn.ModuleDict(
@@ -289,11 +288,11 @@ class StreamAdapter(nn.Module):
         Raises:
             UsageError: no adapter there, or a file that is broken or does not fit its config.
         """
-        folder = _find(str(source))
+        folder = find_adapter(str(source))
         try:
             written = read_json(folder / CONFIG_FILE)
             tensors = load_file(folder / WEIGHTS_FILE)
-            config = StreamingConfig.from_dict(written["streaming"])
+            config = AdapterConfig.from_dict(written["streaming"])
             with torch.device("meta"):  # what a broken config asks for takes no memory before it is compared with the weights
                 adapter = cls(
                     config,
@@ -320,53 +319,3 @@ class StreamAdapter(nn.Module):
         return adapter
 
 
-def _find(source: str) -> Path:
-    path, (name, _, revision) = Path(source).expanduser(), source.partition("@")
-    if path.exists():
-        return path
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UsageError(f"no adapter folder at {path}")
-    from huggingface_hub import hf_hub_download
-
-    try:  # file by file: a whole snapshot is asked for without a limit of time, which a hub that is silent would need
-        folder = Path(hf_hub_download(name, CONFIG_FILE, revision=revision or None)).parent
-        return Path(hf_hub_download(name, WEIGHTS_FILE, revision=folder.name)).parent
-    except _hub_errors() as error:
-        raise UsageError(f"no adapter folder at {path}, and the hub gave none by that name: {error}") from None
-
-
-def _hub_errors() -> tuple[type[BaseException], ...]:
-    """What can go wrong on the way to the hub: its own errors, and what they are kinds of, the transport's and the system's."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    return (*HfHubHTTPError.__bases__, HFValidationError)
-
-
-_PATIENCE = 12  # times as long as for a download: an upload is answered when it has been worked on
-_PUBLIC = [CONFIG_FILE, WEIGHTS_FILE, "*.md", "*.json", "*.jsonl", "*.png"]  # not checkpoints, nor what trackers write
-
-
-def push_to_hub(folder: str | Path, repo: str, private: bool = False, revision: str | None = None) -> str:
-    """Upload an adapter, its card and its reports to the hub; returns where it is.
-
-    Raises:
-        UsageError: no adapter in the folder, or the hub refuses (no token, no right, no connection), or is silent.
-    """
-    folder = Path(folder)
-    StreamAdapter.from_pretrained(folder)  # whole, or not at all
-    from huggingface_hub import HfApi, get_session
-    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-
-    hub = HfApi()
-    get_session().timeout = _PATIENCE * HF_HUB_DOWNLOAD_TIMEOUT  # of this process from now on: the client's own way is to wait for ever
-    try:
-        hub.create_repo(repo, private=private, exist_ok=True)
-        if revision:
-            hub.create_branch(repo, branch=revision, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, allow_patterns=_PUBLIC, ignore_patterns=["*/*"],
-            commit_message="An adapter for lossless",
-        )  # fmt: skip
-    except _hub_errors() as error:
-        raise UsageError(f"the hub did not take {folder} as {repo!r}: {str(error).strip().splitlines()[0]}") from error
-    return f"{hub.endpoint}/{repo}"

@@ -57,6 +57,13 @@ def depth(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
+def context_limit(model: Any) -> int | None:
+    """The tokens that the model was made for, None if it does not say."""
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "max_target_positions")]  # MPT's, Whisper's
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+
 def decoder(model: PreTrainedModel) -> Any:
     """The base without its LM head: the module that holds the list of decoder layers.
 
@@ -97,6 +104,12 @@ def refuse_other_rows(model: PreTrainedModel, hidden: torch.Tensor, batch: int, 
             f"{type(model).__name__} cannot be accelerated: its layers must take hidden states of the shape [batch, rows, width], "
             f"got {list(hidden.shape)} for batch {batch} and {rows} rows"
         )
+
+
+def refuse_tensors_of_its_own(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Raises UsageError if a layer is given a tensor that nobody here can make for other rows or other batches (X-MOD's languages)."""
+    if odd := next((name for name, value in given.items() if isinstance(value, torch.Tensor)), None):
+        raise UsageError(f"{type(model).__name__} cannot be accelerated: its layers take a tensor of their own for each text, {odd}")
 
 
 def hides_where_true(layer: nn.Module) -> bool:

@@ -24,7 +24,8 @@ from ..errors import UsageError
 from . import kernels, products
 from .attention import GROUPED
 from .linears import FourBitLinear, PackedLinear, StoredLinear, scales_of, stored_pairs
-from .loading import free_memory, require_model
+from .loading import require_model
+from .processes import free_memory
 from .structure import structure_of
 
 _TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much

@@ -1,7 +1,7 @@
 """The command line: `lossless generate | compare | bench | verify | forecast | doctor | memory | distill | train | ablate | push`.
 
-Knows: flags and exit codes (0 done, 2 bad input, 3 tokens differ, 4 drafts are not what training foretold, 130 Ctrl-C).
-Does not know: what a command does (commands.py).
+Knows: flags and exit codes (0 done, 2 bad input, 3 tokens differ, 4 drafts are not what training simulated, 130 Ctrl-C).
+Does not know: what a command does (commands.py, training.py).
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import is_dataclass
 from typing import Any, NoReturn
 
 import torch
 import transformers
 
-from ..config import DistillConfig, StreamingConfig, TrainConfig
+from ..adapter.config import AdapterConfig, DraftConfig
+from ..distillation.config import DistillConfig
 from ..errors import UsageError, nearest
 from ..evaluation.memory import Trial
 from ..evaluation.sides import ACCELERATED, ALL, COMPILED, LLAMA_CPP, SIDES, STOCK
 from ..evaluation.suites import FOLDER_VARIABLE, SUITES
 from ..storage import versions
 from ..training.ablation import VARIANTS
-from . import commands
+from ..training.config import TrainConfig
+from . import commands, training
 
-# what drafted best for the demo model, where told_rank was its width, 576
-_STREAMING = StreamingConfig(
-    num_streams=5, num_msa_layers=8, lora_rank=48, transition_rank=768, told_rank=512, draft_vocab_size=16384, tree_nodes=32, schedule="deferred"
-)
 # a variant of an ablation in a few minutes on two cores: many small steps learn fastest at first
-_SMALL_STREAMING = StreamingConfig(transition_rank=256, draft_vocab_size=16384, tree_nodes=32)
+_SMALL_SHAPE = AdapterConfig(4, 4, lora_rank=32, transition_rank=256, next_token_rank=0, drafting=DraftConfig(schedule="parallel"))
 _SMALL_TRAINING = TrainConfig(steps=300, answers_per_step=8, eval_every=300, checkpoint_every=50, held_out=32)
+_FORMER = {"--told-rank": "--next-token-rank", "--start-rank": "--init-rank", "--share": "--data-fraction"}  # flags of before, for a release
 _PROMPTS = "JSONL, JSON, CSV, Parquet, Arrow, a folder for datasets, or a data set's hub id; plain, alpaca, chat or ShareGPT records"
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _one_line_warning
         try:
-            arguments = _parser().parse_args(argv)
+            arguments = _parser().parse_args(_renamed(sys.argv[1:] if argv is None else argv))
             return int(arguments.run(arguments))
         except UsageError as error:
             print(f"lossless: {error}", file=sys.stderr)
@@ -89,6 +89,17 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+def _renamed(argv: list[str]) -> list[str]:
+    """With the names that flags have now."""
+    found = []
+    for word in argv:
+        flag, given, value = word.partition("=")
+        if flag in _FORMER:
+            warnings.warn(f"{flag} is now {_FORMER[flag]}", stacklevel=2)
+        found.append(_FORMER.get(flag, flag) + given + value)
+    return found
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -148,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--refresh", action="store_true", help="measure what steps cost anew")
     command.add_argument("--json", metavar="OUT", help="write the forecast here")
     command.add_argument("--plot", metavar="OUT.png", help="draw it here")
-    command.set_defaults(run=commands.forecast, streaming=_STREAMING)
+    command.set_defaults(run=commands.forecast)
 
     command = verbs.add_parser("doctor", help="say what this device, dtype and model can do, how exactly, and what steps cost")
     _model_flags(command)
@@ -169,39 +180,42 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file only")
     _config_flags(command, DistillConfig())
     command.add_argument("--out", required=True, metavar="FOLDER", help="where the answers go; the same command goes on there")
-    command.set_defaults(run=commands.distill)
+    command.set_defaults(run=training.distill)
 
     command = verbs.add_parser("train", help="train an adapter on collected answers")
-    _training_flags(command, _STREAMING, TrainConfig())
-    command.set_defaults(run=commands.train)
+    _training_flags(command, AdapterConfig(), TrainConfig())
+    command.set_defaults(run=training.train)
 
     command = verbs.add_parser("ablate", help="train variants of the method on the same answers, and compare them")
     command.add_argument("--only", nargs="+", metavar="NAME", choices=[v.name for v in VARIANTS], help="these variants only")
-    _training_flags(command, _SMALL_STREAMING, _SMALL_TRAINING)
-    command.set_defaults(run=commands.ablate)
+    _training_flags(command, _SMALL_SHAPE, _SMALL_TRAINING)
+    command.set_defaults(run=training.ablate)
 
     command = verbs.add_parser("push", help="put a trained adapter on the Hugging Face hub")
     command.add_argument("--adapter", required=True, metavar="FOLDER", help="a folder that train has written")
     command.add_argument("--repo", required=True, help="hub id, owner/name; it is made if it is not there")
     command.add_argument("--private", action="store_true", help="if it is made, for your eyes only")
     command.add_argument("--revision", help="a branch other than main")
-    command.set_defaults(run=commands.push)
+    command.set_defaults(run=training.push)
     return parser
 
 
-def _training_flags(command: argparse.ArgumentParser, streaming: StreamingConfig, training: TrainConfig) -> None:
+def _training_flags(command: argparse.ArgumentParser, shape: AdapterConfig, learning: TrainConfig) -> None:
     _model_flags(command)
     command.add_argument("--data", required=True, nargs="+", metavar="FOLDER", help="folders that distill has written")
     command.add_argument("--out", required=True, metavar="FOLDER", help="where it goes; the same command goes on there")
-    command.set_defaults(streaming=streaming, training=training)
-    _config_flags(command.add_argument_group("streaming"), streaming)
-    _config_flags(command.add_argument_group("training"), training)
+    command.set_defaults(shape=shape, training=learning)
+    _config_flags(command.add_argument_group("shape of the adapter"), shape)
+    _config_flags(command.add_argument_group("drafting"), shape.drafting)
+    _config_flags(command.add_argument_group("training"), learning)
 
 
 def _config_flags(group: argparse._ActionsContainer, config: Any) -> None:
     """A flag for each field of a config, with what its docstring says of it. Only what is given is set."""
     meanings = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(type(config)) or "", re.MULTILINE))
     for key, value in vars(config).items():
+        if is_dataclass(value):
+            continue  # has flags of its own
         how: dict[str, Any] = {"type": type(value)}
         if isinstance(value, bool):
             how = {"action": argparse.BooleanOptionalAction}

@@ -1,1 +1,4 @@
-"""The model's own answers, collected to learn from."""
+"""The base's own answers to prompts, collected to learn from.
+
+Called by `lossless distill`; `training` reads what it has stored. Only the base runs here.
+"""

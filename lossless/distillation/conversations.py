@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..base.loading import Base, context_limit
-from ..config import DistillConfig
+from ..base.layers import context_limit
+from ..base.loading import Base
 from ..errors import UsageError
 from .answers import Answers
 from .batching import Job
+from .config import DistillConfig
 from .prompts import Message, Prompt, encode
 
 _LENGTH_WINDOW = 16  # batches of prompts sorted together: rows of like length share one cache without much padding

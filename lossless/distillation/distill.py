@@ -24,22 +24,16 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..base.loading import (
-    Base,
-    alone_in,
-    context_limit,
-    fingerprint,
-    fingerprint_differences,
-    free_memory,
-    precision,
-    processes,
-)
-from ..config import DistillConfig
+from ..base.fingerprint import fingerprint, fingerprint_differences
+from ..base.layers import context_limit
+from ..base.loading import Base, precision
+from ..base.processes import alone_in, free_memory, processes
 from ..errors import UsageError
 from ..storage import append_jsonl, read_json, read_jsonl, versions, write_json
 from ..streams.cache import RowCache
 from .answers import Answers, AnswerWriter, mend
 from .batching import Job, JobQueue, continue_all
+from .config import DistillConfig
 from .conversations import Conversations, digest
 from .prompts import Prompt, encode_user_opening, from_text, some
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from .costs import CostCurve
-from .ngram import TextMemory
+from .ngram import NGramCache
 from .tree import DraftTree, blend
 
 _NEVER = -math.inf
@@ -25,19 +25,19 @@ class TreeBuilder:
 
     Args:
         max_nodes: at most, the root counted.
-        memory: of the text up to its root, or None; what it recalls is mixed into every node's distribution, and it alone goes
+        ngrams: of the text up to its root, or None; what they recall is mixed into every node's distribution, and they alone go
             on where drafts end.
         depth: at most, where the text is about to end.
         curve: what rows cost; None: they cost nothing, and the tree is always full.
     """
 
-    def __init__(self, max_nodes: int, memory: TextMemory | None, depth: int, curve: CostCurve | None) -> None:
-        self.max_nodes, self.memory, self.left, self.curve = max_nodes, memory, depth, curve
+    def __init__(self, max_nodes: int, ngrams: NGramCache | None, depth: int, curve: CostCurve | None) -> None:
+        self.max_nodes, self.ngrams, self.left, self.curve = max_nodes, ngrams, depth, curve
         self.levels = 0  # that were drafted, not recalled
         self.tokens: list[int] = []  # of each candidate, parents first
         self.parents: list[int] = []  # candidates, -1 for the root
         self.scores: list[float] = []  # log probability of the whole path
-        self.recalled: set[int] = set()  # candidates that owe most of their probability to the memory
+        self.recalled: set[int] = set()  # candidates that owe most of their probability to an n-gram
         self.frontier = [-1]  # candidates that may have children
         self.paths: list[tuple[int, ...]] = [()]  # the tokens that lead to each of them
         # a row that is less likely to give a token than to cost one is never taken
@@ -54,7 +54,7 @@ class TreeBuilder:
             self.left -= 1
             for row, (parent, path, likely) in enumerate(zip(self.frontier, self.paths, drafted, strict=True)):
                 so_far = 0.0 if parent == -1 else self.scores[parent]
-                recalled = self.memory.recall(path) if self.memory else None
+                recalled = self.ngrams.recall(path) if self.ngrams else None
                 for token, score in blend(likely, recalled).items():
                     if (score := so_far + score) > _NEVER and score >= self._least:
                         if recalled and token == recalled[0] and recalled[1] > (1 - recalled[1]) * math.exp(likely.get(token, _NEVER)):
@@ -81,8 +81,8 @@ class TreeBuilder:
         return gain * self.curve.verify_s(1) > self.curve.level_s
 
     def finish(self, root: int) -> DraftTree:
-        """Let the memory go on alone where that is worth a node, and plant the best."""
-        while self.memory and self.frontier and self.left:
+        """Let the n-grams go on alone where that is worth a node, and plant the best."""
+        while self.ngrams and self.frontier and self.left:
             worth = set(self._best())
             rows = [row for row, node in enumerate(self.frontier) if node == -1 or node in worth]
             self.frontier, self.paths = [self.frontier[row] for row in rows], [self.paths[row] for row in rows]

@@ -1,8 +1,7 @@
 """Drafting: from the streams of the accepted node to a tree under the certain token.
 
-Knows: the transition head, the draft vocabulary, and how a level of a tree is read off the streams, with dice that are
-foreseen. Does not know: verification, caches, or how the
-streams came about.
+Knows: the transition head, the draft vocabulary, and how a level of a tree is read off the streams, with sampling noise that
+was looked at ahead. Does not know: verification, caches, or how the streams came about.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from ..adapter.weights import StreamAdapter
 from ..base.linears import Int8Linear, draft_linear
 from .builder import TreeBuilder
 from .costs import CostCurve
-from .ngram import TextMemory
-from .noise import Dice
+from .ngram import NGramCache
+from .noise import NoiseBias
 from .pruning import worth_streams
 from .tree import DraftTree
 
@@ -67,20 +66,20 @@ class Drafter:
         """Numbers in the draft vocabulary -> token ids."""
         return drafted if self.adapter.draft_ids is None else self.adapter.draft_ids[drafted]
 
-    def worth_streams(self, exits: torch.Tensor, trees: Sequence[DraftTree], floor: float, dice: Dice | None = None) -> torch.Tensor:
+    def worth_streams(self, exits: torch.Tensor, trees: Sequence[DraftTree], floor: float, noise_bias: NoiseBias | None = None) -> torch.Tensor:
         """`[m]`, the rows of a pass over these trees that speculate; exits: `[batch, rows, dim]`, what the LM head reads
-        of the early exit; dice: those that the trees were grown with."""
+        of the early exit; noise_bias: that which the trees were grown with."""
         if self._numbers is None and self.adapter.draft_ids is not None:
             ids = self.adapter.draft_ids
             self._numbers = torch.full((len(self.embeddings.weight),), -1, device=ids.device)
             self._numbers[ids] = torch.arange(len(ids), device=ids.device)
         logits = self.logits(exits)
-        if dice is not None:
+        if noise_bias is not None:
             depths = [tree.depths for tree in trees]
             for ahead in range(self.adapter.config.num_streams):
                 places = [(text, row) for text, own in enumerate(depths) for row, depth in enumerate(own) if depth == ahead]
                 texts, rows = torch.tensor(places, dtype=torch.long, device=logits.device).reshape(-1, 2).unbind(1)
-                logits[texts, rows] = dice.throw(logits[texts, rows], texts, ahead, self.adapter.draft_ids)
+                logits[texts, rows] = noise_bias.perturb(logits[texts, rows], texts, ahead, self.adapter.draft_ids)
         return torch.tensor(worth_streams(logits, trees, self._numbers, floor))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -91,8 +90,8 @@ class Drafter:
         streams: torch.Tensor | None,
         roots: Sequence[int],
         max_nodes: int,
-        memories: Sequence[TextMemory | None],
-        dice: Dice | None = None,
+        ngrams: Sequence[NGramCache | None],
+        noise_bias: NoiseBias | None = None,
         depths: Sequence[int] | None = None,
         curve: CostCurve | None = None,
     ) -> list[DraftTree]:
@@ -100,21 +99,21 @@ class Drafter:
 
         Args:
             streams: `[batch, num_streams, dim]` of the accepted nodes, stream j gives the nodes of depth j; None: only the
-                memories draft.
-            memories: of each text up to its root.
-            dice: of these texts, for as many positions as there are streams; None if decoding is greedy.
+                n-grams draft.
+            ngrams: of each text up to its root.
+            noise_bias: of these texts, for as many positions as there are streams; None if decoding is greedy.
             depths: of each tree at most, where a text is about to end.
             curve: what rows cost here; None: trees are full.
         """
         if max_nodes == 1:
             return [DraftTree((root,), (-1,)) for root in roots]
         depths = depths or [_ANY_DEPTH] * len(roots)
-        builders = [TreeBuilder(max_nodes, memory, depth, curve) for memory, depth in zip(memories, depths, strict=True)]
+        builders = [TreeBuilder(max_nodes, ngrams, depth, curve) for ngrams, depth in zip(ngrams, depths, strict=True)]
         if streams is not None:
-            self._grow(builders, streams, roots, dice)
+            self._grow(builders, streams, roots, noise_bias)
         return [builder.finish(root) for builder, root in zip(builders, roots, strict=True)]
 
-    def _grow(self, builders: list[TreeBuilder], streams: torch.Tensor, roots: Sequence[int], dice: Dice | None) -> None:
+    def _grow(self, builders: list[TreeBuilder], streams: torch.Tensor, roots: Sequence[int], noise_bias: NoiseBias | None) -> None:
         """Levels of drafts, as many as there are streams or are worth it; one product for all nodes of a level."""
         transition, device = self.adapter.transition, streams.device
         tokens = torch.tensor(roots, device=device)
@@ -125,8 +124,8 @@ class Drafter:
                 break
             r = transition.advance(r, self.embed(tokens).to(streams.dtype), heard[owner, j])
             logits = self.logits(transition.adjust(streams[owner, j], r))  # [frontier, draft vocabulary]
-            if dice is not None:
-                logits = dice.throw(logits, owner, j, self.adapter.draft_ids)
+            if noise_bias is not None:
+                logits = noise_bias.perturb(logits, owner, j, self.adapter.draft_ids)
             likely = iter(self._likely(logits))
             first, chosen = 0, []
             for builder in builders:
@@ -142,6 +141,6 @@ class Drafter:
     def _likely(self, logits: torch.Tensor) -> list[dict[int, float]]:
         """The best tokens of each row of `[rows, draft vocabulary]`, with their log probabilities."""
         # the normalizer first: a full log-softmax would write the whole vocabulary once more
-        top = logits.topk(min(self.adapter.config.tree_top_k, logits.shape[1]), dim=-1)
+        top = logits.topk(min(self.adapter.config.drafting.tree_top_k, logits.shape[1]), dim=-1)
         scores = (top.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0).tolist()
         return [dict(zip(*row, strict=True)) for row in zip(self.token_ids(top.indices).tolist(), scores, strict=True)]

@@ -1,7 +1,7 @@
-"""The text as its own draft: what followed the last few tokens when they stood here before.
+"""Drafts from n-grams: what followed the last few tokens when they stood in the text before (prompt lookup).
 
-Knows: which token followed each short run of tokens of one text, and how far such a memory can be trusted.
-Does not know: streams, trees, or the base. No weights; a wrong memory costs a row of a pass, never a token.
+Knows: which token followed each n-gram of one text, and how far such a draft can be trusted.
+Does not know: streams, trees, or the base. No weights; a wrong draft costs a row of a pass, never a token.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 _EXPERIENCE = ((2, 12), (6, 12), (8, 12), (9, 12), (11, 12))
 
 
-class TextMemory:
-    """The runs of up to five tokens of one text, prompt and answer, and what came after them.
+class NGramCache:
+    """The n-grams of up to five tokens of one text, prompt and answer, and what came after them.
 
     Args:
-        prompt: token ids; it is remembered, but how far to trust a memory is learnt from the answer alone.
+        prompt: token ids; its n-grams count, but how far to trust them is learnt from the answer alone.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
@@ -28,7 +28,7 @@ class TextMemory:
             self._remember(token)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Tokens that were emitted: each tells whether the memory had it right, and is then remembered."""
+        """Tokens that were emitted: each tells whether the cache had it right, and is then added to it."""
         for token in tokens:
             if run := self._longest_known(self._tail):
                 right, tried = self._counts[len(run) - 1]

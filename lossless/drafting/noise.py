@@ -1,12 +1,12 @@
-"""The dice: the random draws of a sampled batch, thrown in the base's own order, and foreseen for drafts.
+"""Sampling noise: the random draws of a sampled batch, made in the base's own order, and looked ahead at for drafts.
 
 Knows: how `torch.multinomial` draws, and how to look ahead without drawing. Does not know: texts, trees, or the base's
 logits.
 
 `torch.multinomial(p, 1)` is argmax(p / q) with q exponential noise of p's shape from the generator. Of a position that is
-yet to come, p is not known, but q is: a generator can be asked and put back. So a draft need not guess how the dice
-will fall. Where the base will choose argmax(p / q), it ranks tokens by p~ / q^a, with the p~ that it drafts and the trust
-in the dice a < 1, because p~ is not p: a token that is likely but unlucky may well be chosen all the same.
+yet to come, p is not known, but q is: a generator can be asked and put back. So a draft need not guess what will be
+drawn. Where the base will choose argmax(p / q), it ranks tokens by p~ / q^a, with the p~ that it drafts and a trust in the
+noise a < 1, because p~ is not p: a token that is likely but unlucky may well be chosen all the same.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-FORESEEABLE = ("cpu", "cuda")  # devices whose generators are known to be put back as they were
+PEEKABLE = ("cpu", "cuda")  # devices whose generators are known to be put back as they were
 _TRUST = 0.9  # a
 
 
 @dataclass(frozen=True)
-class _Foreseen:
+class _Peeked:
     """A draw that is yet to come, `[batch, vocab]`, and the generator's states before and after it."""
 
     before: torch.Tensor
@@ -34,7 +34,7 @@ class NoiseTape:
     """The draws of a sampled batch, one for each position, in the order of the text.
 
     HF draws noise of shape `[batch, vocab]` once for each position of the whole batch; so does the tape, when the first
-    text of the batch gets there, and it keeps the draw for the others. What was foreseen is drawn by putting the generator
+    text of the batch gets there, and it keeps the draw for the others. What was looked at ahead is drawn by putting the generator
     where it would be after the draw, so no noise is made twice.
     """
 
@@ -42,7 +42,7 @@ class NoiseTape:
         self._read = [0] * texts  # positions that each text has passed
         self._first = 0  # position of the first draw that is kept
         self._draws: list[torch.Tensor] = []
-        self._foreseen: deque[_Foreseen] = deque()  # the draws after those
+        self._peeked: deque[_Peeked] = deque()  # the draws after those
 
     def at(self, text: int, like: torch.Tensor) -> torch.Tensor:
         """`[vocab]`, the noise for the next position of this text; `like` is `[1, vocab]` of probabilities."""
@@ -51,19 +51,19 @@ class NoiseTape:
             self._draws.append(self._draw(like))
         return self._draws[position - self._first][text]
 
-    def foresee(self, texts: Sequence[int], count: int, like: torch.Tensor) -> torch.Tensor:
+    def peek(self, texts: Sequence[int], count: int, like: torch.Tensor) -> torch.Tensor:
         """`[texts, count, vocab]`, the noise for the next positions of these texts, without drawing it."""
         begins = [self._read[text] - self._first for text in texts]
         generator = _generator(like.device)
         here = generator.get_state()
         self._check(here)
-        if self._foreseen:
-            generator.set_state(self._foreseen[-1].after)
-        for _ in range(max(begins) + count - len(self._draws) - len(self._foreseen)):
+        if self._peeked:
+            generator.set_state(self._peeked[-1].after)
+        for _ in range(max(begins) + count - len(self._draws) - len(self._peeked)):
             before = generator.get_state()
-            self._foreseen.append(_Foreseen(before, self._noise(like), generator.get_state()))
+            self._peeked.append(_Peeked(before, self._noise(like), generator.get_state()))
         generator.set_state(here)
-        known = [*self._draws, *(drawn.noise for drawn in self._foreseen)]
+        known = [*self._draws, *(drawn.noise for drawn in self._peeked)]
         return torch.stack([torch.stack([known[begin + i][text] for i in range(count)]) for text, begin in zip(texts, begins, strict=True)])
 
     def go_on(self, text: int) -> None:
@@ -77,21 +77,21 @@ class NoiseTape:
         self._forget()
 
     def _draw(self, like: torch.Tensor) -> torch.Tensor:
-        if self._foreseen:
+        if self._peeked:
             generator = _generator(like.device)
             self._check(generator.get_state())
-            if self._foreseen:
-                generator.set_state(self._foreseen[0].after)
-                return self._foreseen.popleft().noise
+            if self._peeked:
+                generator.set_state(self._peeked[0].after)
+                return self._peeked.popleft().noise
         return self._noise(like)
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(len(self._read), like.shape[1]).exponential_(1)
 
     def _check(self, state: torch.Tensor) -> None:
-        """Nothing is foreseen any more if someone else has drawn from the generator since."""
-        if self._foreseen and not torch.equal(self._foreseen[0].before, state):
-            self._foreseen.clear()
+        """Nothing ahead is known any more if someone else has drawn from the generator since."""
+        if self._peeked and not torch.equal(self._peeked[0].before, state):
+            self._peeked.clear()
 
     def _forget(self) -> None:
         while self._draws and min(self._read) > self._first:
@@ -100,19 +100,19 @@ class NoiseTape:
 
 
 @dataclass(frozen=True)
-class Dice:
+class NoiseBias:
     """What sampling will make of logits, as far as it is known beforehand.
 
     Attributes:
         noise: `[texts, ahead, vocab]`, q of the next positions of each text.
-        temperature, top_k: of the sampling; other processors are not foreseen, and cost no more than a draft.
+        temperature, top_k: of the sampling; other processors are not looked at, and cost no more than a draft.
     """
 
     noise: torch.Tensor
     temperature: float
     top_k: int
 
-    def throw(self, logits: torch.Tensor, texts: torch.Tensor, ahead: int, ids: torch.Tensor | None) -> torch.Tensor:
+    def perturb(self, logits: torch.Tensor, texts: torch.Tensor, ahead: int, ids: torch.Tensor | None) -> torch.Tensor:
         """Logits of what will be chosen, from those of what is likely; at temperature 0 they are the same.
 
         Args:

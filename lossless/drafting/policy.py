@@ -25,8 +25,8 @@ class DraftPolicy:
 
     def __init__(self, curve: CostCurve | None) -> None:
         self.curve, self._near = curve, curve
-        self._emitted = self._seconds = self._foretold = 0.0  # running sums over steps with drafts: tokens, their time, and by the curve
-        self._plain_seconds = self._plain_foretold = 0.0  # the same over plain steps
+        self._emitted = self._seconds = self._expected = 0.0  # running sums over steps with drafts: tokens, their time, and by the curve
+        self._plain_seconds = self._plain_expected = 0.0  # the same over plain steps
         self._spent = 0.0
         self._trials, self._pause, self._left = _TRIALS, _FIRST_PAUSE, 0
 
@@ -50,12 +50,12 @@ class DraftPolicy:
         took, self._spent = spent_s - self._spent, spent_s
         if not self.drafting:
             self._plain_seconds += took
-            self._plain_foretold += self.curve.verify_s(1)
+            self._plain_expected += self.curve.verify_s(1)
             self._left -= 1
             return
         self._emitted = (1 - _WEIGHT) * self._emitted + emitted
         self._seconds = (1 - _WEIGHT) * self._seconds + took
-        self._foretold = (1 - _WEIGHT) * self._foretold + self.curve.verify_s(rows) + self.curve.draft_s(levels)
+        self._expected = (1 - _WEIGHT) * self._expected + self.curve.verify_s(rows) + self.curve.draft_s(levels)
         self._trials = max(0, self._trials - 1)
         if self._trials:
             return
@@ -67,5 +67,5 @@ class DraftPolicy:
     def _plain_s(self, curve: CostCurve) -> float:
         """What a plain step takes: the curve, corrected by plain steps that were seen. Before any were, it is taken to hold, or to be
         too high by as much as it was for steps with drafts."""
-        seen = self._plain_seconds / self._plain_foretold if self._plain_foretold else min(1.0, self._seconds / self._foretold)
+        seen = self._plain_seconds / self._plain_expected if self._plain_expected else min(1.0, self._seconds / self._expected)
         return seen * min(curve.verify_s(1), curve.plain_s)

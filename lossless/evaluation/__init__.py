@@ -1,1 +1,4 @@
-"""Measurements: how fast, how exact, and how fast it can become."""
+"""Measurements: benchmarks, certificates, forecasts, memory, and parity between training and decoding.
+
+Called by the command line. Each gives a dictionary for JSON; tables and pictures are made of those.
+"""

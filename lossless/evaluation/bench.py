@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..base.loading import Base, device_name
+from ..base.loading import Base
 from ..base.packed import is_packed
+from ..base.processes import device_name
 from ..distillation.prompts import Prompt
 from ..errors import UsageError, require_types
 from ..generation.model import AcceleratedModel
@@ -230,11 +231,11 @@ def settings(base: Base, fast: AcceleratedModel, name: str, load_in: str | None,
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "decoding": asdict(decoding),
-        "tree_nodes": fast.tree_nodes,
-        "adaptive": fast.adaptive,
-        "schedule": fast.schedule,
-        "recall": fast.recall,
-        "pruning_floor": fast.pruning_floor if fast.adapter.pruning is not None else None,
+        "tree_nodes": fast.drafting.tree_nodes,
+        "adaptive": fast.drafting.adaptive,
+        "schedule": fast.drafting.schedule,
+        "recall": fast.drafting.recall,
+        "pruning_floor": fast.drafting.pruning_floor if fast.adapter.pruning is not None else None,
         "guarantee": fast.guarantee.describe(),
     }
 

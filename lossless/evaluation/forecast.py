@@ -297,7 +297,7 @@ def draw(forecast: Forecast, path: Path) -> None:
     axes.set(xlabel="acceptance length (tokens emitted per target pass)", ylabel="speedup (times plain decoding)")
     axes.set_ylim(0, None)
     axes.set_title(
-        f"Speedup that the cost curve foretells, trees of depth {forecast.depth} at most\n"
+        f"Speedup by the cost curve, trees of depth {forecast.depth} at most\n"
         "(lines end where every drafted token is accepted)"
     )
     axes.grid(alpha=0.3)

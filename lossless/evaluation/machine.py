@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ..base.linears import FourBitLinear, PackedLinear
-from ..base.loading import Base, of_processor
+from ..base.loading import Base
+from ..base.processes import of_processor
 
 _READ_MIB = 512  # far more than the caches hold
 _MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough to fill the arithmetic, over in milliseconds

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..base.loading import Base, context_limit
+from ..base.layers import context_limit
+from ..base.loading import Base
 from ..distillation.prompts import Prompt, encode
 from ..errors import UsageError, require_at_least, require_seed, require_types
 

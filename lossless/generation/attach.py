@@ -17,13 +17,13 @@ from ..adapter.weights import StreamAdapter
 from ..base.layers import device_of
 from ..base.packed import packed_twin, warm_up
 from ..drafting.drafter import Drafter
-from ..streams.runner import StreamRunner
-from .exactness import Guarantee, Passes, check_level, find_guarantee, logit_scale
+from ..streams.runner import StreamRunner, logit_scale
+from .exactness import Guarantee, Passes, check_level, find_guarantee
 from .trial import check_served
 from .verdict import kept_guarantee, verdict_path
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attachment:
     """What a session runs through.
 
@@ -31,7 +31,7 @@ class Attachment:
         reader: passes with the base's own weights and kernels.
         runner: passes over trees, through a packed twin or the reader itself.
         drafter: trees from streams.
-        guarantee: what holds.
+        guarantee: what holds; its bound grows when a call sees that it was too small.
         passes: over trees, for which it does.
         kept: where it is kept on disk.
     """

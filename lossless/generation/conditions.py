@@ -19,8 +19,9 @@ import torch
 
 from ..base import kernels
 from ..base.layers import device_of, input_device
-from ..base.loading import device_name, precision
+from ..base.loading import precision
 from ..base.packed import is_packed, product_dtype
+from ..base.processes import device_name
 from ..storage import versions
 from ..streams.runner import StreamRunner
 

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 from ..base.layers import (
     as_decoding,
     as_generating,
+    context_limit,
     decoder,
     device_of,
     features,
@@ -32,25 +33,15 @@ from ..base.layers import (
     is_projection,
     rotary_turns,
 )
-from ..base.loading import context_limit
 from ..base.packed import product_dtype
 from ..drafting.tree import DraftTree
 from ..errors import UsageError, require_at_least, require_one_of
 from ..streams.cache import RowCache
-from ..streams.passes import keeping_bits
+from ..streams.hooks import keeping_bits
 from ..streams.runner import StreamRunner
 from .trial import is_fine, too_far
 
 EXACTNESS = ("bitwise", "near-tie", "off")
-
-
-def logit_scale(runner: StreamRunner) -> float:
-    """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
-    with torch.no_grad():
-        plan, logits = runner.observe_anything()
-        bare = runner.lm_head(plan.final[:, -1:]).float().to(logits.device)
-    found = float((bare * logits.float()).sum() / (bare * bare).sum())
-    return found if abs(found - 1) >= 0.02 else 1.0  # also if there is nothing to scale
 
 
 _PIECES = range(2, 33)  # rows at a time that a projection is tried with

@@ -31,7 +31,7 @@ _ACROSS_ROWS = ("EncoderNoRepeatNGram", "EncoderRepetitionPenalty", "SynthID", "
 _REMEMBERING = ("SynthID", "UnbatchedClassifierFree")  # of those, the ones that change with each call
 
 
-def not_served(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
+def fallback_reason(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this call must go to the base, if it must."""
     if under_autocast(model):
         return "autocast is on"
@@ -80,7 +80,7 @@ def exactness(best: str, texts: int, padded: bool) -> str:
     return "near-tie" if padded and best == "bitwise" else best
 
 
-def not_served_as_prepared(
+def fallback_reason_as_prepared(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     streamer: Any,
@@ -147,19 +147,19 @@ def _may_remember(processor: Any) -> bool:
     return not kind.__module__.startswith("transformers.") or kind.__name__.startswith(_REMEMBERING)
 
 
-class Turn:
-    """Whose turn it is on a base: it serves one call at a time, whatever is attached to it, and none within another."""
+class BaseLock:
+    """A base serves one call at a time, whatever is attached to it, and none within another."""
 
     def __init__(self) -> None:
-        self.lock, self.taken = threading.RLock(), False
+        self.lock, self.serving = threading.RLock(), False
 
 
-_TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[Any, BaseLock] = WeakKeyDictionary()
 
 
-def turn_of(model: PreTrainedModel) -> Turn:
+def lock_of(model: PreTrainedModel) -> BaseLock:
     """The one of this base, whatever wraps it."""
-    return _TURNS.setdefault(decoder(model), Turn())
+    return _LOCKS.setdefault(decoder(model), BaseLock())
 
 
 def with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

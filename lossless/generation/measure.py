@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from ..base.layers import as_decoding, input_device
-from ..base.loading import cache_dir, context_limit
+from ..base.layers import as_decoding, context_limit, input_device
 from ..drafting.costs import CostCurve
 from ..drafting.drafter import Drafter
 from ..drafting.tree import DraftTree
-from ..storage import read_json, write_json
+from ..storage import cache_dir, read_json, write_json
 from ..streams.cache import RowCache
 from ..streams.passes import PassOutput
 from ..streams.runner import StreamRunner

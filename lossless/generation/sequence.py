@@ -15,19 +15,19 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
 
-from ..drafting.ngram import TextMemory
+from ..drafting.ngram import NGramCache
 from ..drafting.noise import NoiseTape
 
 
-class Text:
-    """One sequence of a batch.
+class Sequence:
+    """One text of a batch, prompt and answer.
 
     Args:
         number: which sequence it is; ids: `[1, prompt]`, padding included.
         padding: columns without a token at the start; before: columns of the prompt that are not among the ids.
         processor, criteria, config: as HF prepared them.
         noise: of the batch, None if decoding is greedy.
-        memory: what the drafter recalls from, or None.
+        ngrams: what the drafter recalls from, or None.
         guard: how much closer than its rival a choice may not be, in logits, if its row was not read alone.
     """
 
@@ -41,7 +41,7 @@ class Text:
         criteria: Any,
         config: GenerationConfig,
         noise: NoiseTape | None,
-        memory: TextMemory | None,
+        ngrams: NGramCache | None,
         streamer: Any = None,
         guard: float = 0.0,
     ) -> None:
@@ -51,9 +51,9 @@ class Text:
         self.number, self.ids, self.prompt, self.before = number, ids, ids.shape[1], before
         self.start = padding - before  # of the text, counted in ids
         self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
-        self.noise, self.memory, self.streamer = noise, memory, streamer
+        self.noise, self.ngrams, self.streamer = noise, ngrams, streamer
         self.stopped = False
-        self.sound = ids.shape[1]  # so many of its rows were read in the base's own shapes: the prompt at once, others alone
+        self.num_exact_rows = ids.shape[1]  # so many of its rows were read in the base's own shapes: the prompt at once, others alone
         keep = config.return_dict_in_generate
         self.scores: tuple[torch.Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep and config.output_logits else None
@@ -73,7 +73,7 @@ class Text:
         return self.ids.shape[1] - 1 - self.start
 
     @property
-    def room(self) -> int:
+    def remaining(self) -> int:
         """Tokens that may still come."""
         return int(self.config.max_length) - self.ids.shape[1]
 
@@ -100,7 +100,7 @@ class Text:
         token = ranking.argmax(dim=-1, keepdim=True)
         if noise is not None and bool(probabilities[0, token[0]].isnan()):
             torch.multinomial(probabilities, num_samples=1)  # refuses, as in the base's own loop
-        if not alone and self.guard and self._hangs_on_little(logits, scores, ranking, noise, int(token)):
+        if not alone and self.guard and self._is_near_tie(logits, scores, ranking, noise, int(token)):
             return None
         if self.noise is not None:
             self.noise.go_on(self.number)
@@ -118,12 +118,12 @@ class Text:
             self.noise.leave(self.number)
         return int(token), self.stopped
 
-    def _hangs_on_little(
+    def _is_near_tie(
         self, logits: torch.Tensor, scores: torch.Tensor, ranking: torch.Tensor, noise: torch.Tensor | None, token: int
     ) -> bool:
         """Whether logits that are off by as much as the guard could have led to another choice than this token.
 
-        logits: `[vocab]`; scores, ranking: `[1, vocab]`, as processed, and as thrown with the noise, `[vocab]`.
+        logits: `[vocab]`; scores, ranking: `[1, vocab]`, as processed, and as perturbed by the noise, `[vocab]`.
         """
         best = (ranking if noise is None else ranking.log()).topk(2).values[0]
         if best[0] - best[1] < self.guard:
@@ -134,9 +134,9 @@ class Text:
         # What top-k, top-p and the like cut off may hang on a little, too. Would the token still be there if it
         # were less likely? Would one be there that would have been chosen in its place, if it were likelier?
         raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
-        thrown = raw[0] / (self.config.temperature or 1.0) - noise.log()
-        standing = torch.minimum(thrown[token], scores[0, token] - noise[token].log())  # a penalty may have lowered it
-        rivals = cut & (thrown > standing - self.guard)
+        perturbed = raw[0] / (self.config.temperature or 1.0) - noise.log()
+        standing = torch.minimum(perturbed[token], scores[0, token] - noise[token].log())  # a penalty may have lowered it
+        rivals = cut & (perturbed > standing - self.guard)
         lower = raw.clone()
         lower[0, token] -= self.off_by
         higher = raw + self.off_by * rivals
@@ -150,19 +150,19 @@ class Text:
         return (self.last,)
 
     def choose_after(self, logits: torch.Tensor, native: bool) -> Callable[[int], tuple[int, bool] | None]:
-        """For a walk: node -> the choice after it, given `[nodes, vocab]`; None if it is too close to call.
+        """For `accept`: node -> the choice after it, given `[nodes, vocab]`; None if it is too close to call.
 
         A pass of one row, in the base's own weights (`native`), is as good as the base's own only if the rows that it looks
         back at are.
         """
-        alone = native and len(logits) == 1 and self.sound == self.ids.shape[1] - 1
-        self.sound += alone
+        alone = native and len(logits) == 1 and self.num_exact_rows == self.ids.shape[1] - 1
+        self.num_exact_rows += alone
         return lambda node: self.choose(logits[node], alone)
 
     def remember(self, tokens: tuple[int, ...]) -> None:
         """Tokens that were chosen: what the drafter recalls from."""
-        if self.memory is not None:
-            self.memory.extend(tokens)
+        if self.ngrams is not None:
+            self.ngrams.extend(tokens)
 
 
 def _of_one(processors: Any, number: int) -> Any:
@@ -192,14 +192,13 @@ def _asked_once(number: int, allowed: Callable[[int, torch.Tensor], list[int]]) 
     return ask
 
 
-def result(texts: list[Text], cache: Any) -> Any:
+def result(sequences: list[Sequence], cache: Any) -> Any:
     """What `generate` returns: sequences `[batch, length]`, shorter ones filled with the padding token."""
-    config, longest = texts[0].config, max(text.ids.shape[1] for text in texts)
+    config, longest = sequences[0].config, max(sequence.ids.shape[1] for sequence in sequences)
     pad = getattr(config, "_pad_token_tensor", None)
     filler = 0 if pad is None else int(pad)
-    rows = [torch.nn.functional.pad(text.ids, (0, longest - text.ids.shape[1]), value=filler) for text in texts]
-    sequences = torch.cat(rows)
+    rows = [torch.nn.functional.pad(sequence.ids, (0, longest - sequence.ids.shape[1]), value=filler) for sequence in sequences]
     if not config.return_dict_in_generate:
-        return sequences
-    found: dict[str, Any] = {"sequences": sequences, "scores": texts[0].scores, "logits": texts[0].logits}
-    return GenerateDecoderOnlyOutput(**found, past_key_values=cache if len(texts) == 1 else None)
+        return torch.cat(rows)
+    found: dict[str, Any] = {"sequences": torch.cat(rows), "scores": sequences[0].scores, "logits": sequences[0].logits}
+    return GenerateDecoderOnlyOutput(**found, past_key_values=cache if len(sequences) == 1 else None)

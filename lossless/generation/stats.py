@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..drafting.tree import DraftTree
-from .verification import Accepted
+from .acceptance import Accepted
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ..base.loading import cache_dir
-from ..storage import read_json, write_json
+from ..storage import cache_dir, read_json, write_json
 from ..streams.runner import StreamRunner
 from .conditions import circumstances, file_name
 from .exactness import Guarantee, Passes, projections

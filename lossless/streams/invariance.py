@@ -69,7 +69,7 @@ def one_by_one(
     key: torch.Tensor,
     value: torch.Tensor,
     calls: Sequence[RowCall],
-    reach: Callable[[int], int],
+    window: Callable[[int], int],
 ) -> torch.Tensor:
     """Attention of each row in a call of its own, over keys of exactly its own text, without a mask; in the end every key is
     where it was.
@@ -89,7 +89,7 @@ def one_by_one(
                 key[:, :, past + depth] = own[0][:, :, node]
                 value[:, :, past + depth] = own[1][:, :, node]
         end = past + call.length
-        start = reach(end)
+        start = window(end)
         outputs.append(attend(query[:, :, row : row + 1], key[:, :, start:end], value[:, :, start:end]))
     if own is not None:
         key[:, :, past:], value[:, :, past:] = own

@@ -16,16 +16,16 @@ from ..base.attention import SDPA
 
 
 @dataclass(frozen=True)
-class Reach:
+class Window:
     """How far back a layer looks: everywhere, over the last `window` places, or in its own `chunk` of the text."""
 
-    window: int | None = None
+    size: int | None = None
     chunk: int | None = None
 
     def first(self, place: int) -> int:
         """The first place that is seen from a place."""
-        if self.window is not None:
-            return max(0, place - self.window + 1)
+        if self.size is not None:
+            return max(0, place - self.size + 1)
         return 0 if self.chunk is None else place // self.chunk * self.chunk
 
     def cuts(self, key: int, row: int) -> bool:
@@ -34,14 +34,14 @@ class Reach:
 
     def sees(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """`[batch, rows, keys]`, whether places of keys are within reach of places of rows, if not everything is."""
-        if self.window is not None:
-            return keys[:, None] > (rows - self.window)[:, :, None]
+        if self.size is not None:
+            return keys[:, None] > (rows - self.size)[:, :, None]
         size = self.chunk or 2**62
         return (rows // size)[:, :, None] == (keys // size)[:, None]
 
 
 @dataclass
-class Sight:
+class PositionMask:
     """Which keys some rows of a pass may attend to, by each layer's reach.
 
     Args:
@@ -54,22 +54,22 @@ class Sight:
     keys: torch.Tensor
     _found: dict[Any, torch.Tensor | None] = field(default_factory=dict)
 
-    def within(self, reach: Reach) -> torch.Tensor | None:
+    def within(self, window: Window) -> torch.Tensor | None:
         """`[batch, 1, rows, keys]`, True where a row may attend in a layer of this reach."""
-        if reach not in self._found:
+        if window not in self._found:
             seen = self.allowed
-            if reach != Reach() and reach.cuts(int(self.keys.min()), int(self.rows.max())):
-                near = reach.sees(self.rows, self.keys)
+            if window != Window() and window.cuts(int(self.keys.min()), int(self.rows.max())):
+                near = window.sees(self.rows, self.keys)
                 seen = near & (self.keys[:, None] <= self.rows[:, :, None]) if seen is None else near & seen
-            self._found[reach] = None if seen is None else seen[:, None]
-        return self._found[reach]
+            self._found[window] = None if seen is None else seen[:, None]
+        return self._found[window]
 
-    def as_mask(self, reach: Reach, query: torch.Tensor, implementation: str, groups: int) -> torch.Tensor | None:
+    def as_mask(self, window: Window, query: torch.Tensor, implementation: str, groups: int) -> torch.Tensor | None:
         """What `within` finds in the form that an attention takes, made once for all layers of a pass; for sdpa
         `[batch, 1, groups * rows, keys]`, the rows once for every head of a group."""
-        form = (reach, implementation, query.dtype, query.device, groups)
+        form = (window, implementation, query.dtype, query.device, groups)
         if form not in self._found:
-            seen = as_mask(self.within(reach), query, implementation)
+            seen = as_mask(self.within(window), query, implementation)
             self._found[form] = seen.repeat(1, 1, groups, 1) if seen is not None and implementation in SDPA else seen
         return self._found[form]
 
@@ -83,7 +83,7 @@ def behind_the_past(own: torch.Tensor, cache: Any, batch: int) -> torch.Tensor:
     return seen
 
 
-def stream_sight(context: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, gamma: int, last: int) -> Sight:
+def stream_mask(context: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, gamma: int, last: int) -> PositionMask:
     """What streams see: their node's main context, and streams i <= j of their own node.
 
     context: `[batch, nodes, main keys]`; positions: `[batch, nodes]`; keys: `[batch, main keys]`.
@@ -95,7 +95,7 @@ def stream_sight(context: torch.Tensor, positions: torch.Tensor, keys: torch.Ten
     among = torch.kron(same_node, earlier).bool().expand(batch, -1, -1)
     places = (positions[:, :, None] + torch.arange(1, gamma + 1, device=positions.device)).flatten(1).clamp_max(last)
     allowed = torch.cat([context.repeat_interleave(gamma, dim=1), among], dim=2)
-    return Sight(allowed, places, torch.cat([keys.expand(batch, -1), places.expand(batch, -1)], dim=1))
+    return PositionMask(allowed, places, torch.cat([keys.expand(batch, -1), places.expand(batch, -1)], dim=1))
 
 
 def as_mask(allowed: torch.Tensor | None, query: torch.Tensor, implementation: str) -> torch.Tensor | None:
@@ -108,17 +108,17 @@ def as_mask(allowed: torch.Tensor | None, query: torch.Tensor, implementation: s
     return torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(~allowed, torch.finfo(query.dtype).min)
 
 
-def side_by_side(main: Sight | None, stream: Sight | None, reach: Reach) -> torch.Tensor | None:
+def side_by_side(main: PositionMask | None, stream: PositionMask | None, window: Window) -> torch.Tensor | None:
     """One mask `[batch, 1, rows, keys]` for main rows and streams, for a base whose attention is its own."""
     if stream is None:
-        return None if main is None else main.within(reach)
-    beside = stream.within(reach)
+        return None if main is None else main.within(window)
+    beside = stream.within(window)
     if main is None or beside is None:
         return beside
     rows = main.rows.shape[1]
     keys = main.keys.shape[1]
     allowed = beside.new_zeros(len(beside), 1, rows, beside.shape[3])
-    seen = main.within(reach)
+    seen = main.within(window)
     causal = (main.rows[:, :, None] >= main.keys[:, None])[:, None]
     allowed[..., :keys] = causal if seen is None else seen
     return torch.cat([allowed, beside], dim=2)

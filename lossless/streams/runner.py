@@ -5,7 +5,7 @@ rows and stream rows. Does not know: how a tree is grown, what is accepted, or h
 
 The base itself is never touched: passes run through a copy of its structure over the same tensors (base/structure.py), or
 through a twin with packed weights. Hooks of the copy insert the stream rows before layer N - N_s, add the MSA adapters to the
-projections of stream rows, and take stream rows out behind the last layer; and attention goes through `passes.py`, which gives
+projections of stream rows, and take stream rows out behind the last layer; and attention goes through `attention.py`, which gives
 main rows and stream rows a call of their own. Main rows see main keys only, so their results do not depend on the
 streams. Streams that run alone have layers of their own, with the adapters merged into their weights.
 
@@ -15,7 +15,6 @@ the second, and so on. Keys: past rows, main rows, stream rows.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapter.compat import check_fit, stream_layers
+from ..adapter.compat import check_fit
 from ..adapter.weights import StreamAdapter
 from ..base.attention import SDPA
 from ..base.layers import (
@@ -33,33 +32,20 @@ from ..base.layers import (
     decoder,
     decoder_layers,
     device_of,
-    hides_where_true,
     input_device,
-    own_window,
-    position_bias,
     refuse_other_rows,
-    shares_position_bias,
     uses_attention_interface,
 )
 from ..base.packed import model_bytes
 from ..base.structure import structure_of
+from .attention import ATTENTION
 from .cache import RowCache
+from .calls import LayerCalls, note_rotary
+from .hooks import adapt, keep_bits
 from .invariance import AloneRows
-from .masks import Reach, Sight, as_mask, behind_the_past, side_by_side, stream_sight
-from .passes import (
-    ATTENTION,
-    PASS,
-    Habit,
-    Pass,
-    PassOutput,
-    RotaryCall,
-    Slot,
-    adapt,
-    following,
-    keep_bits,
-    named,
-    note_rotary,
-)
+from .layers import stream_layers
+from .masks import PositionMask, behind_the_past, stream_mask
+from .passes import PASS, Pass, PassOutput, with_plan
 
 _BESIDE = 4096  # columns behind the last place that streams of a pass may take; expanded ones take no memory
 
@@ -95,13 +81,11 @@ class StreamRunner:
         self.implementation = self.text_config._attn_implementation  # the base's own attention
         self._rotaries = _rotaries(decoder(self.model))
         self._after = after_layers(self.model)
-        self._names = [list(inspect.signature(layer.forward).parameters) for layer in self.layers]
-        self._reaches = [Reach(own_window(layer)) for layer in self.layers] if self.own_attention else []
         self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits, by module; None: as many as come
-        self._habits: dict[int, Habit] = {}  # of the top layers, by their number; learnt in the first pass
+        self._calls = LayerCalls(self.model, self.layers, self.own_attention)  # of the top layers; learnt in the first pass
         # rotary positions go on for ever, a table of positions ends
         self.places = 2**31 if self._rotaries else getattr(self.text_config, "max_position_embeddings", None) or 2**31
-        self._stream_sight = partial(stream_sight, gamma=adapter.config.num_streams, last=self.places - 1)
+        self._stream_mask = partial(stream_mask, gamma=adapter.config.num_streams, last=self.places - 1)
         for name, low_rank in adapter.adapters():
             low_rank.to(device_of(self._projection(name)))
         if self.own_attention:  # rows of a tree do not stand in columns of their own place
@@ -182,7 +166,7 @@ class StreamRunner:
         alone = count == 1 or (cache.length == 0 and self._knows_causal())
         plain = tree_mask is None and alone and cache.visible() is None
         allowed = None if plain else behind_the_past(own(torch.arange(count)), cache, len(ids))
-        plan = Pass(self.implementation, len(ids), count, Sight(allowed, positions, keys), last_only=last_only)
+        plan = Pass(self.implementation, len(ids), count, PositionMask(allowed, positions, keys), last_only=last_only)
         unpadded = len(ids) == 1 and cache.visible() is None
         plan.keeps_bits = self.limits is not None and unpadded
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
@@ -192,7 +176,7 @@ class StreamRunner:
         def begin(entry: torch.Tensor) -> None:
             chosen: Any = nodes(entry) if callable(nodes) else nodes
             plan.nodes = chosen
-            plan.stream = self._stream_sight(behind_the_past(own(chosen), cache, len(ids)), positions[:, chosen], keys)
+            plan.stream = self._stream_mask(behind_the_past(own(chosen), cache, len(ids)), positions[:, chosen], keys)
 
         plan.begin = None if nodes is None else begin
         logits = self._run(plan, ids, positions, cache)
@@ -216,7 +200,7 @@ class StreamRunner:
         allowed = None
         if not self._knows_causal():
             allowed = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        plan = Pass(self.implementation, len(ids), ids.shape[1], Sight(allowed, positions, positions), last_only=True)
+        plan = Pass(self.implementation, len(ids), ids.shape[1], PositionMask(allowed, positions, positions), last_only=True)
         return plan, self._run(plan, ids, positions, cache)
 
     def observe_anything(self) -> tuple[Pass, torch.Tensor]:
@@ -232,7 +216,7 @@ class StreamRunner:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
         plan.cache = cache
         given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
-        return following(plan, lambda: self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits)
+        return with_plan(plan, lambda: self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits)
 
     def speculate(
         self,
@@ -254,23 +238,23 @@ class StreamRunner:
         Returns:
             `[batch, nodes, num_streams, dim]` after the final norm. The layers are called as the base calls its own.
         """
-        if not self._habits:  # no main rows have passed yet
+        if not self._calls:  # no main rows have passed yet
             with torch.no_grad():
                 self.observe_anything()
         keys = cache.places().to(entry.device).expand(len(entry), -1)
-        sight = self._stream_sight(context, positions, keys)
-        plan = Pass(self.implementation, len(entry), 0, stream=sight, cache=cache)
+        mask = self._stream_mask(context, positions, keys)
+        plan = Pass(self.implementation, len(entry), 0, stream=mask, cache=cache)
 
         def through_the_layers() -> torch.Tensor:
             hidden = self.adapter.start_streams(entry, told)
             for number, layer in enumerate(self.stream_layers, self.first_top):
-                if (habit := self._habits.get(number)) is None:
+                if number not in self._calls:
                     continue  # a layer that the base itself passes over
-                hidden = layer(hidden, **self._filled(number, habit, plan, hidden))
+                hidden = layer(hidden, **self._calls.filled(number, plan, hidden))
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             return hidden
 
-        return self.finish(following(plan, through_the_layers)).unflatten(1, (-1, self.adapter.config.num_streams))
+        return self.finish(with_plan(plan, through_the_layers)).unflatten(1, (-1, self.adapter.config.num_streams))
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """From the last layer to what the LM head reads."""
@@ -284,13 +268,12 @@ class StreamRunner:
         if plan is None or plan.main is None:
             return None
         shared = self.own_attention or plan.nodes is not None or plan.begin is not None  # one call for main rows and streams
-        if number in self._habits and not shared:
+        hidden = self._calls.hidden(number, args, kwargs)
+        if number in self._calls and not shared:
             if layer is self.top[0]:
-                plan.entry = args[0] if args else kwargs[self._names[number][0]]
+                plan.entry = hidden
             return None
-        given = dict(zip(self._names[number], args, strict=False)) | kwargs
-        hidden = given.pop(self._names[number][0])
-        self._habits[number] = habit = Habit({name: named(name, value, plan) for name, value in given.items()})
+        given = self._calls.note(number, args, kwargs, plan)
         if layer is self.top[0]:
             refuse_other_rows(self.base, hidden, plan.batch, plan.main_rows)
             hidden = hidden.to(self.adapter.device)  # another than the layer's below, perhaps
@@ -299,47 +282,8 @@ class StreamRunner:
                 plan.begin(hidden)
                 hidden = torch.cat([hidden, self.adapter.start_streams(hidden[:, plan.nodes])], dim=1)
         if shared:
-            given = self._filled(number, habit, plan, hidden)
+            given = self._calls.filled(number, plan, hidden)
         return (hidden,), given
-
-    def _filled(self, number: int, habit: Habit, plan: Pass, hidden: torch.Tensor) -> dict[str, Any]:
-        """A layer's arguments for the rows of this pass: main rows, streams, or both."""
-        rows = hidden.shape[1]
-        main, stream = plan.main, plan.stream if rows > plan.main_rows else None
-
-        def once(key: Any, make: Callable[[], Any]) -> Any:
-            if (key, rows) not in plan.filled:
-                plan.filled[key, rows] = make()
-            return plan.filled[key, rows]
-
-        def positions() -> torch.Tensor:
-            return torch.cat([s.rows.expand(len(hidden), -1) for s in (main, stream) if s is not None], dim=1)
-
-        def mask() -> torch.Tensor | None:
-            seen = side_by_side(main, stream, self._reaches[number])
-            if seen is not None and hides_where_true(self.layers[number]):
-                return ~seen
-            return as_mask(seen, hidden, "eager")
-
-        def bias() -> torch.Tensor:
-            keys = (stream or main).keys.expand(len(hidden), -1).clamp_min(0)  # type: ignore[union-attr]
-            found = position_bias(self.model, int(keys.max()) + 1)[:, keys].transpose(0, 1)  # [batch, heads, keys]
-            return (found[0] if shares_position_bias(self.model) else found.flatten(0, 1))[:, None]
-
-        def fill(value: Any) -> Any:
-            if value is Slot.CACHE:
-                return plan.cache
-            if value is Slot.POSITIONS:
-                return once(value, positions)
-            if value is Slot.MASK:
-                return once((value, self._reaches[number]), mask) if self.own_attention else None
-            if value is Slot.BIAS:
-                return once(value, bias)
-            if isinstance(value, RotaryCall):
-                return once(value, lambda: value(hidden, once(Slot.POSITIONS, positions)))
-            return value
-
-        return {name: fill(value) for name, value in habit.given.items()}
 
     def _part(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the last layer: stream rows step aside, main rows go on."""
@@ -359,3 +303,12 @@ class StreamRunner:
         plan.final = args[0]
         # dense: over a slice of several texts torch multiplies each with a copy of the weight, if that is frozen
         return (args[0][:, -1:].contiguous(),) if plan.last_only else None
+
+
+def logit_scale(runner: StreamRunner) -> float:
+    """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most."""
+    with torch.no_grad():
+        plan, logits = runner.observe_anything()
+        bare = runner.lm_head(plan.final[:, -1:]).float().to(logits.device)
+    found = float((bare * logits.float()).sum() / (bare * bare).sum())
+    return found if abs(found - 1) >= 0.02 else 1.0  # also if there is nothing to scale

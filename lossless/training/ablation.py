@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..adapter.config import AdapterConfig
 from ..base.layers import decoder_layers, features, is_projection
-from ..base.loading import Base, processes
-from ..config import StreamingConfig, TrainConfig
+from ..base.loading import Base
+from ..base.processes import processes
 from ..errors import NotOfThisBase, UsageError
 from ..storage import read_json, versions, write_json
 from .checkpoints import differing
+from .config import TrainConfig
 from .sampler import read_answers
 from .trainer import Kept, train
 
@@ -26,23 +28,23 @@ class Variant:
     """A name, what it changes in the adapter and in the training, and the part of the answers that it sees."""
 
     name: str
-    streaming: dict[str, Any] = field(default_factory=dict)
+    shape: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    share: float = 1.0
+    data_fraction: float = 1.0
 
 
 _PAPER = {
-    "transition_rank": 0, "start_rank": 0, "told_rank": 0, "pruning_rank": 0, "rotate_values": False, "schedule": "parallel"
+    "transition_rank": 0, "init_rank": 0, "next_token_rank": 0, "pruning_rank": 0, "rotate_values": False, "schedule": "parallel"
 }  # fmt: skip
 _CENTRE = "paper + transition"  # what the rest is compared with
 VARIANTS = (
     Variant("paper", _PAPER),
     Variant("paper, values rotated", _PAPER | {"rotate_values": True}),
-    Variant("paper, f of rank 32", _PAPER | {"start_rank": 32}),
+    Variant("paper, f of rank 32", _PAPER | {"init_rank": 32}),
     Variant("paper + pruning layer", _PAPER | {"pruning_rank": 16}),
-    Variant("paper + next token told", _PAPER | {"told_rank": 32, "schedule": "deferred"}),
+    Variant("paper + next token told", _PAPER | {"next_token_rank": 32, "schedule": "deferred"}),
     Variant(_CENTRE),
-    Variant("paper + both", {"told_rank": 32, "schedule": "deferred"}),
+    Variant("paper + both", {"next_token_rank": 32, "schedule": "deferred"}),
     Variant("2 streams", {"num_streams": 2}),
     Variant("6 streams", {"num_streams": 6}),
     Variant("2 MSA layers", {"num_msa_layers": 2}),
@@ -54,13 +56,13 @@ VARIANTS = (
     Variant("hard labels", training={"hard_labels": True}),
     Variant("draft vocabulary 4096", {"draft_vocab_size": 4096}),
     Variant("draft vocabulary of all", {"draft_vocab_size": 0}),
-    Variant("half of the answers", share=0.5),
-    Variant("an eighth of the answers", share=0.125),
+    Variant("half of the answers", data_fraction=0.5),
+    Variant("an eighth of the answers", data_fraction=0.125),
 )
 
 
 def ablate(
-    base: Base, data: Sequence[str | Path], out: str | Path, streaming: StreamingConfig, config: TrainConfig, only: list[str] | None = None
+    base: Base, data: Sequence[str | Path], out: str | Path, shape: AdapterConfig, config: TrainConfig, only: list[str] | None = None
 ) -> dict[str, Any]:
     """Train every variant in a folder of its own under `out`; what is done already is not done again.
 
@@ -74,7 +76,7 @@ def ablate(
     head = {
         "model": base.name,
         "dtype": str(base.model.dtype).removeprefix("torch."),
-        "streaming": streaming.to_dict(),
+        "streaming": shape.to_dict(),
         "train": asdict(config),
         "answers": read_answers(base, [Path(folder) for folder in data])[0].digest(),
     }
@@ -89,12 +91,12 @@ def ablate(
             continue
         if processes().is_main_process:
             print(f"\n{variant.name}", flush=True)
-        rows[variant.name] = _row(base, data, out, variant, streaming, config, kept)
+        rows[variant.name] = _row(base, data, out, variant, shape, config, kept)
         report = head | {
             "device": str(base.model.device),
             "versions": versions(),
             "variants": [rows[v.name] for v in VARIANTS if v.name in rows],
-            "others": _others(base, streaming),
+            "others": _others(base, shape),
         }
         if processes().is_main_process:
             write_json(out / "ablation.json", report)
@@ -117,28 +119,28 @@ def _row(
     data: Sequence[str | Path],
     out: Path,
     variant: Variant,
-    streaming: StreamingConfig,
+    shape: AdapterConfig,
     config: TrainConfig,
     kept: Kept,
 ) -> dict[str, Any]:
     """One variant, trained; or why this base cannot have it."""
     folder = out / variant.name.replace(" ", "-").replace(",", "")
     try:
-        own = replace(streaming, **variant.streaming)
-        _, _, summary = train(base, data, folder, own, replace(config, **variant.training, share=config.share * variant.share), kept)
+        own = shape.changed(**variant.shape)
+        _, _, summary = train(base, data, folder, own, replace(config, **variant.training, data_fraction=config.data_fraction * variant.data_fraction), kept)
     except NotOfThisBase as error:
         return {"name": variant.name, "refused": str(error)}
     told = ("acceptance_length", "trained_parameters", "parameters_by_part", "answer_tokens")
     return {"name": variant.name} | {key: summary[key] for key in told}
 
 
-def _others(base: Base, streaming: StreamingConfig) -> dict[str, int]:
+def _others(base: Base, shape: AdapterConfig) -> dict[str, int]:
     """Trained parameters of other drafters for this base, by the shapes that their papers give.
 
     Medusa: for each token ahead a residual layer (d d + d) and an LM head (d V). EAGLE: one decoder layer of the base's
     own shape and a map from 2 d to d. The paper of this method counts its stream embeddings (gamma d) and no LoRA.
     """
-    config, gamma = base.model.config.get_text_config(), streaming.num_streams
+    config, gamma = base.model.config.get_text_config(), shape.num_streams
     dim, vocabulary = config.hidden_size, config.vocab_size
     modules = [module for module in decoder_layers(base.model)[0].modules() if is_projection(module)]
     matrices = sum(features(module)[0] * features(module)[1] for module in modules)  # quantized weights are packed

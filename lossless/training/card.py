@@ -91,7 +91,7 @@ Held-out acceptance length {training["acceptance_length"]:.3f} at step {training
 ## Acceptance of the decode loop
 
 Emitted tokens per pass of the base, greedy, on {parity["prompts"]} held-out prompts ({parity["tokens"]} tokens), trees of
-{parity["tree_nodes"]}, without recall: **{parity["decoded"]:.2f}**, where {parity["foretold"]:.2f} was foretold for these texts and trees. Along the stored
+{parity["tree_nodes"]}, without recall: **{parity["decoded"]:.2f}**, where {parity["foretold"]:.2f} was simulated for these texts and trees. Along the stored
 answers, sampled ones among them, training saw {parity["trained"]:.2f} and the adapter as it was saved gives {parity["read_back"]:.2f}:
 {"both pairs agree within 5 %" if parity["agrees"] else "**they do not agree**"}.
 

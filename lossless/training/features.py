@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..base.loading import free_memory
+from ..base.processes import free_memory
 from ..distillation.answers import Answers
 from ..streams.cache import RowCache
 from ..streams.runner import StreamRunner
@@ -155,7 +155,7 @@ class FixedRows:
 
 
 @dataclass(frozen=True)
-class Block:
+class TrainBatch:
     """A run of positions of several answers, padded to one shape, ready for `StreamRunner.speculate`.
 
     Attributes:
@@ -176,7 +176,7 @@ class Block:
     valid: torch.Tensor
 
 
-def make_block(features: list[Features], starts: list[int], count: int, gamma: int, first_layer: int, dtype: torch.dtype) -> Block:
+def make_batch(features: list[Features], starts: list[int], count: int, gamma: int, first_layer: int, dtype: torch.dtype) -> TrainBatch:
     """Gather `count` positions of each answer from its `starts` on (fewer where the answer ends)."""
     batch, width = len(features), max(len(f.ids) for f in features)
     device = features[0].ids.device
@@ -192,7 +192,7 @@ def make_block(features: list[Features], starts: list[int], count: int, gamma: i
     inside = torch.minimum(positions, lengths[:, None] - 1)
     ahead = torch.minimum(ahead, lengths[:, None, None] - 1)
     targets = torch.cat([ahead[:, :, 0], ahead[:, -1, 1:]], dim=1)
-    return Block(
+    return TrainBatch(
         entry=torch.stack([f.entry[p] for f, p in zip(features, inside, strict=True)]).to(dtype),
         positions=inside,
         context=torch.arange(width, device=device) <= inside[:, :, None],

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..drafting.drafter import Drafter
 from ..streams.runner import StreamRunner
-from .features import Block
+from .features import TrainBatch
 
 _DECAY = 0.8
 _COPIES = 5  # of a stream's logits that are alive at once: they, the targets twice, the gradient and what makes it
@@ -41,7 +41,7 @@ class StreamLoss(nn.Module):
         self._base = (runner, drafter)  # in a tuple: not to be registered as submodules
         self._bytes, self._hard = int(logits_gb * 2**30), hard_labels
 
-    def forward(self, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, block: TrainBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the loss, and for each stream its KL and how often its best token is the base's."""
         runner, drafter = self._base
         transition, gamma = self.adapter.transition, self.adapter.config.num_streams
@@ -60,7 +60,7 @@ class StreamLoss(nn.Module):
             loss = loss + self._pruning_loss(block)
         return loss, each.detach(), agreement.detach()
 
-    def _pruning_loss(self, block: Block) -> torch.Tensor:
+    def _pruning_loss(self, block: TrainBatch) -> torch.Tensor:
         """KL of the early exit to the base's own distribution at the same position."""
         exits = self._base[0].finish(self.adapter.exit_early(block.entry[:, 1:]))  # [b, p - 1, dim]
         if not exits.shape[1]:  # the only position of this block has no successor in it
@@ -104,7 +104,7 @@ class _Divergence(torch.autograd.Function):
             if hard:
                 targets = F.one_hot(best, targets.shape[-1]).to(targets.dtype)
             entropy = -torch.special.xlogy(targets, targets).sum(-1)  # [piece, p + gamma - 1]
-            for j in range(gamma):  # a target serves every stream that foretells it
+            for j in range(gamma):  # a target serves every stream that predicts it
                 of, ahead = valid[part, :, j], slice(j, j + count)
                 hidden = drafting[part, :, j][of].requires_grad_(learning)
                 with torch.set_grad_enabled(learning):

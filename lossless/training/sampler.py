@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..base.loading import Base, fingerprint, fingerprint_differences
-from ..config import TrainConfig
+from ..base.fingerprint import fingerprint, fingerprint_differences
+from ..base.loading import Base
 from ..distillation.answers import Answers
 from ..errors import UsageError
 from ..storage import read_json
 from ..streams.runner import StreamRunner
-from .features import Block, Features, make_block
+from .config import TrainConfig
+from .features import Features, TrainBatch, make_batch
 
 _WINDOW = 96  # answers whose stretches are visited in random order
 _READ_AT_ONCE = 8  # answers that the base reads in one pass
@@ -67,7 +68,7 @@ def split(answers: Answers, config: TrainConfig) -> tuple[Answers, Answers]:
     rest = [number for name in names for number in talks[name]]
     if len(rest) < config.answers_per_step:
         raise UsageError(f"all but {len(rest)} answers belong to held-out conversations: more prompts are needed, or a lower held_out")
-    return answers.select(held[: config.held_out]), answers.select(rest[: max(config.answers_per_step, int(config.share * len(rest)))])
+    return answers.select(held[: config.held_out]), answers.select(rest[: max(config.answers_per_step, int(config.data_fraction * len(rest)))])
 
 
 def draft_vocabulary(answers: Answers, size: int) -> torch.Tensor:
@@ -151,8 +152,8 @@ class Order:
         return max(1, round(stretches / self._processes / self._config.answers_per_step))
 
 
-def block(features: list[Features], visit: Visit, config: TrainConfig, gamma: int, runner: StreamRunner) -> Block:
+def block(features: list[Features], visit: Visit, config: TrainConfig, gamma: int, runner: StreamRunner) -> TrainBatch:
     """The stretches of a visit, each a row; features: of the answer of each."""
     starts = [start for _, start in visit.stretches]
     left = max(len(f.ids) - 2 - start for f, start in zip(features, starts, strict=True))
-    return make_block(features, starts, min(config.positions_per_answer, left), gamma, runner.first_top, runner.model.dtype)
+    return make_batch(features, starts, min(config.positions_per_answer, left), gamma, runner.first_top, runner.model.dtype)

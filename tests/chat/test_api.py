@@ -22,8 +22,8 @@ from chat_app.answer import Info
 from chat_app.api import MOST_BYTES, build
 from chat_app.engine import Engine
 from chat_app.settings import Settings
+from lossless.adapter.hub import shipped_adapter
 from lossless.base.loading import Base
-from lossless.cli.commands import shipped_adapter
 from lossless.generation.model import accelerate
 
 from .conftest import Hold, assistant, engine_over, expected, until, user

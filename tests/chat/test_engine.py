@@ -54,7 +54,7 @@ def test_the_figures_are_the_loops_own(engine: Engine) -> None:
 def doubtful(base: Base) -> Iterator[Engine]:
     """An engine to which many choices are too close to call."""
     fast = accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1), exact="near-tie", adaptive=False)
-    fast.guarantee = replace(fast.guarantee, noise=1.0)  # many times the real noise
+    fast.attached.guarantee = replace(fast.guarantee, noise=1.0)  # many times the real noise
     engine = Engine(base.model, base.tokenizer, fast, Info("tiny", "random", context=512))
     yield engine
     engine.close()

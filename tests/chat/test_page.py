@@ -15,8 +15,8 @@ from chat_app.engine import Engine
 from chat_app.flow import ACCELERATED, COMPARE, PLAIN
 from chat_app.session import MOST_TURNS, Session, Turn
 from chat_app.settings import MOST_CHARACTERS
+from lossless.adapter.hub import shipped_adapter
 from lossless.base.loading import Base
-from lossless.cli.commands import shipped_adapter
 from lossless.generation.model import accelerate
 
 from .fake import REPLY, FakeEngine, made

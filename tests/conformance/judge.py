@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lossless.adapter.compat import new_adapter
-from lossless.config import StreamingConfig
+from lossless.adapter.config import AdapterConfig, DraftConfig
 from lossless.errors import UsageError
 from lossless.generation.model import AcceleratedModel, accelerate
 
@@ -25,7 +25,7 @@ from ..test_batches import padded
 from ..test_lossless import both
 from .families import ALL, WINDOW, build
 
-CONFIG = StreamingConfig(num_streams=3, num_msa_layers=2, lora_rank=4, transition_rank=8, tree_nodes=12)
+CONFIG = AdapterConfig(3, 2, lora_rank=4, transition_rank=8, next_token_rank=0, drafting=DraftConfig(tree_nodes=12, schedule="parallel"))
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- families: written by python -m tests.conformance.judge -->", "<!-- end of families -->"
 SERVED, ALONE, BROKEN = "served", "served, batches by the base itself", "not tried: no tiny model of it runs here"
@@ -38,6 +38,7 @@ REFUSALS = {  # what a refusal says -> what the table says
     "gives other logits": "refused: a trial at attach gave other logits over a draft tree (its positions, for example, follow columns)",
     "hidden states of the shape": "refused: hidden states of its layers are not [batch, rows, width]",
     "a rule of its own": "refused: adds a position bias to attention scores by a rule of its own",
+    "a tensor of their own": "refused: its layers take a tensor of their own for each text",
     "leaves no keys": "refused: leaves no keys in a cache for later passes to look back at",
     "over a draft tree ended in": "refused: a trial at attach ended in an error, its layers do not take the rows of a draft tree",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_required_family_is_served_exactly(family: str, tmp_path: Path) -> Non
     before = digest(model)
     fast = attach(model)
     assert check(fast) == (ALONE if family == "mpt" else SERVED)
-    fast.schedule = "parallel"
+    fast.drafting = replace(fast.drafting, schedule="parallel")
     expected, found = both(fast, prompt_ids(2 * WINDOW, seed=2), seed=6, max_new_tokens=WINDOW, do_sample=True)
     assert torch.equal(expected, found)
     ids, mask = padded(7, 2 * WINDOW, 4)

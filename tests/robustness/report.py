@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lossless.base.loading import device_name
+from lossless.base.processes import device_name
 from lossless.errors import UsageError
 from lossless.storage import versions, write_json
 

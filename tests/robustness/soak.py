@@ -22,8 +22,8 @@ import transformers
 from tqdm import tqdm
 
 from lossless.adapter.compat import new_adapter
+from lossless.adapter.hub import shipped_adapter
 from lossless.base.loading import load_base
-from lossless.cli.commands import shipped_adapter
 from lossless.generation.model import AcceleratedModel, accelerate
 
 from ..conftest import VOCAB, build_tiny, tiny_config

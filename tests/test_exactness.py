@@ -25,8 +25,9 @@ from lossless.drafting.drafter import Drafter
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
 from lossless.generation.exactness import find_limits
+from lossless.generation.loop import DecodeLoop
 from lossless.generation.model import AcceleratedModel, accelerate
-from lossless.generation.sequence import Text
+from lossless.generation.sequence import Sequence
 
 from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -43,7 +44,7 @@ def attach(exact: str | None, dtype: torch.dtype = torch.float32, schedule: str 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_bitwise_means_every_bit_of_the_logits(dtype: torch.dtype, schedule: str, do_sample: bool) -> None:
     fast = attach("bitwise", dtype, schedule)
-    fast.adaptive = False  # wide trees
+    fast.drafting = replace(fast.drafting, adaptive=False)  # wide trees
     options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 40}
     for seed in range(3):
         expected, found = both(fast, prompt_ids(9 + seed, seed), seed, **options)
@@ -57,7 +58,8 @@ def test_a_mask_of_ones_pads_nothing() -> None:
     fast, ids = attach("bitwise", torch.bfloat16), prompt_ids(9)
 
     def decode(model: object, input_ids: torch.Tensor, **prepared: object) -> object:
-        return fast._decode(input_ids, **prepared | {"attention_mask": torch.ones_like(input_ids)})  # type: ignore[arg-type]
+        loop = DecodeLoop(fast.attached, fast.drafting, fast.costs, fast.stats)
+        return loop.run(input_ids, **prepared | {"attention_mask": torch.ones_like(input_ids)})  # type: ignore[arg-type]
 
     options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 20, "do_sample": False}
     expected = fast.base.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -70,7 +72,7 @@ def test_bitwise_holds_on_accepted_branches_too() -> None:
     fast = attach("bitwise", torch.bfloat16)
     ids = prompt_ids(6)
     answer = fast.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)[0, 6:].tolist()
-    fast.drafter = Bushy(answer)
+    fast.attached.drafter = Bushy(answer)
     options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 51}
     expected, found = both(fast, ids, **options)
     assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
@@ -80,7 +82,7 @@ def test_bitwise_holds_on_accepted_branches_too() -> None:
 def test_a_choice_too_close_to_call_is_made_again_from_rows_read_alone() -> None:
     fast = attach("near-tie")
     for guard, reread in ((0.0, False), (0.5, True), (1e9, True)):
-        fast.guarantee = type(fast.guarantee)("near-tie", noise=guard)
+        fast.attached.guarantee = type(fast.guarantee)("near-tie", noise=guard)
         for options in ({}, {"do_sample": True, "temperature": 0.8, "repetition_penalty": 1.2}):
             expected, found = both(fast, prompt_ids(), 3, **options)
             assert torch.equal(expected, found)
@@ -96,8 +98,8 @@ def test_a_choice_too_close_to_call_is_made_again_from_rows_read_alone() -> None
 def test_rows_that_are_read_alone_have_the_bits_of_the_base_s_own(schedule: str, do_sample: bool) -> None:
     """Streams beside such a row would change its shape, and the shape its bits."""
     fast = attach("near-tie", torch.bfloat16, schedule)
-    fast.adaptive = False
-    fast.guarantee = type(fast.guarantee)("near-tie", noise=1e9)
+    fast.drafting = replace(fast.drafting, adaptive=False)
+    fast.attached.guarantee = type(fast.guarantee)("near-tie", noise=1e9)
     options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 30}
     expected, found = both(fast, prompt_ids(11), 3, **options)
     assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
@@ -108,8 +110,8 @@ def test_rows_that_are_read_alone_have_the_bits_of_the_base_s_own(schedule: str,
 def test_a_padded_prompt_has_no_bitwise_and_is_guarded(schedule: str) -> None:
     fast, ids = attach("bitwise", torch.bfloat16, schedule), prompt_ids(9)
     mask = (torch.arange(9) > 2).long()[None]
-    fast.adaptive = False  # whatever a row costs here
-    fast.guarantee = replace(fast.guarantee, noise=1e9)
+    fast.drafting = replace(fast.drafting, adaptive=False)  # whatever a row costs here
+    fast.attached.guarantee = replace(fast.guarantee, noise=1e9)
     for do_sample in (False, True):
         options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 30}
         expected, found = both(fast, ids, 3, attention_mask=mask, **options)
@@ -135,7 +137,7 @@ def test_what_is_cut_off_by_little_is_not_taken_for_granted() -> None:
     def choice(noise: list[float], logits: list[float], *processors: LogitsProcessor, guard: float = 0.1) -> tuple[int, bool] | None:
         config = GenerationConfig(do_sample=True, max_length=9)
         tape: Any = Noise(noise)
-        text = Text(0, torch.tensor([[1, 2]]), 0, 0, LogitsProcessorList(processors), lambda *_: [False], config, tape, None, guard=guard)
+        text = Sequence(0, torch.tensor([[1, 2]]), 0, 0, LogitsProcessorList(processors), lambda *_: [False], config, tape, None, guard=guard)
         return text.choose(torch.tensor(logits), alone=False)
 
     fair, lucky_third = [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.01, 1.0]
@@ -177,8 +179,8 @@ def test_a_reread_text_goes_on_with_several_tokens_a_pass() -> None:
         def end(self) -> None: ...
 
     fast.stats_text = lambda: len(emitted) - 6  # type: ignore[attr-defined]
-    fast.drafter = Chain()
-    fast.guarantee = type(fast.guarantee)("near-tie", noise=0.3)
+    fast.attached.drafter = Chain()
+    fast.attached.guarantee = type(fast.guarantee)("near-tie", noise=0.3)
     found = fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=50, do_sample=False, streamer=Counter())
     assert found[0, 6:].tolist() == answer[:50]
     assert 0 < fast.stats.reread < 49
@@ -266,7 +268,7 @@ def test_nothing_is_left_behind() -> None:
 
 def test_a_row_read_alone_is_no_better_than_the_rows_that_it_looks_back_at() -> None:
     config = GenerationConfig(max_new_tokens=20, do_sample=False)
-    text = Text(0, prompt_ids(), 0, 0, LogitsProcessorList(), MaxLengthCriteria(99), config, None, None, guard=0.5)
+    text = Sequence(0, prompt_ids(), 0, 0, LogitsProcessorList(), MaxLengthCriteria(99), config, None, None, guard=0.5)
     sure, close = torch.tensor([0.0, 9.0, 0.0]), torch.tensor([1.0, 1.2, 0.0])
     text.choose_alone(sure)  # after the prompt
     assert text.choose_after(close[None], True)(0) == (1, False)  # one row over the prompt: the base's own pass

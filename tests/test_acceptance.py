@@ -7,7 +7,7 @@ import random
 import pytest
 
 from lossless.drafting.tree import DraftTree
-from lossless.generation.verification import walk
+from lossless.generation.acceptance import accept
 
 
 def random_tree(rng: random.Random, root: int, size: int, vocabulary: int) -> DraftTree:
@@ -47,7 +47,7 @@ def test_walks_over_random_trees_spell_plain_decoding(seed: int) -> None:
             text.append(base_choice(text))
             return text[-1], False
 
-        accepted = walk(tree, choose)
+        accepted = accept(tree, choose)
         assert len(accepted.tokens) == len(accepted.path)
         walks += 1
     assert text[:61] == plain
@@ -57,7 +57,7 @@ def test_walks_over_random_trees_spell_plain_decoding(seed: int) -> None:
 def test_a_stop_ends_the_walk_though_the_draft_goes_on() -> None:
     tree = DraftTree((1, 2, 3, 4), (-1, 0, 1, 2))
     answers = iter([(2, False), (3, True)])
-    accepted = walk(tree, lambda node: next(answers))
+    accepted = accept(tree, lambda node: next(answers))
     assert accepted.path == (0, 1)
     assert accepted.tokens == (2, 3)
     assert accepted.stopped
@@ -65,5 +65,5 @@ def test_a_stop_ends_the_walk_though_the_draft_goes_on() -> None:
 
 def test_an_oracle_is_accepted_whole_and_a_liar_never() -> None:
     tree = DraftTree((1, 2, 3), (-1, 0, 1))
-    assert walk(tree, lambda node: (node + 2, False)).tokens == (2, 3, 4)
-    assert walk(tree, lambda node: (50, False)).tokens == (50,)
+    assert accept(tree, lambda node: (node + 2, False)).tokens == (2, 3, 4)
+    assert accept(tree, lambda node: (50, False)).tokens == (50,)

@@ -1,0 +1,262 @@
+"""The decode loop: draft, verify, accept, keep.
+
+Knows: the order of things in one call. Does not know: how trees are grown or streams computed, nor how a call came about: HF's own
+`generate` prepares the config, the logits processors, the stopping criteria and the inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..adapter.config import DraftConfig
+from ..base.layers import as_decoding, input_device
+from ..drafting.costs import CostCurve
+from ..drafting.ngram import NGramCache
+from ..drafting.noise import PEEKABLE, NoiseBias, NoiseTape
+from ..drafting.policy import DraftPolicy
+from ..drafting.tree import DraftTree
+from ..streams.cache import RowCache
+from ..streams.passes import PassOutput
+from .acceptance import accept
+from .attach import Attachment
+from .exactness import moved
+from .fallback import exactness
+from .sequence import Sequence, result
+from .stats import Stats
+from .verdict import keep
+
+
+class DecodeLoop:
+    """One call of `generate`.
+
+    Args:
+        attached: what passes run through, and how exactly.
+        drafting: how trees are drafted.
+        costs: of a step's parts here.
+        stats: where it counts what it does.
+    """
+
+    def __init__(self, attached: Attachment, drafting: DraftConfig, costs: CostCurve, stats: Stats) -> None:
+        self.attached, self.drafting, self.costs, self.stats = attached, drafting, costs, stats
+        self.reader, self.runner, self.drafter = attached.reader, attached.runner, attached.drafter
+        self.adapter = attached.reader.adapter
+
+    def run(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        passed_in: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Stands in for `GenerationMixin._sample`, and is given what HF's `generate` has prepared; `input_ids` is `[batch, prompt]`."""
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        # with a passed-in cache the ids may be the new ones only; the mask is always of the whole text
+        width = getattr(generation_config, "_mask_length", 0) if attention_mask is None else attention_mask.shape[1]
+        width, padding = max(width, prompt.shape[1]), None
+        if attention_mask is not None and not attention_mask.all():  # some versions of HF hand over a mask of ones
+            padding = attention_mask == 0
+        self.stats.exact = exactness(self.attached.guarantee.level, len(input_ids), padding is not None)
+        sequences = self._sequences(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
+        cache = RowCache(len(self.runner.layers), width + 256, padding)
+        if past_key_values is not None and past_key_values.get_seq_length():
+            cache.adopt(past_key_values)
+
+        # 1. prefill: each prompt's last row gives the first token and speculates
+        started = time.perf_counter()
+        out = self._read_prompts(prompt[:, cache.length - width :], padding, cache)
+        cache.keep(range(width - cache.length))
+        for sequence, logits in zip(sequences, out.logits[:, -1], strict=True):
+            sequence.remember(sequence.choose_alone(logits))
+            self.stats.emit(sequence.number, (sequence.last,), (0,), 0)
+        policy = DraftPolicy(self.costs if self.drafting.adaptive else None)
+        active, streams = self._go_on(sequences, out, [out.entry.shape[1] - 1] * len(sequences), cache, policy)
+        self.stats.prefill_s = (begun := time.perf_counter()) - started
+
+        with self._as_decoding():
+            while active:
+                # 2. draft: under each certain token, a tree of likely continuations
+                with self.stats.timing("draft_s"):
+                    noise_bias = self._peek_noise(active, out.logits) if policy.drafting else None
+                    policy.read(cache.length)
+                    trees = self._draft(streams, active, noise_bias, policy.curve)
+                # 3. verify: the base's own logits after every node, and the next streams, in one pass
+                with self.stats.timing("pass_s"):
+                    out = self._read_trees(trees, active, cache, noise_bias, policy.drafting)
+                # 4. accept: follow the base's choices as far as they were drafted
+                choices = [sequence.choose_after(rows, self.runner is self.reader) for sequence, rows in zip(active, out.logits, strict=True)]
+                walks = [accept(tree, choose) for tree, choose in zip(trees, choices, strict=True)]
+                for sequence, tree, accepted in zip(active, trees, walks, strict=True):
+                    sequence.remember(accepted.tokens)
+                    self.stats.count(sequence.number, tree, accepted)
+                emitted = sum(len(accepted.tokens) for accepted in walks) / len(walks)
+                policy.note(*self._cost(trees), emitted, self.stats.draft_s + self.stats.pass_s)
+                # 5. keep the accepted rows; the last choice is the next root
+                cache.keep_each([accepted.path for accepted in walks])
+                rows = [accepted.path[-1] for accepted in walks]
+                if walks[0].open:  # too close to call: made again from rows read one by one, as the base reads them
+                    out, rows = self._read_alone(active[0], cache, out.logits[0, rows]), [0]
+                # 6. speculate: the streams of each last accepted node, if drafts pay; finished texts leave the batch
+                with self.stats.timing("draft_s"):
+                    active, streams = self._go_on(active, out, rows, cache, policy)
+
+        self.stats.texts = len(sequences)
+        self.stats.tokens = sum(sequence.emitted for sequence in sequences)
+        self.stats.decode_s = time.perf_counter() - begun
+        if passed_in or generation_config.return_dict_in_generate:
+            cache.pass_on(past_key_values)
+        return result(sequences, past_key_values)
+
+    @contextlib.contextmanager
+    def _as_decoding(self) -> Iterator[None]:
+        """What HF's own loop enters behind the prefill, for every model that passes run through."""
+        with contextlib.ExitStack() as entered:
+            for model in {id(by.model): by.model for by in (self.reader, self.runner)}.values():
+                entered.enter_context(as_decoding(model))
+            yield
+
+    def _draft(self, streams: torch.Tensor | None, sequences: list[Sequence], noise_bias: NoiseBias | None, curve: CostCurve | None) -> list[DraftTree]:
+        """A tree under the certain token of each text."""
+        roots, ngrams = [sequence.last for sequence in sequences], [sequence.ngrams for sequence in sequences]
+        depths = [self._depth_limit(sequence) for sequence in sequences]
+        return self.drafter.trees(streams, roots, self.drafting.tree_nodes, ngrams, noise_bias, depths, curve)
+
+    def _depth_limit(self, sequence: Sequence) -> int:
+        """How deep a tree under this text may be: neither tokens nor places go on for ever."""
+        return max(0, min(sequence.remaining, self.runner.places - sequence.position) - 1)
+
+    def _cost(self, trees: list[DraftTree]) -> tuple[int, int]:
+        """Rows and drafted levels of a step over these trees, of the largest of them."""
+        depth = max(max(tree.depths) for tree in trees)
+        return max(map(len, trees)), min(depth + 1, self.adapter.config.num_streams)
+
+    def _streams_join(self, alone: bool) -> bool:
+        """Whether streams run in the base's own pass: under near-tie not if its rows are to have the shapes of the base's own."""
+        return self.drafting.schedule == "parallel" and not (alone and self.stats.exact == "near-tie")
+
+    def _sequences(
+        self, input_ids: torch.Tensor, width: int, padding: torch.Tensor | None, config: GenerationConfig,
+        processor: Any, criteria: Any, streamer: Any,
+    ) -> list[Sequence]:  # fmt: skip
+        """The sequences of the batch before anything is generated; `width` columns hold each prompt."""
+        noise = NoiseTape(len(input_ids)) if config.do_sample else None
+        guard = self.attached.guarantee.noise if self.stats.exact == "near-tie" else 0.0
+        sequences = []
+        for number, ids in enumerate(input_ids):
+            hidden, before = 0 if padding is None else int(padding[number].sum()), width - len(ids)
+            ngrams = NGramCache(ids[max(0, hidden - before) :].tolist()) if self.drafting.recall else None
+            prepared = (processor, criteria, config, noise, ngrams, streamer, guard)
+            sequences.append(Sequence(number, ids[None], hidden, before, *prepared))
+        return sequences
+
+    def _read_prompts(self, prompt: torch.Tensor, padding: torch.Tensor | None, cache: RowCache) -> PassOutput:
+        """The pass over what the cache has not of the prompts, `[batch, rows]` ids or `[batch, rows, dim]` embeddings.
+
+        Prompts are padded on the left; their last rows speculate.
+        """
+        rows, device = prompt.shape[1], input_device(self.reader.base)
+        positions, mask = torch.arange(cache.length, cache.length + rows)[None].expand(len(prompt), -1), None
+        if padding is not None:
+            positions = (positions - padding.sum(1, keepdim=True).to(positions.device)).clamp_min(0)
+            own = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+            # a padding row sees itself, so that its softmax has something to sum
+            mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
+        nodes = torch.tensor([rows - 1]) if self._streams_join(alone=True) else None
+        return self.reader.verify(prompt.to(device), positions.to(device), mask, cache, nodes, last_only=True)
+
+    def _peek_noise(self, sequences: list[Sequence], logits: torch.Tensor) -> NoiseBias | None:
+        """The noise that sampling will draw for the tokens of a tree under each text, if it draws any."""
+        noise, config, device = sequences[0].noise, sequences[0].config, sequences[0].ids.device
+        if noise is None or self.drafting.tree_nodes == 1 or config.top_k == 1 or device.type not in PEEKABLE:
+            return None
+        like = torch.empty(1, logits.shape[-1], dtype=torch.float32, device=device)
+        ahead = noise.peek([sequence.number for sequence in sequences], self.adapter.config.num_streams, like)
+        # drafts do not know for sure which tokens are the base's best few
+        return NoiseBias(ahead, config.temperature or 1.0, max(config.top_k, self.drafting.tree_top_k) if config.top_k else 0)
+
+    def _read_trees(self, trees: list[DraftTree], sequences: list[Sequence], cache: RowCache, noise_bias: NoiseBias | None, drafting: bool) -> PassOutput:
+        """One target pass over a tree for each text; with the parallel schedule every node speculates, while drafts pay."""
+        width, device = max(map(len, trees)), input_device(self.reader.base)
+        ids, positions = torch.zeros(len(trees), width, dtype=torch.long), torch.zeros(len(trees), width, dtype=torch.long)
+        mask = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # what fills a smaller tree sees itself
+        for i, (tree, sequence) in enumerate(zip(trees, sequences, strict=True)):
+            ids[i, : len(tree)] = torch.tensor(tree.tokens)
+            positions[i, : len(tree)] = torch.tensor(tree.depths) + sequence.position
+            mask[i, : len(tree), : len(tree)] = tree.mask()
+        nodes = self._speculators(trees, width, noise_bias) if drafting and self._streams_join(alone=width == 1) else None
+        chosen = None if width == 1 else mask.to(device)
+        out = self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
+        self.stats.speculated += len(trees) * len(out.nodes)
+        return out
+
+    def _speculators(
+        self, trees: list[DraftTree], width: int, noise_bias: NoiseBias | None
+    ) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
+        """The rows of a pass over trees that speculate: all, or those that the pruning layer finds worth it."""
+        if self.adapter.pruning is None:
+            return torch.arange(width)
+
+        def choose(entry: torch.Tensor) -> torch.Tensor:
+            exits = self.runner.finish(self.runner.adapter.exit_early(entry))
+            return self.drafter.worth_streams(exits, trees, self.drafting.pruning_floor, noise_bias)
+
+        return choose
+
+    def _read_alone(self, sequence: Sequence, cache: RowCache, doubted: torch.Tensor) -> PassOutput:
+        """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last, whose logits in
+        a pass of another shape were `doubted`, `[1, vocab]`."""
+        cache.forget(sequence.before + sequence.num_exact_rows)
+        device = input_device(self.reader.base)
+        for place in range(sequence.num_exact_rows, sequence.ids.shape[1]):
+            position = torch.tensor([[place - sequence.start]], device=device)
+            out = self.reader.verify(sequence.ids[:, place : place + 1].to(device), position, None, cache, None)
+            cache.keep([0])
+        reread, sequence.num_exact_rows = sequence.ids.shape[1] - sequence.num_exact_rows, sequence.ids.shape[1]
+        found = self.attached.guarantee.after(moved(doubted, out.logits[0, -1:].float()))
+        if found is not self.attached.guarantee:  # what the probe promised was too little: no longer
+            self.attached.guarantee = found
+            self.stats.exceeded += 1
+            sequence.widen(found.noise)
+            keep(self.attached.kept, self.reader.model, found)
+        sequence.remember(sequence.choose_alone(out.logits[0, -1]))
+        self.stats.count_alone(sequence.number, sequence.last, reread)
+        return out
+
+    def _go_on(
+        self, sequences: list[Sequence], out: PassOutput, rows: list[int], cache: RowCache, policy: DraftPolicy
+    ) -> tuple[list[Sequence], torch.Tensor | None]:
+        """The texts that are not finished, and `[texts, num_streams, dim]`: the streams of their row of the pass, None while drafts
+        do not pay.
+
+        `rows` are by now the last certain ones in the cache; finished texts are dropped from it.
+        """
+        going = [i for i, sequence in enumerate(sequences) if not sequence.stopped]
+        active, chosen = [sequences[i] for i in going], [rows[i] for i in going]
+        if len(going) < len(sequences) and going:
+            cache.select(going)
+        if not going or not policy.drafting or self.drafting.tree_nodes == 1:
+            return active, None
+        if out.streams is not None and set(chosen) <= set(out.nodes):  # not if one was pruned
+            return active, out.streams[going, [out.nodes.index(row) for row in chosen]]
+        if out.streams is not None:
+            self.stats.pruned_wrongly += sum(row not in out.nodes for row in chosen)
+        entry = out.entry[going, chosen][:, None]  # [texts, 1, dim]
+        positions = torch.tensor([[sequence.position - 1] for sequence in active], device=entry.device)
+        context = cache.visible()
+        if context is None:
+            context = torch.ones(len(active), cache.length, dtype=torch.bool)
+        told = None
+        if self.adapter.told is not None:
+            told = self.drafter.embed(torch.tensor([[sequence.last] for sequence in active], device=entry.device))
+        return active, self.runner.speculate(entry, positions, context[:, None].to(entry.device), cache, told)[:, 0]

@@ -1,0 +1,102 @@
+"""Attention of a pass: a call for main rows and another for streams.
+
+Knows: how the base's own attention is called for each kind of row. Does not know: where rows come from.
+
+Attention of main rows is the base's own call over main keys; streams have a call of their own over all
+keys. So main rows get the same shapes, and the same bits, whether streams are there or not.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..base import kernels
+from ..base.attention import GROUPED, SDPA, grouped
+from .invariance import one_by_one
+from .masks import PositionMask, Window
+from .passes import PASS, Pass
+
+ATTENTION = "lossless_streams"
+
+
+def _base_attention(module: nn.Module, implementation: str) -> Any:
+    """The attention function that the base itself would call."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
+def _window(module: nn.Module, kwargs: dict[str, Any]) -> Window:
+    """How far back a layer's attention looks."""
+    config: Any = getattr(module, "config", None)
+    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and number is not None and kinds[number] == "chunked_attention":
+        return Window(chunk=config.attention_chunk_size)
+    return Window(kwargs.get("sliding_window"))
+
+
+def _alone(
+    attention: Any, module: nn.Module, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """The base's attention of one row over keys that are all its own: `[1, 1, heads, head_dim]`."""
+    return attention(module, query, key, value, None, **kwargs)[0]
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Main rows over main keys and stream rows over all keys, each in a call of its own.
+
+    query: `[batch, heads, rows, head_dim]`; key, value: `[batch, kv_heads, keys, head_dim]`;
+    returns `[batch, rows, heads, head_dim]`.
+    """
+    plan = PASS.get()
+    if plan is None:
+        raise RuntimeError("lossless attention was called outside a pass")
+    window = _window(module, kwargs)
+    rows, outputs = plan.main_rows, []
+    if plan.main is not None:
+        keys = key.shape[2] - (query.shape[2] - rows)
+        main = (query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]) if query.shape[2] > rows else (query, key, value)
+        if plan.alone is None:
+            outputs.append(_masked(plan, plan.main, window, module, kwargs, *main))
+        elif plan.implementation == GROUPED and kwargs.get("position_bias") is None and kernels.attendable(*main[:2]):
+            starts = None if window == Window() else [window.first(length - 1) for length in plan.alone.lengths(keys - rows)]
+            outputs.append(kernels.attend(*main, kwargs.get("scaling"), plan.alone.tensors, starts))
+        else:
+            attend = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
+            outputs.append(one_by_one(attend, *main, plan.alone.calls, lambda length: window.first(length - 1)))
+    if plan.stream is not None and query.shape[2] > rows:  # not in the lower layers
+        outputs.append(_masked(plan, plan.stream, window, module, kwargs, query[:, :, rows:], key, value))
+    return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
+
+
+def _masked(
+    plan: Pass, mask: PositionMask, window: Window, module: nn.Module, kwargs: dict[str, Any],
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The base's attention of some rows over the keys that they may see: `[batch, rows, heads, head_dim]`.
+
+    With a mask, HF's own way with grouped heads is to copy each key and value for every head of its group. The heads of a
+    group stand side by side as rows instead.
+    """
+    foldable = plan.implementation in SDPA and kwargs.get("position_bias") is None
+    groups = query.shape[1] // key.shape[1] if foldable else 1
+    seen = mask.as_mask(window, query, plan.implementation, groups)
+    if seen is None or not foldable:
+        return _base_attention(module, plan.implementation)(module, query, key, value, seen, **kwargs)[0]
+    return grouped(kwargs.get("scaling"), query, key, value, seen)
+
+
+AttentionInterface.register(ATTENTION, _attend)
