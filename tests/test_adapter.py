@@ -121,7 +121,13 @@ def test_broken_files_are_told_apart(tiny: LlamaForCausalLM, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="broken or cut short"):
         accelerate(tiny, tmp_path)
     (tmp_path / WEIGHTS_FILE).write_bytes(weights)
-    (tmp_path / CONFIG_FILE).write_text((tmp_path / CONFIG_FILE).read_text()[:40])
+    written = (tmp_path / CONFIG_FILE).read_text()
+    no_width = json.loads(written)
+    no_width["projections"] = {name: [0, 0] for name in no_width["projections"]}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(no_width))
+    with pytest.raises(UsageError, match="broken or cut short"):
+        accelerate(tiny, tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(written[:40])
     with pytest.raises(UsageError, match="broken or cut short"):
         accelerate(tiny, tmp_path)
 

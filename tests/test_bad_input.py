@@ -119,7 +119,7 @@ COMMANDS = [  # what is typed, and what must be in the one line
     (f"train {MODEL} --data broken-answers --out t", "distill.json is broken"),
     (f"train {MODEL} --data gone --out t --steps 0", "steps must be at least 1, got 0"),
     (f"train {MODEL} --data gone --out t --learning-rate nan", "learning_rate must be a finite number, got nan"),
-    (f"train {MODEL} --data gone --out t --share 0", "share must be above 0 and at most 1, got 0.0"),
+    (f"train {MODEL} --data gone --out t --share 0", "data_fraction must be above 0 and at most 1, got 0.0"),
     (f"train {MODEL} --data gone --out t --mixed-precision fp61", "did you mean 'fp16'?"),
     (f"train {MODEL} --data gone --out t --schedule parallell", "did you mean 'parallel'?"),
     (f"train {MODEL} --data gone --out t --begin-from gone/", "no adapter"),

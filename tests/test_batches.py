@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from lossless.adapter.compat import new_adapter
 from lossless.drafting.noise import NoiseTape
 from lossless.generation.model import AcceleratedModel, accelerate
 
+from .conformance.families import build
 from .conftest import VOCAB, build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
@@ -126,3 +128,18 @@ def test_a_tape_holds_what_multinomial_would_draw() -> None:
     assert torch.equal(found, torch.stack(expected))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not tape._draws  # what every text has passed is forgotten
+
+
+@pytest.mark.parametrize("exact", ["bitwise", "near-tie"])
+def test_a_padded_prompt_behind_a_window_is_answered_by_the_base(exact: str) -> None:
+    """Its rows see masked keys: how many there are rounds them, and the base's own cache keeps others than ours."""
+    model = build("mistral").bfloat16()  # a window of 12
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), exact=exact, adaptive=False)
+    for width, more, served in ((8, 4, True), (14, 30, False)):  # 6 tokens of text in so many columns
+        ids, mask = padded(width, 6)
+        options = {"attention_mask": mask[1:], "max_new_tokens": more, "do_sample": False}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="not accelerated: a padded prompt for a base whose layers look back over a window")
+            expected, found = both(fast, ids[1:], 3, **options)
+        assert torch.equal(expected, found)
+        assert fast.stats.served == served

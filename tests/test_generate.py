@@ -126,6 +126,16 @@ def test_stop_strings(fast: AcceleratedModel, do_sample: bool) -> None:
     assert found.shape[1] <= 32
 
 
+@pytest.mark.filterwarnings("ignore:not accelerated")
+def test_criteria_that_are_none_are_refused_as_by_the_base(fast: AcceleratedModel) -> None:
+    said = []
+    for model in (fast.base, fast):
+        with pytest.raises(TypeError) as caught:
+            model.generate(prompt_ids(), max_new_tokens=3, stop_strings=["a"], tokenizer=letters(), stopping_criteria=3)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
 def test_no_time_left(fast: AcceleratedModel) -> None:
     expected, found = both(fast, prompt_ids(), max_time=0.0)
     assert torch.equal(expected, found)

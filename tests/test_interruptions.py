@@ -107,7 +107,7 @@ def test_killed_training_loses_at_most_one_checkpoint_interval(tiny_folder: Path
 # the command; of an adapter that has learnt, each process notes what it is like before the best one is read back
 _NOTING = """
 import os, sys
-from lossless.adapter import StreamAdapter
+from lossless import StreamAdapter
 from lossless.cli.parser import main
 read = StreamAdapter.load_state_dict
 def note(self, *given, **how):

@@ -305,7 +305,7 @@ class StreamAdapter(nn.Module):
             adapter._place = torch.empty(0)
         except FileNotFoundError as error:
             raise UsageError(f"no adapter in {folder}: {Path(error.filename or WEIGHTS_FILE).name} is missing") from None
-        except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UsageError(f"the adapter in {folder} is broken or cut short: {reason}") from error
         if base is not None:

@@ -192,6 +192,18 @@ def own_window(layer: nn.Module) -> int | None:
     return None
 
 
+def shortest_window(model: PreTrainedModel) -> int | None:
+    """The fewest places that any layer looks back over; None if all look back at everything."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    found = [own_window(layer) for layer in decoder_layers(model)]
+    if kinds is None or "sliding_attention" in kinds:
+        found.append(getattr(config, "sliding_window", None))
+    if kinds is not None and "chunked_attention" in kinds:
+        found.append(getattr(config, "attention_chunk_size", None))
+    return min((window for window in found if isinstance(window, int)), default=None)
+
+
 def is_projection(module: nn.Module) -> bool:
     """Whether it multiplies rows with a matrix and does nothing else (some routers are linear, and then choose)."""
     return isinstance(module, nn.Linear | Conv1D | PackedLinear | FourBitLinear) and "Router" not in type(module).__name__

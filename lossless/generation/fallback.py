@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
-from ..base.layers import counts_padding, decoder, rotary_turns, shares_position_bias
+from ..base.layers import counts_padding, decoder, rotary_turns, shares_position_bias, shortest_window
 from .conditions import under_autocast
 
 # arguments of generate() that are not fields of a generation config
@@ -44,6 +44,8 @@ def fallback_reason(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, A
     rows, mask = kwargs["inputs_embeds"] if ids is None else ids, kwargs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.shape[:1] != rows.shape[:1]:
         return "an attention mask for another number of prompts"
+    if not isinstance(kwargs.get("stopping_criteria"), list | tuple | None):
+        return "stopping_criteria is not a list"
     for name in ("assistant_model", "custom_generate", "negative_prompt_ids"):
         if kwargs.get(name) is not None:
             return f"{name} was given"
@@ -119,6 +121,9 @@ def fallback_reason_as_prepared(
     if any(longest > turn and (prompt <= turn or again) for turn, again in rotary_turns(model)):
         return "a text that may outgrow the length from which on this base turns its positions otherwise"
     if len(input_ids) == 1:
+        window = shortest_window(model)
+        if padded and window is not None and longest - ahead > window:  # its rows see masked keys, and how many rounds them
+            return "a padded prompt for a base whose layers look back over a window"
         remembering = next((type(part).__name__ for part in logits_processor if _may_remember(part)), None)
         if remembering and exactness(exact, 1, padded) == "near-tie":
             return f"{remembering}, a processor that may remember what it was asked, under near-tie"

@@ -252,7 +252,7 @@ def try_case(case: Case) -> tuple[str, str | None]:
         cut = _interrupt(fast, case, given)
     expected, found = (_answer(model, case, fast) for model in (fast.base, fast))
     for part, ours in found.items():
-        if not _same(expected.get(part), ours, fast.guarantee.level == "bitwise" or part not in ("scores", "logits")):
+        if not _same(expected.get(part), ours, fast.stats.exact == "bitwise" or part not in ("scores", "logits")):
             return "failed", f"{part}: {_short(ours)}, the base's own: {_short(expected.get(part, expected.get('raised')))}"
     if "raised" in found:
         return f"raised {'by the caller' if 'own code' in str(found['raised']) else 'by the base, as by itself'}", None
@@ -314,7 +314,10 @@ def _same(a: Any, b: Any, exactly: bool) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.shape != b.shape:
             return False
-        return torch.equal(a, b) if exactly else torch.allclose(a, b, rtol=0.1, atol=0.25)
+        if exactly:
+            return torch.equal(a, b)
+        both = a.isfinite() & b.isfinite()  # what a processor cuts off may hang on little, and changes no token
+        return torch.allclose(a[both], b[both], rtol=0.1, atol=0.25)
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(_same(x, y, exactly) for x, y in zip(a, b, strict=True))
     return bool(a == b)
