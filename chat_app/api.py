@@ -26,7 +26,7 @@ from lossless.errors import UsageError
 
 from .answer import Answer, Waiting, Way
 from .engine import Engine
-from .protocol import Refusal, Reply, figures, parse, refusal
+from .protocol import Refusal, Reply, described, figures, parse, refusal, require_served
 
 MOST_BYTES = 4 * 2**20  # of a request
 _CONVERSATIONS = 8  # texts whose rows are kept for programs, which send whole conversations, several in turn
@@ -84,10 +84,12 @@ def build(engine: Engine, key: str | None = None) -> FastAPI:
 
     @app.get("/v1/models", dependencies=[Depends(admitted)])
     async def models() -> dict[str, Any]:
-        info = engine.info
-        about = {"adapter": info.adapter, "precision": info.precision, "device": info.device, "threads": info.threads,
-                 "exact": info.exact, "context": info.context, "packed": info.packed}  # fmt: skip
-        return {"object": "list", "data": [{"id": info.name, "object": "model", "created": 0, "owned_by": "lossless", "lossless": about}]}
+        return {"object": "list", "data": [described(engine.info)]}
+
+    @app.get("/v1/models/{name:path}", dependencies=[Depends(admitted)])
+    async def model(name: str) -> dict[str, Any]:
+        require_served(name, engine.info)
+        return described(engine.info)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -69,13 +69,25 @@ class Request:
     include_usage: bool = False
 
 
+def require_served(name: Any, info: Info) -> None:
+    """Raises Refusal for another model than the one that is here."""
+    if name != info.name:
+        raise Refusal(f"the model must be {info.name!r}, got {name!r}", 404, param="model", code="model_not_found")
+
+
+def described(info: Info) -> dict[str, Any]:
+    """The model as the list of models has it."""
+    about = {"adapter": info.adapter, "precision": info.precision, "device": info.device, "threads": info.threads,
+             "exact": info.exact, "context": info.context, "packed": info.packed}  # fmt: skip
+    return {"id": info.name, "object": "model", "created": 0, "owned_by": "lossless", "lossless": about}
+
+
 def parse(body: Any, chat: bool, info: Info) -> Request:
     """Raises Refusal for what cannot be answered as it was meant."""
     if not isinstance(body, dict):
         raise Refusal("the body must be a JSON object")
     _of_type(body, "model", str, None)
-    if body.get("model") != info.name:
-        raise Refusal(f"the model must be {info.name!r}, got {body.get('model')!r}", 404, param="model", code="model_not_found")
+    require_served(body.get("model"), info)
     for name in _REFUSED:
         if body.get(name) and body[name] != "none":
             raise Refusal(f"{name} is not supported", param=name, code="unsupported_parameter")

@@ -245,17 +245,17 @@ def _adapter_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--exact", help="bitwise, near-tie or off; by default what a probe finds: bitwise if it can be had and is worth it")
     command.add_argument("--tree-nodes", type=int, help="most rows of a verification pass; the adapter's own choice by default")
     command.add_argument("--adaptive", action=argparse.BooleanOptionalAction,
-                         help="trees that fit what rows cost here, and none while drafts do not pay; or full trees; the same")  # fmt: skip
+                         help="trees that fit what rows cost here, and none while drafts do not pay; or full trees; the adapter's own choice by default")  # fmt: skip
     command.add_argument("--schedule", help="parallel or deferred; the adapter's own choice by default")
-    command.add_argument("--pruning-floor", type=float, help="least probability, by the pruning layer, of a node that speculates; the same")
-    command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from the text itself too, or not")
+    command.add_argument("--pruning-floor", type=float, help="least probability, by the pruning layer, of a node that speculates; the adapter's own choice by default")
+    command.add_argument("--recall", action=argparse.BooleanOptionalAction, help="draft from n-grams of the text too, or not; the adapter's own choice by default")
 
 
 def _decoding_flags(command: argparse.ArgumentParser, max_new_tokens: int | None = 128) -> None:
     """`max_new_tokens` None: a suite says it."""
     shown = "(%(default)s)" if max_new_tokens else "(what the suite says; 128 with --prompts)"
-    command.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=shown)
+    command.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"tokens of an answer at most {shown}")
     command.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
-    command.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
-    command.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
+    command.add_argument("--temperature", type=float, default=1.0, help="divides the logits before sampling (%(default)s)")
+    command.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that have so much probability (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of every side, anew for each prompt (%(default)s)")

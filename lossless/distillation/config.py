@@ -15,10 +15,10 @@ class DistillConfig:
     """What to ask of the base.
 
     Args:
-        answer_tokens: stop after so many.
-        max_new_tokens: of one answer.
+        answer_tokens: stop after so many tokens of answers.
+        max_new_tokens: tokens of one answer at most.
         max_prompt_tokens: longer prompts are skipped; a later turn of a conversation may be as much longer as its answers.
-        max_turns: of a conversation.
+        max_turns: turns of a conversation at most.
         batch_size: answers at once; a finished one is replaced. Their keys and values have to fit into memory.
         temperatures: used in turn, conversation by conversation; 0 is greedy.
         self_drawn: prompts that the model draws itself.

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from ..storage import read_jsonl
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # the hub refuses a card with any other name of a base
@@ -47,9 +49,10 @@ def write_card(folder: Path, training: dict[str, Any], parity: dict[str, Any], c
     data, streaming = training["data"], training["streaming"]
     total = training["trained_parameters"]
     rows = [f"| {part} | {count:,} |" for part, count in training["parameters_by_part"].items()]
+    base = training["model"] if _HUB_ID.fullmatch(training["model"]) else None
+    about = ModelCardData(library_name="lossless", base_model=base, tags=["speculative-decoding", "speculative-streaming"])
     text = f"""---
-library_name: lossless
-{f"base_model: {training['model']}{chr(10)}" if _HUB_ID.fullmatch(training["model"]) else ""}tags: [speculative-decoding, speculative-streaming]
+{about.to_yaml()}
 ---
 
 # Streams for {training["model"]}

@@ -17,25 +17,25 @@ class TrainConfig:
     """How long and how fast to learn.
 
     Args:
-        steps: of the optimizer.
+        steps: steps of the optimizer.
         answers_per_step: stretches of answers that a step visits in every process, most of them of different answers.
-        positions_per_answer: the length of a stretch.
+        positions_per_answer: the length of a stretch, in tokens.
         visit_every: of an answer's stretches an epoch visits one in so many, others in the next: with more answers than
             time, a few positions of all of them teach more than all positions of a few.
         gradient_accumulation: so many visits make a step.
-        learning_rate: of AdamW, at its highest; it falls to 0 as a cosine.
-        warmup_steps: while it rises.
+        learning_rate: AdamW's learning rate at its highest; it falls to 0 as a cosine.
+        warmup_steps: steps over which the learning rate rises.
         max_grad_norm: longer gradients are cut.
         hard_labels: learn the base's likeliest tokens only, not their probabilities.
         data_fraction: part of the answers that is learnt from.
-        mixed_precision: of Accelerate: no, bf16 or fp16; empty for what it is configured to.
+        mixed_precision: Accelerate's mixed precision: no, bf16 or fp16; empty for what it is configured to.
         held_out: answers that are kept for evaluation.
         eval_every: steps between evaluations; the adapter of the best one is kept.
         patience: evaluations without a better one that end the training; 0 never does.
-        checkpoint_every: steps that an interruption can cost.
+        checkpoint_every: steps between checkpoints: what an interruption can cost.
         feature_memory_gb: for the base's hidden states of answers that are visited soon or again.
         logits_memory_gb: for the logits of all streams; what does not fit at once is computed a piece at a time.
-        tracker: of Accelerate: tensorboard, wandb and others; empty for none.
+        tracker: one of Accelerate's trackers: tensorboard, wandb and others; empty for none.
         begin_from: folder or hub id of an adapter that goes on learning: with its `seed` and at most its `held_out`, nothing
             is held out that it has learnt from.
         seed: of the weights, of the order of answers, and of what is held out.

@@ -249,6 +249,9 @@ def test_models(client: openai.OpenAI) -> None:
     [model] = client.models.list().data
     assert model.id == "tiny"
     assert model.model_extra["lossless"]["context"] == 512  # type: ignore[index]
+    assert client.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError, match="the model must be 'tiny', got 'org/other'"):
+        client.models.retrieve("org/other")
 
 
 def test_a_key(engine: Engine) -> None:
