@@ -18,6 +18,8 @@ from lossless.adapter.hub import shipped_adapter
 from lossless.adapter.weights import StreamAdapter
 from lossless.training.ablation import table
 
+from . import versions
+
 ROOT = Path(__file__).parent.parent
 REPORTS = ROOT / "data" / "reports"
 Report = dict[str, Any]
@@ -230,6 +232,10 @@ def ablation(dtype: str) -> Callable[[], str]:
     return lambda: table(reports("ablation")[dtype])
 
 
+def tried_versions() -> str:
+    return versions.table(json.loads(versions.REPORT.read_text(encoding="utf-8")))
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"front": front, "best without us": best_without_us, "certified": certified},
     "lossless/evaluation/README.md": {
@@ -238,6 +244,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "lossless/adapters/demo/README.md": {
         "acceptance": acceptance, "ablation": ablation("bfloat16"), "second ablation": ablation("float32"), "pruning": pruning,
     },
+    ".github/CONTRIBUTING.md": {"versions": tried_versions},
 }  # fmt: skip
 
 

@@ -84,3 +84,15 @@ def test_a_base_with_a_lora_of_its_own(merged: bool) -> None:
     model = wrapped.merge_and_unload() if merged else wrapped
     model.requires_grad_(False)
     assert not torch.equal(same_everywhere(model), before)  # the LoRA is at work
+
+
+def test_a_model_that_is_moved_stays_accelerated() -> None:
+    """`to`, `eval` and their like give the model itself: the accelerated one, of an accelerated one."""
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    assert fast.eval() is fast
+    assert fast.to(torch.bfloat16) is fast
+    assert model.dtype == torch.bfloat16
+    expected, found = both(fast, prompt_ids())
+    assert torch.equal(expected, found)
+    assert fast.stats.served

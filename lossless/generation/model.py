@@ -35,6 +35,10 @@ from .stats import Stats
 OVERRIDES = frozenset(("tree_nodes", "adaptive", "schedule", "recall", "pruning_floor"))  # of an adapter's `DraftConfig`
 
 
+# methods of a model that give the model itself
+_GIVING_THEMSELVES = frozenset(("to", "cpu", "cuda", "float", "half", "bfloat16", "eval", "train", "requires_grad_"))
+
+
 class AcceleratedModel:
     """A frozen model with an adapter attached; made by `accelerate`.
 
@@ -99,7 +103,15 @@ class AcceleratedModel:
     def __getattr__(self, name: str) -> Any:
         if name == "base":  # not yet set: a broken copy must not recurse
             raise AttributeError(name)
-        return getattr(self.base, name)
+        found = getattr(self.base, name)
+        if name not in _GIVING_THEMSELVES:
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> AcceleratedModel:
+            found(*args, **kwargs)
+            return self  # not the base, whose answers would not be accelerated
+
+        return call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)

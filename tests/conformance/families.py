@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lossless.base.loading import freeze
 
 VOCAB, WINDOW = 96, 12
-_MOST_WEIGHTS = 5_000_000
+_MOST_WEIGHTS = 7_000_000
 
 # the families that must be served
 REQUIRED = [
@@ -66,8 +66,14 @@ _SPECIAL: dict[str, dict[str, Any]] = {
                      "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "zaya": {"num_experts_per_tok": 1},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "num_experts": 2},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
+    "cohere_compass_text": {
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
 }

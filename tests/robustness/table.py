@@ -19,7 +19,7 @@ def made() -> str:
     for path in sorted(HERE.glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         counts = [f"{count:,} {kind}" for kind, count in run["counts"].items() if kind != "failed"]
-        measured = [f"{key}: {value}" for key, value in run["measured"].items() if key in ("memory by quarters, MiB", "level")]
+        measured = [f"{key}: {value}" for key, value in run["measured"].items() if key in ("memory behind each quarter, MiB", "at most in it", "level")]
         asked = ", ".join(f"{key} {value}" for key, value in run["settings"].items())
         lines.append(f"| {path.stem} | {asked} | {'; '.join(counts + measured)} | {run['counts'].get('failed', 0)} | {run['seconds']:,.0f} |")
         versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("python", "torch", "transformers"))
