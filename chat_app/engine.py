@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lossless.base.layers import context_limit, input_device
+from lossless.base.layers import CACHE, context_limit, input_device
 from lossless.base.loading import load_base, precision
 from lossless.base.packed import is_packed, pack
 from lossless.base.processes import device_name, free_memory
@@ -243,7 +243,7 @@ class _Call:
             arguments = _arguments(settings) | {"max_new_tokens": self._room, "stopping_criteria": [part]}
             cache = None
             if self._conversation is not None:
-                arguments["past_key_values"] = cache = copied(start, rows)
+                arguments[CACHE] = cache = copied(start, rows)
             if self._logprobs is not None:
                 arguments |= {"return_dict_in_generate": True, "output_logits": True}
             torch.manual_seed(settings.seed)

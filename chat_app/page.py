@@ -130,17 +130,17 @@ def build(engine: Any) -> gr.Blocks:
             yield from ask(str(data.value["text"]), of(session, request), None, rest)
 
         def edit(request: gr.Request, data: gr.EditData, session: Session | None, *rest: Any) -> Iterator[dict[Any, Any]]:
-            yield from ask(render.as_written(str(data.value)), of(session, request), lock_of(data), rest)
+            yield from ask(render.as_written(str(data.value)), of(session, request), turn_of(data), rest)
 
         def retry(request: gr.Request, data: gr.RetryData, session: Session | None, *rest: Any) -> Iterator[dict[Any, Any]]:
             found = of(session, request)
-            number = min(lock_of(data), len(found.turns) - 1)
+            number = min(turn_of(data), len(found.turns) - 1)
             if number >= 0:
                 yield from ask(found.turns[number].message, found, number, rest)
 
         def undo(session: Session | None, request: gr.Request, data: gr.UndoData) -> Iterator[dict[Any, Any]]:
             found = of(session, request)
-            message = found.take_back(lock_of(data))
+            message = found.take_back(turn_of(data))
             yield from draw(iter([flow.idle(found) | flow.blank() | {"headline": welcome, "box": message}]), found)
 
         def wipe(session: Session | None, request: gr.Request) -> Iterator[dict[Any, Any]]:
@@ -174,7 +174,7 @@ def build(engine: Any) -> gr.Blocks:
     return page.queue(max_size=MOST_WAITING)
 
 
-def lock_of(data: gr.EditData | gr.RetryData | gr.UndoData) -> int:
+def turn_of(data: gr.EditData | gr.RetryData | gr.UndoData) -> int:
     """The turn that an event of the conversation is about: two messages make one."""
     index = data.index[0] if isinstance(data.index, list | tuple) else data.index
     return int(index) // 2

@@ -19,6 +19,7 @@ from lossless.adapter.weights import StreamAdapter
 from lossless.training.ablation import table
 
 from . import versions
+from .chat import measure
 
 ROOT = Path(__file__).parent.parent
 REPORTS = ROOT / "data" / "reports"
@@ -236,6 +237,10 @@ def tried_versions() -> str:
     return versions.table(json.loads(versions.REPORT.read_text(encoding="utf-8")))
 
 
+def chat_figures() -> str:
+    return measure.table(reports("chat")["demo"])
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"front": front, "best without us": best_without_us, "certified": certified},
     "lossless/evaluation/README.md": {
@@ -244,6 +249,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "lossless/adapters/demo/README.md": {
         "acceptance": acceptance, "ablation": ablation("bfloat16"), "second ablation": ablation("float32"), "pruning": pruning,
     },
+    "chat_app/README.md": {"measured": chat_figures},
     ".github/CONTRIBUTING.md": {"versions": tried_versions},
 }  # fmt: skip
 

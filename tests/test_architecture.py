@@ -31,8 +31,10 @@ def test_a_module_is_read_at_once_and_says_what_it_knows(path: Path) -> None:
 
 
 def test_what_is_public_is_listed_and_documented() -> None:
+    listed = (ROOT / "lossless" / "README.md").read_text(encoding="utf-8").partition("## What is public")[2].partition("\n## ")[0]
     assert lossless.__all__ == sorted(lossless.__all__)
     for name in lossless.__all__:
         assert getattr(lossless, name).__doc__, name
         assert name in (lossless.__doc__ or ""), name
+        assert f"`{name}" in listed, name
     assert not {name for name in vars(lossless) if name[0].isupper()} - set(lossless.__all__)

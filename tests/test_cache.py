@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from lossless.base.layers import CACHE
 from lossless.streams.cache import RowCache
 
 from .conftest import build_tiny, prompt_ids
@@ -57,8 +58,8 @@ def test_a_model_reads_it_as_it_reads_hf_s_own() -> None:
     model, ids = build_tiny(), prompt_ids(9)
     ours, theirs = RowCache(4), DynamicCache(config=model.config)
     for step in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
-        a = model(step, past_key_values=ours, use_cache=True).logits
-        b = model(step, past_key_values=theirs, use_cache=True).logits
+        a = model(step, **{CACHE: ours}, use_cache=True).logits
+        b = model(step, **{CACHE: theirs}, use_cache=True).logits
         ours.keep(range(step.shape[1]))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lossless.adapter.compat import new_adapter
+from lossless.base.layers import CACHE
 from lossless.base.loading import Base, freeze, load_base
 from lossless.evaluation.bench import Decoding
 from lossless.evaluation.certificate import force
@@ -151,7 +152,7 @@ def test_scores_and_logits(fast: AcceleratedModel, do_sample: bool) -> None:
     for name in ("scores", "logits"):
         ours, theirs = torch.cat(getattr(found, name)), torch.cat(getattr(expected, name))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert getattr(found, CACHE).get_seq_length() == getattr(expected, CACHE).get_seq_length()
 
 
 def test_several_answers_to_each_prompt(fast: AcceleratedModel) -> None:
@@ -192,7 +193,7 @@ def test_a_conversation_that_goes_on_from_its_cache(schedule: str, whole: bool) 
             given = ids if whole or turn == 0 else ids[:, cache.get_seq_length() :]
             torch.manual_seed(turn)
             out = speaker.generate(
-                given, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=15, do_sample=turn == 1
+                given, attention_mask=torch.ones_like(ids), **{CACHE: cache}, max_new_tokens=15, do_sample=turn == 1
             )
             said.append(out)
             ids = torch.cat([ids, out[:, given.shape[1] :], prompt_ids(4, seed=turn)], dim=1)
@@ -210,7 +211,7 @@ def test_a_conversation_that_goes_on_from_its_cache(schedule: str, whole: bool) 
     [
         ("the generation mode beam_search", {"num_beams": 3}),
         ("the generation mode beam_sample", {"num_beams": 2, "do_sample": True}),
-        ("past_key_values is not a DynamicCache", {"past_key_values": "static"}),
+        ("past_key_values is not a DynamicCache", {CACHE: "static"}),
         ("cache_implementation was set", {"cache_implementation": "static"}),
         ("output_hidden_states was set", {"output_hidden_states": True, "return_dict_in_generate": True}),
         ("the generation mode assisted_generation", {"prompt_lookup_num_tokens": 3}),
@@ -227,8 +228,8 @@ def test_what_is_not_served_is_the_base_s_own_with_one_warning(why: str, options
 
     def given() -> dict[str, Any]:
         real = dict(options)
-        if real.get("past_key_values"):
-            real["past_key_values"] = StaticCache(config=model.config, max_cache_len=64)
+        if real.get(CACHE):
+            real[CACHE] = StaticCache(config=model.config, max_cache_len=64)
         if real.get("assistant_model"):
             real["assistant_model"] = build_tiny(seed=6)
         return {"attention_mask": torch.ones(1, 7), "max_new_tokens": 12, "do_sample": False, **real}
@@ -288,9 +289,9 @@ def test_positions_that_turn_otherwise_in_long_texts(kind: str) -> None:
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
     # what `dynamic` does with a text that is long from the start hangs on the call before, in the base's own loop too
     cache = DynamicCache(config=model.config)
-    model(prompt_ids(30), past_key_values=cache)
+    model(prompt_ids(30), **{CACHE: cache})
     with pytest.warns(UserWarning, match="a text that may outgrow"):  # with what is in the cache already
-        fast.generate(prompt_ids(4), attention_mask=torch.ones(1, 34), past_key_values=cache, max_new_tokens=10, do_sample=False)
+        fast.generate(prompt_ids(4), attention_mask=torch.ones(1, 34), **{CACHE: cache}, max_new_tokens=10, do_sample=False)
     fast._warned.clear()
     for length, count, reason in ((7, 20, False), (7, 60, True), *([(50, 20, False)] if kind == "longrope" else [])):
         options = {"attention_mask": torch.ones(1, length), "max_new_tokens": count, "do_sample": False}
@@ -331,7 +332,7 @@ def test_the_cache_that_is_returned_can_be_gone_on_from() -> None:
         more = torch.cat([first.sequences, prompt_ids(3, seed=4)], dim=1)
         mask = torch.ones_like(more)
         answers.append(
-            speaker.generate(more, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=12, do_sample=False)
+            speaker.generate(more, attention_mask=mask, **{CACHE: getattr(first, CACHE)}, max_new_tokens=12, do_sample=False)
         )
     assert torch.equal(*answers)
     assert fast.stats.served

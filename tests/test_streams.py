@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from lossless.adapter.compat import new_adapter
-from lossless.base.layers import decoder_layers, find_projections
+from lossless.base.layers import CACHE, decoder_layers, find_projections
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
 from lossless.generation.model import AcceleratedModel
@@ -116,6 +116,6 @@ def test_a_row_alone_behind_a_sliding_window_has_the_base_s_bits_under_near_tie(
         for place in range(3 * WINDOW):
             found = runner.verify(ids, torch.tensor([[place]]), None, ours, None).logits
             ours.keep([0])
-            expected = base(ids, past_key_values=theirs, use_cache=True).logits
+            expected = base(ids, **{CACHE: theirs}, use_cache=True).logits
             assert torch.equal(found, expected), place
             ids = expected[:, -1:].argmax(-1)

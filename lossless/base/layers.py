@@ -9,16 +9,20 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import NotOfThisBase, UsageError
 from .linears import FourBitLinear, PackedLinear
 
+# what transformers calls a cache of keys and values, as an argument and as an output: another name from 5.24 on
+CACHE = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "layer_norm", "norm_f")
 _ROUTED = frozenset(("experts", "router", "gate", "shared_expert_gate"))  # parts that see some rows, or judge them
 _STATEFUL = ("linear_attention", "mamba", "conv", "recurrent", "hybrid", "ssm")  # kinds of layers that carry a state on
@@ -137,6 +141,12 @@ def as_generating(model: PreTrainedModel, ids: torch.Tensor, past: int = 0) -> d
     count from elsewhere if nobody tells them (RoBERTa)."""
     places = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     return {"input_ids": ids} | ({"position_ids": places} if takes_positions(model) else {})
+
+
+def cache_among(arguments: dict[str, Any]) -> Any:
+    """The cache among the arguments of a call, by either name."""
+    found = arguments.get(CACHE)
+    return arguments.get("past_key_values") if found is None else found
 
 
 def as_decoding(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..base.layers import CACHE
 from ..streams.cache import RowCache
 
 _REFILL_SHARE = 8  # refill when one slot in this many is free, so that prompts are read in batches
@@ -179,7 +180,7 @@ class _Batch:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             logits_to_keep=1,
         ).logits

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..base.fingerprint import fingerprint, fingerprint_differences
-from ..base.layers import context_limit
+from ..base.layers import CACHE, context_limit
 from ..base.loading import Base, precision
 from ..base.processes import alone_in, free_memory, processes
 from ..errors import UsageError
@@ -202,7 +202,7 @@ def _batch_gb(base: Base, config: DistillConfig) -> float:
         UsageError: more than there is.
     """
     cache = RowCache(base.model.config.get_text_config().num_hidden_layers, capacity=1)
-    base.model(input_ids=torch.ones(1, 1, dtype=torch.long, device=base.model.device), past_key_values=cache, use_cache=True)
+    base.model(input_ids=torch.ones(1, 1, dtype=torch.long, device=base.model.device), use_cache=True, **{CACHE: cache})
     row = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.rows if layer.is_initialized)
     each, free = row * (config.max_prompt_tokens + config.max_new_tokens) / 2**30, free_memory(base.model.device)
     if each * config.batch_size > free:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from ..base.layers import as_decoding
+from ..base.layers import CACHE, as_decoding
 from ..base.loading import Base
 from ..distillation.prompts import Prompt
 from ..errors import UsageError, require_types
@@ -78,7 +78,7 @@ def force(
         with contextlib.ExitStack() as behind_the_prompt:
             for token, ours in zip(answer, logits, strict=True):
                 started = time.perf_counter()
-                raw = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                raw = model(fed, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
                 raw = raw.to(copy=True, dtype=torch.float32)
                 raw.argmax().item()  # waits for a device that works on its own
                 seconds.append(time.perf_counter() - started)
@@ -151,9 +151,9 @@ def _read(base: Base, text: list[int], start: int, shape: int) -> torch.Tensor:
     """Logits `[len(text) - start, vocab]` of the last rows, `shape` rows a pass; what lies before is read at once."""
     ids = torch.tensor([text], device=base.model.device)
     cache = DynamicCache(config=base.model.config)
-    base.model(ids[:, :start], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    base.model(ids[:, :start], **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     found = [
-        base.model(ids[:, i : i + shape], past_key_values=cache, use_cache=True).logits[0].float()
+        base.model(ids[:, i : i + shape], **{CACHE: cache}, use_cache=True).logits[0].float()
         for i in range(start, len(text), shape)
     ]
     return torch.cat(found)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..base.layers import (
+    CACHE,
     as_decoding,
     as_generating,
     context_limit,
@@ -307,7 +308,7 @@ def _plain(model: Any, ids: list[int], cache: DynamicCache) -> torch.Tensor:
     """`[vocab]`: the base's own logits after these tokens, in one pass behind its cache."""
     given = torch.tensor([ids], device=input_device(model))
     told = as_generating(model, given, cache.get_seq_length())
-    return model(**told, past_key_values=cache, use_cache=True).logits[0, -1].float()
+    return model(**told, **{CACHE: cache}, use_cache=True).logits[0, -1].float()
 
 
 def _behind(runner: StreamRunner, prompt: list[int], rows: int) -> Callable[[DraftTree, int, bool], torch.Tensor]:

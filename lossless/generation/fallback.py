@@ -15,14 +15,22 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
 
-from ..base.layers import counts_padding, decoder, rotary_turns, shares_position_bias, shortest_window
+from ..base.layers import (
+    CACHE,
+    cache_among,
+    counts_padding,
+    decoder,
+    rotary_turns,
+    shares_position_bias,
+    shortest_window,
+)
 from .conditions import under_autocast
 
 # arguments of generate() that are not fields of a generation config
 _CALL_ARGUMENTS = frozenset(
     ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
      "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate",
-     "tokenizer", "assistant_tokenizer", "input_ids", "inputs_embeds", "past_key_values")
+     "tokenizer", "assistant_tokenizer", "input_ids", "inputs_embeds", "past_key_values", CACHE)
 )  # fmt: skip
 
 # HF's processors and criteria that look beyond the row that they are given
@@ -49,7 +57,7 @@ def fallback_reason(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, A
     for name in ("assistant_model", "custom_generate", "negative_prompt_ids"):
         if kwargs.get(name) is not None:
             return f"{name} was given"
-    if (past := kwargs.get("past_key_values")) is not None and (
+    if (past := cache_among(kwargs)) is not None and (
         not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers)
     ):
         return "past_key_values is not a DynamicCache that keeps every row"
@@ -103,7 +111,7 @@ def fallback_reason_as_prepared(
     """
     padded = False
     rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-    past = model_kwargs.get("past_key_values")
+    past = cache_among(model_kwargs)
     if past is None or not past.get_seq_length():
         width = getattr(generation_config, "_mask_length", rows) if attention_mask is None else attention_mask.shape[-1]
         if width != rows:
@@ -129,7 +137,7 @@ def fallback_reason_as_prepared(
             return f"{remembering}, a processor that may remember what it was asked, under near-tie"
         return None
     # texts of a batch are chosen for one by one
-    if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():
+    if past is not None and past.get_seq_length():
         return "a passed-in cache for a batch"
     if shares_position_bias(model):
         return "a batch for a base whose position bias is one for all texts"

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..adapter.config import DraftConfig
-from ..base.layers import as_decoding, input_device
+from ..base.layers import as_decoding, cache_among, input_device
 from ..drafting.costs import CostCurve
 from ..drafting.ngram import NGramCache
 from ..drafting.noise import PEEKABLE, NoiseBias, NoiseTape
@@ -56,12 +56,11 @@ class DecodeLoop:
         streamer: Any = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Any = None,
         passed_in: bool = False,
         **model_kwargs: Any,
     ) -> Any:
         """Stands in for `GenerationMixin._sample`, and is given what HF's `generate` has prepared; `input_ids` is `[batch, prompt]`."""
-        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        prompt, past = input_ids if inputs_embeds is None else inputs_embeds, cache_among(model_kwargs)
         # with a passed-in cache the ids may be the new ones only; the mask is always of the whole text
         width = getattr(generation_config, "_mask_length", 0) if attention_mask is None else attention_mask.shape[1]
         width, padding = max(width, prompt.shape[1]), None
@@ -70,8 +69,8 @@ class DecodeLoop:
         self.stats.exact = exactness(self.attached.guarantee.level, len(input_ids), padding is not None)
         sequences = self._sequences(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
         cache = RowCache(len(self.runner.layers), width + 256, padding)
-        if past_key_values is not None and past_key_values.get_seq_length():
-            cache.adopt(past_key_values)
+        if past is not None and past.get_seq_length():
+            cache.adopt(past)
 
         # 1. prefill: each prompt's last row gives the first token and speculates
         started = time.perf_counter()
@@ -115,8 +114,8 @@ class DecodeLoop:
         self.stats.tokens = sum(sequence.emitted for sequence in sequences)
         self.stats.decode_s = time.perf_counter() - begun
         if passed_in or generation_config.return_dict_in_generate:
-            cache.pass_on(past_key_values)
-        return result(sequences, past_key_values)
+            cache.pass_on(past)
+        return result(sequences, past)
 
     @contextlib.contextmanager
     def _as_decoding(self) -> Iterator[None]:

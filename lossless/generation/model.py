@@ -17,6 +17,7 @@ from ..adapter.compat import new_adapter
 from ..adapter.config import AdapterConfig, DraftConfig
 from ..adapter.weights import StreamAdapter
 from ..base.fingerprint import fingerprint
+from ..base.layers import cache_among
 from ..base.loading import require_model
 from ..base.processes import give_back_memory
 from ..base.structure import state_of
@@ -145,7 +146,7 @@ class AcceleratedModel:
                 self._base_lock.serving = False
 
     def _serve(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
-        passed_in = kwargs.get("past_key_values") is not None
+        passed_in = cache_among(kwargs) is not None
         streamer = kwargs.get("streamer")  # HF drops it on its way to a custom loop, so it is bound here
         loop = DecodeLoop(self.attached, self.drafting, self.costs, self.stats)
         ahead, exact = self.adapter.config.num_streams, self.guarantee.level

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
 
+from ..base.layers import CACHE
 from ..drafting.ngram import NGramCache
 from ..drafting.noise import NoiseTape
 
@@ -201,4 +202,4 @@ def result(sequences: list[Sequence], cache: Any) -> Any:
     if not config.return_dict_in_generate:
         return torch.cat(rows)
     found: dict[str, Any] = {"sequences": torch.cat(rows), "scores": sequences[0].scores, "logits": sequences[0].logits}
-    return GenerateDecoderOnlyOutput(**found, past_key_values=cache if len(sequences) == 1 else None)
+    return GenerateDecoderOnlyOutput(**found | {CACHE: cache if len(sequences) == 1 else None})

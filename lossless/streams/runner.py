@@ -27,6 +27,7 @@ from ..adapter.compat import check_fit
 from ..adapter.weights import StreamAdapter
 from ..base.attention import SDPA
 from ..base.layers import (
+    CACHE,
     after_layers,
     column_masks,
     decoder,
@@ -84,7 +85,8 @@ class StreamRunner:
         self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits, by module; None: as many as come
         self._calls = LayerCalls(self.model, self.layers, self.own_attention)  # of the top layers; learnt in the first pass
         # rotary positions go on for ever, a table of positions ends
-        self.places = 2**31 if self._rotaries else getattr(self.text_config, "max_position_embeddings", None) or 2**31
+        endless = self._rotaries and not any(hasattr(rotary, "embed_positions") for rotary in self._rotaries)
+        self.places = 2**31 if endless else getattr(self.text_config, "max_position_embeddings", None) or 2**31
         self._stream_mask = partial(stream_mask, gamma=adapter.config.num_streams, last=self.places - 1)
         for name, low_rank in adapter.adapters():
             low_rank.to(device_of(self._projection(name)))
@@ -216,7 +218,7 @@ class StreamRunner:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
         plan.cache = cache
         given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
-        return with_plan(plan, lambda: self.model(**given, position_ids=positions, past_key_values=cache, use_cache=True).logits)
+        return with_plan(plan, lambda: self.model(**given, position_ids=positions, **{CACHE: cache}, use_cache=True).logits)
 
     def speculate(
         self,

@@ -16,7 +16,7 @@ import transformers
 from transformers.cache_utils import DynamicCache
 
 from lossless.adapter.compat import new_adapter
-from lossless.base.layers import as_decoding, as_generating
+from lossless.base.layers import CACHE, as_decoding, as_generating
 from lossless.generation.exactness import moved
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.streams.cache import RowCache
@@ -58,10 +58,10 @@ def observe(fast: AcceleratedModel, texts: int) -> Observed:
 def _read_alone(fast: AcceleratedModel, ids: torch.Tensor) -> torch.Tensor:
     """`[positions, vocab]`: the base's own passes of one row."""
     cache = DynamicCache(config=fast.base.config)
-    fast.base(**as_generating(fast.base, ids[:, :PROMPT]), past_key_values=cache, use_cache=True)
+    fast.base(**as_generating(fast.base, ids[:, :PROMPT]), **{CACHE: cache}, use_cache=True)
     with as_decoding(fast.base):
         told = [as_generating(fast.base, ids[:, i : i + 1], i) for i in range(PROMPT, LENGTH)]
-        found = [fast.base(**one, past_key_values=cache, use_cache=True).logits[0, -1] for one in told]
+        found = [fast.base(**one, **{CACHE: cache}, use_cache=True).logits[0, -1] for one in told]
     return torch.stack(found).float()
 
 

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import lossless
 from lossless.adapter.compat import new_adapter
+from lossless.base.layers import CACHE
 from lossless.errors import UsageError
 from lossless.generation.model import AcceleratedModel, accelerate
 
@@ -214,10 +215,10 @@ def make(seed: int, number: int) -> Case:
         if "stop" in kinds:
             given |= {"stop_strings": letters, "tokenizer": _tokenizer()}
         if "cache" in kinds and batch == 1 and width > 2 and mask is None:
-            given["past_key_values"] = cache = DynamicCache(config=fast.base.config)
+            given[CACHE] = cache = DynamicCache(config=fast.base.config)
             with torch.no_grad():
-                fast.base(ids[:, : width // 2], past_key_values=cache, use_cache=True)
-        if "embeds" in kinds and "past_key_values" not in given:
+                fast.base(ids[:, : width // 2], **{CACHE: cache}, use_cache=True)
+        if "embeds" in kinds and CACHE not in given:
             given["inputs_embeds"] = fast.base.get_input_embeddings()(ids)
         return given, witnesses
 
@@ -279,7 +280,7 @@ def _answer(model: Any, case: Case, fast: AcceleratedModel) -> dict[str, Any]:
             else:
                 seen |= {"tokens": out.sequences, "scores": out.scores, "logits": getattr(out, "logits", None)}
             seen["generator"] = torch.random.get_rng_state()
-            if (past := given.get("past_key_values")) is not None:
+            if (past := given.get(CACHE)) is not None:
                 seen["cache"] = past.get_seq_length()
     seen["witnesses"] = [witness.seen for witness in witnesses]
     return seen
