@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ def tried(python: str, torch: str, transformers: str, interpreter: str) -> dict[
     row: dict[str, Any] = {"python": python, "torch": torch, "transformers": transformers}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "venv" / "bin" / "python"
-        wanted = [f"torch=={torch}", f"transformers=={transformers}", "-e", f"{ROOT}[test]"]
-        for command in ([interpreter, "-m", "venv", str(run.parents[1])], [str(run), "-m", "pip", "install", "-q", *wanted]):
+        pip = [str(run), "-m", "pip", "install", "-q"]
+        wanted = [f"torch=={torch}", f"transformers=={transformers}", *_requirements()]
+        own = ["--no-deps", "--ignore-requires-python", "-e", str(ROOT)]  # whatever bounds it has
+        for command in ([interpreter, "-m", "venv", str(run.parents[1])], [*pip, *wanted], [*pip, *own]):
             made = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
             if made.returncode:
                 reason = [line for line in made.stderr.splitlines() if "ERROR" in line] or made.stderr.splitlines()
@@ -47,6 +50,14 @@ def tried(python: str, torch: str, transformers: str, interpreter: str) -> dict[
     counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", tests.stdout[-400:])}
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", tests.stdout, re.MULTILINE)
     return row | {"installed": True, "exit": tests.returncode, "counts": counts, "failed": failed, "seconds": round(time.perf_counter() - started)}
+
+
+def _requirements() -> list[str]:
+    """What the tests need besides torch and transformers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *extras["chat"], *extras["test"]]
+    return [each for each in named if not re.match(r"(torch|transformers|lossless-streams)\b", each)]
 
 
 def table(report: dict[str, Any]) -> str:

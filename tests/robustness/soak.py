@@ -8,6 +8,13 @@ Knows: what is asked, what came when nobody else was asking, and the memory of t
 
 from __future__ import annotations
 
+import os
+
+# oneDNN keeps what it has compiled for each shape, for each thread and for all, up to 1,024 of them, and fills up slowly: what is looked for
+# here is what grows besides. Read when torch is imported.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+
 import argparse
 import random
 import sys
@@ -76,7 +83,6 @@ def soak(tally: Tally, fast: AcceleratedModel, vocabulary: int, seconds: float, 
                 if wrong:
                     tally.fail(f"seed {seed}, question {question.seed}, {'the base' if model is fast.base else 'accelerated'}: {wrong}")
 
-    # oneDNN keeps what it has made of each shape, up to a number, for each thread: memory is read when the threads of a quarter have ended
     busiest, quarters = list[float](), list[float]()
     with tqdm(total=round(seconds), unit="s", desc="soak") as bar:
         for quarter in range(4):
