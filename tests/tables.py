@@ -18,7 +18,6 @@ from lossless.adapter.hub import shipped_adapter
 from lossless.adapter.weights import StreamAdapter
 from lossless.training.ablation import table
 
-from . import versions
 from .chat import measure
 
 ROOT = Path(__file__).parent.parent
@@ -233,10 +232,6 @@ def ablation(dtype: str) -> Callable[[], str]:
     return lambda: table(reports("ablation")[dtype])
 
 
-def tried_versions() -> str:
-    return versions.table(json.loads(versions.REPORT.read_text(encoding="utf-8")))
-
-
 def chat_figures() -> str:
     return measure.table(reports("chat")["demo"])
 
@@ -250,7 +245,6 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "acceptance": acceptance, "ablation": ablation("bfloat16"), "second ablation": ablation("float32"), "pruning": pruning,
     },
     "chat_app/README.md": {"measured": chat_figures},
-    ".github/CONTRIBUTING.md": {"versions": tried_versions},
 }  # fmt: skip
 
 

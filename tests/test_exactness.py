@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation import MaxLengthCriteria
 
 from lossless.adapter.compat import new_adapter
+from lossless.base.layers import uses_attention_interface
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
@@ -231,6 +232,8 @@ def test_a_base_that_cannot_keep_bits_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_attention_of_a_family_s_own_cannot_be_promised_to_keep_bits(family: str) -> None:
     """It takes the rows of a pass together: over a short tree they may keep their bits, over a longer text they do not."""
     model = build(family).bfloat16()
+    if uses_attention_interface(model):
+        pytest.skip(f"this version of transformers gives {family} its own attention interface")
     adapter = new_adapter(model, tiny_config()).randomize(2)
     with pytest.raises(UsageError, match="bitwise' is not to be had"):
         accelerate(model, adapter, exact="bitwise")
