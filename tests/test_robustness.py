@@ -24,7 +24,7 @@ def test_random_calls_give_what_the_base_gives(tmp_path: Path) -> None:
     assert fuzz.main(["--calls", "30", "--seed", "3", "--json", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert (found["done"], found["failures"]) == (30, [])
-    assert found["counts"]["calls: exact"] > 8
+    assert found["counts"]["calls: exact"] > 5
 
 
 def test_a_case_is_made_of_its_seed_and_number_alone() -> None:
