@@ -42,6 +42,7 @@ _KEPT_BYTES, _KEPT_SHARE = 4 * 2**30, 0.125  # of keys and values: at most so ma
 _CONTEXT = 32768  # of models that do not say theirs
 _MEDIAN_OF = 32  # plain answers whose speed is remembered
 _FEWEST_STEPS = 8  # a shorter answer says little of speed
+_GREETING, _WARM_TOKENS = [{"role": "user", "content": "Hello"}], 12
 
 _log = logging.getLogger(__name__)
 
@@ -58,15 +59,18 @@ class Engine:
         fast: the base with an adapter attached, or None: then the only way is the plain one.
         info: what answers.
         kept_bytes: most bytes of keys and values that are kept between turns, of all conversations together.
+        slot: where the model was loaded, and works; one of its own by default.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, fast: AcceleratedModel | None, info: Info, kept_bytes: int = 2**30) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, fast: AcceleratedModel | None, info: Info, kept_bytes: int = 2**30, slot: Slot | None = None
+    ) -> None:
         self.model, self.tokenizer, self.fast, self.info = model, tokenizer, fast, info
         self._eos = _ids(model.generation_config.eos_token_id)
         self._kept = Kept(kept_bytes) if keepable(model) else None
         self._plain_speeds: deque[float] = deque(maxlen=_MEDIAN_OF)
         self._totals: dict[tuple[str, str], Total] = {}
-        self._slot = Slot()
+        self._slot = slot or Slot()
         self.close = weakref.finalize(self, self._slot.close)  # at the latest when the process ends
 
     @property
@@ -311,18 +315,30 @@ def load(
     """
     from lossless.adapter.hub import shipped_adapter
 
-    base = load_base(model, dtype, load_in, device)
-    if packed:
-        pack(base.model)
-    source = adapter or shipped_adapter(model)
-    fast = accelerate(base.model, source, base.tokenizer, exact) if source else None
-    info = Info(
-        name=_name(model), adapter=(_name(adapter) if adapter else "shipped") if source else "", precision=precision(base.model),
-        device=device_name(base.model.device), threads=torch.get_num_threads(), exact=fast.guarantee.level if fast else "",
-        context=context_limit(base.model) or _CONTEXT, packed=is_packed(base.model),
-    )  # fmt: skip
-    kept_bytes = min(_KEPT_BYTES, int(_KEPT_SHARE * free_memory(base.model.device) * 2**30))
-    return Engine(base.model, base.tokenizer, fast, info, kept_bytes)
+    def loaded() -> Engine:
+        base = load_base(model, dtype, load_in, device)
+        if packed:
+            pack(base.model)
+        source = adapter or shipped_adapter(model)
+        fast = accelerate(base.model, source, base.tokenizer, exact) if source else None
+        info = Info(
+            name=_name(model), adapter=(_name(adapter) if adapter else "shipped") if source else "", precision=precision(base.model),
+            device=device_name(base.model.device), threads=torch.get_num_threads(), exact=fast.guarantee.level if fast else "",
+            context=context_limit(base.model) or _CONTEXT, packed=is_packed(base.model),
+        )  # fmt: skip
+        kept_bytes = min(_KEPT_BYTES, int(_KEPT_SHARE * free_memory(base.model.device) * 2**30))
+        for warmed in (base.model, fast):
+            if warmed is not None:  # what is made at a first call is not to be timed in the first answer
+                ids = torch.tensor([encode(base.tokenizer, _GREETING)], device=input_device(base.model))
+                warmed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=_WARM_TOKENS, do_sample=False)
+        return Engine(base.model, base.tokenizer, fast, info, kept_bytes, slot)
+
+    slot = Slot()
+    try:
+        return slot.call(loaded)
+    except BaseException:  # Ctrl-C, too, which does not wait until a model is loaded
+        slot.close(ending_s=0)
+        raise
 
 
 def _name(source: str) -> str:

@@ -9,6 +9,7 @@ under way), `replay` (there is something to replay), `refused` (a sentence).
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -24,20 +25,27 @@ from .settings import Settings
 Picture = dict[str, Any]
 
 ACCELERATED, PLAIN, COMPARE = "Accelerated", "Plain", "Compare"
-BEAT_S = 0.1  # between two pictures
-SLOW_BEAT_S = 1.0  # between two pictures of what costs the browser more: the plot and the coloured tokens
+FEW_CORES = (os.cpu_count() or 1) < 4  # model and browser take them from each other, and what is drawn slows what is measured
+BEAT_S = 0.25 if FEW_CORES else 0.1  # between two pictures
+SLOW_BEAT_S = 2.0 if FEW_CORES else 1.0  # between two of what costs more: the plot and its like
+SETTLE_S = 0.3  # before answers that are compared: the first of them is not to be timed while the page draws the message
 LONGEST_REPLAY_S = 20.0
 
 
 class _Pace:
-    """Lets pictures through that are due; drawing must not take the time of the model that is measured."""
+    """Lets pictures through that are due; drawing must not take the time of the model that is measured.
 
-    def __init__(self) -> None:
+    Args:
+        beats: between two of them.
+    """
+
+    def __init__(self, beats: int = 1) -> None:
+        self._beats = beats
         self._last = self._last_slow = 0.0
 
     def due(self) -> bool:
         now = time.monotonic()
-        if now - self._last < BEAT_S:
+        if now - self._last < self._beats * BEAT_S:
             return False
         self._last = now
         return True
@@ -137,8 +145,9 @@ def _live(session: Session, answer: Answer, plain_per_s: float | None, slow: boo
         "figures": render.figures(answer, plain_per_s),
     }
     if slow:
-        picture |= {"curves": render.curves([answer]), "key": render.key([answer])}
-        picture |= {"tokens": render.coloured(answer), "acceptance": render.acceptance(answer)}
+        picture |= {"curves": render.curves([answer]), "key": render.key([answer]), "acceptance": render.acceptance(answer)}
+    if answer.ending is not None:  # hundreds of coloured parts: once
+        picture["tokens"] = render.coloured(answer)
     return picture
 
 
@@ -153,8 +162,9 @@ def _note(turn: Turn, answer: Answer | None) -> None:
 
 
 def _compare(engine: Any, session: Session, run: threading.Event, turn: Turn, pictures: Iterator[Any]) -> Iterator[Picture]:
-    pace = _Pace()
+    pace = _Pace(beats=2)
     first: Answer | None = None
+    run.wait(SETTLE_S)
     for picture in pictures:
         if session.run is not run:
             return
@@ -165,12 +175,11 @@ def _compare(engine: Any, session: Session, run: threading.Event, turn: Turn, pi
         elif picture.way == "accelerated":
             first, turn.text = picture, picture.text
             if pace.due():
-                yield _side(session, first, None, engine.plain_tokens_per_s, pace.slow_due()) | {"chat": conversation(session)}
+                yield _side(session, first, None, engine.plain_tokens_per_s, pace.slow_due())
         else:
             turn.other = picture.text
             if pace.due() and first is not None:
-                twin = {"twin": conversation(session, twin=True)}
-                yield _side(session, first, picture, engine.plain_tokens_per_s, pace.slow_due()) | twin
+                yield _side(session, first, picture, engine.plain_tokens_per_s, pace.slow_due())
     if session.run is not run:
         return
     comparison = session.shown
@@ -187,19 +196,13 @@ def _compare(engine: Any, session: Session, run: threading.Event, turn: Turn, pi
 
 
 def _side(session: Session, first: Answer, other: Answer | None, plain_per_s: float | None, slow: bool) -> Picture:
-    """While the two of a comparison are made, one after the other."""
+    """While the two of a comparison are made, one after the other. No more than this: what is drawn slows both, and the replay shows all."""
     now = first if other is None else other
     where = "1 of 2, accelerated" if other is None else "2 of 2, plain"
-    picture: Picture = {
-        "status": f"{where} · {render.status(now, None if other else plain_per_s)}",
-        "headline": render.side(now, next_is_plain=other is None),
-        "figures": render.duel(first, other),
-    }
+    text: Picture = {"chat": conversation(session)} if other is None else {"twin": conversation(session, twin=True)}
+    picture = text | {"status": f"{where} · {render.status(now, None if other else plain_per_s)}"}
     if slow:
-        sides = [first] if other is None else [first, other]
-        picture |= {"curves": render.curves(sides), "key": render.key(sides)}
-        if other is None:
-            picture |= {"tokens": render.coloured(first), "acceptance": render.acceptance(first)}
+        picture |= {"headline": render.side(now, next_is_plain=other is None), "figures": render.duel(first, other)}
     return picture
 
 

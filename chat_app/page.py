@@ -102,6 +102,7 @@ def build(engine: Any) -> gr.Blocks:
 
         def draw(pictures: Iterator[flow.Picture], session: Session) -> Iterator[dict[Any, Any]]:
             """Pictures as what Gradio takes: the parts that changed, by component."""
+            kept: dict[Any, Any] = {state: session}  # once: Gradio looks at everything that it is told anew
             for picture in pictures:
                 changed: dict[Any, Any] = {parts[name]: value for name, value in picture.items() if name in parts}
                 if "badge" in picture:
@@ -114,7 +115,8 @@ def build(engine: Any) -> gr.Blocks:
                     changed[again] = gr.update(visible=picture["replay"])
                 if "refused" in picture:
                     gr.Warning(picture["refused"], title="Not sent")
-                yield changed | {state: session}
+                yield changed | kept
+                kept = {}
 
         asked = [state, mode, system, temperature, top_p, seed, most]
 

@@ -6,6 +6,8 @@ models. It decides how fast tokens come, never which.
 
 from __future__ import annotations
 
+from collections import deque
+
 from .costs import CostCurve
 
 # Simulated over texts of 128 tokens whose drafts emit 1.02 to 2.8 tokens a step, where 1.3 or 1.6 pay: at worst 0.97 of the plain
@@ -14,6 +16,7 @@ _WEIGHT = 0.1  # of the newest step in the running averages, which go on over pa
 _TRIALS = 4  # steps with drafts before they are judged for the first time; after a pause each step is judged
 _FIRST_PAUSE, _LAST_PAUSE = 16, 64  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
 _CLEARLY = 0.85  # drafts are left out where they give less than this part of what plain steps would
+_LAST = 8  # steps of which the quickest tells how slow the machine is: other work on it only ever adds to a step, and rarely to all
 
 
 class DraftPolicy:
@@ -25,8 +28,9 @@ class DraftPolicy:
 
     def __init__(self, curve: CostCurve | None) -> None:
         self.curve, self._near = curve, curve
-        self._emitted = self._seconds = self._expected = 0.0  # running sums over steps with drafts: tokens, their time, and by the curve
-        self._plain_seconds = self._plain_expected = 0.0  # the same over plain steps
+        self._emitted = self._expected = 0.0  # running sums over steps with drafts: tokens, and their time by the curve
+        self._slower: deque[float] = deque(maxlen=_LAST)  # how many times as long as by the curve the last steps with drafts took
+        self._plain_slower: deque[float] = deque(maxlen=_LAST)  # the same of plain steps
         self._spent = 0.0
         self._trials, self._pause, self._left = _TRIALS, _FIRST_PAUSE, 0
 
@@ -49,17 +53,17 @@ class DraftPolicy:
             return
         took, self._spent = spent_s - self._spent, spent_s
         if not self.drafting:
-            self._plain_seconds += took
-            self._plain_expected += self.curve.verify_s(1)
+            self._plain_slower.append(took / self.curve.verify_s(1))
             self._left -= 1
             return
+        expected = self.curve.verify_s(rows) + self.curve.draft_s(levels)
+        self._slower.append(took / expected)
         self._emitted = (1 - _WEIGHT) * self._emitted + emitted
-        self._seconds = (1 - _WEIGHT) * self._seconds + took
-        self._expected = (1 - _WEIGHT) * self._expected + self.curve.verify_s(rows) + self.curve.draft_s(levels)
+        self._expected = (1 - _WEIGHT) * self._expected + expected
         self._trials = max(0, self._trials - 1)
         if self._trials:
             return
-        if self._emitted * self._plain_s(self.curve) < _CLEARLY * self._seconds:
+        if self._emitted * self._plain_s(self.curve) < _CLEARLY * min(self._slower) * self._expected:
             self._left, self._pause = self._pause, min(_LAST_PAUSE, 2 * self._pause)
         else:
             self._pause = max(_FIRST_PAUSE, self._pause // 2)
@@ -67,5 +71,5 @@ class DraftPolicy:
     def _plain_s(self, curve: CostCurve) -> float:
         """What a plain step takes: the curve, corrected by plain steps that were seen. Before any were, it is taken to hold, or to be
         too high by as much as it was for steps with drafts."""
-        seen = self._plain_seconds / self._plain_expected if self._plain_expected else min(1.0, self._seconds / self._expected)
-        return seen * min(curve.verify_s(1), curve.plain_s)
+        slower = min(self._plain_slower) if self._plain_slower else min(1.0, min(self._slower))
+        return slower * min(curve.verify_s(1), curve.plain_s)

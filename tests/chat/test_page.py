@@ -29,6 +29,7 @@ def _no_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every picture is due, and a replay takes no time that is worth waiting for."""
     monkeypatch.setattr(flow, "BEAT_S", 0.0)
     monkeypatch.setattr(flow, "LONGEST_REPLAY_S", 0.05)
+    monkeypatch.setattr(flow, "SETTLE_S", 0.0)
 
 
 def session() -> Session:
