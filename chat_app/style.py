@@ -72,6 +72,7 @@ CSS = """
 #shade { flex: 0 0 auto; min-width: 40px; width: 40px; padding: 8px; background: none; border: 0; box-shadow: none; font-size: 1.1rem; }
 #body { gap: 28px; align-items: flex-start; }
 .talk { border: 0 !important; background: none !important; height: calc(100dvh - 318px) !important; min-height: 340px; }
+.talk:has(label.float) .bubble-wrap { margin-top: 30px; }  /* or text that is scrolled up runs under the label */
 .talk .message { font-size: .96rem; line-height: 1.6; }
 .talk .example { white-space: pre-line; text-align: left; border: 1px solid var(--border-color-primary); }
 .talk .example:hover, .talk .example:focus-visible { border-color: var(--primary-500); }

@@ -137,26 +137,27 @@ def arrive(browser: Any, address: str, request: pytest.FixtureRequest, tmp_path:
 
 
 def test_a_message_is_answered_while_one_looks(arrive: Arrive) -> None:
-    visitor = arrive()
-    visitor.send("Write a Fibonacci function")
-    expect(visitor.box).to_have_value("")
-    lengths = set()
-    until(lambda: lengths.add(len(visitor.bot.last.inner_text())) or "Done" in visitor.status.inner_text())  # type: ignore[func-returns-value]
-    assert len(lengths) > 4
-    visitor.done()
-    expect(visitor.bot.last.locator("strong")).to_have_text("bold")
-    expect(visitor.bot.last.locator("pre")).to_contain_text("def fibonacci(n):")
-    for what in ("tokens/s, this answer", "acceptance length", "to the first token", "passes of the model saved"):
-        expect(visitor.page.locator("#figures")).to_contain_text(what)
+    with served(FakeEngine(pace=1.5)) as address:
+        visitor = arrive(address)
+        visitor.send("Write a Fibonacci function")
+        expect(visitor.box).to_have_value("")
+        lengths = set()
+        until(lambda: lengths.add(len(visitor.bot.last.inner_text())) or "Done" in visitor.status.inner_text())  # type: ignore[func-returns-value]
+        assert len(lengths) > 4
+        visitor.done()
+        expect(visitor.bot.last.locator("strong")).to_have_text("bold")
+        expect(visitor.bot.last.locator("pre")).to_contain_text("def fibonacci(n):")
+        for what in ("tokens/s, this answer", "acceptance length", "to the first token", "passes of the model saved"):
+            expect(visitor.page.locator("#figures")).to_contain_text(what)
 
 
 def test_stop_midway_and_go_on(arrive: Arrive, engine: FakeEngine) -> None:
     visitor = arrive()
-    visitor.send("hello")
-    expect(visitor.bot.last).to_contain_text("Here is what", timeout=20_000)
+    visitor.send("say: on " + "and on " * 80 + "to the end")
+    expect(visitor.bot.last).to_contain_text("on and on", timeout=20_000)
     visitor.page.get_by_role("button", name="Stop").click()
     expect(visitor.bot.last).to_contain_text("stopped")
-    expect(visitor.bot.last).not_to_contain_text("as there are numbers")
+    expect(visitor.bot.last).not_to_contain_text("to the end")
     until(lambda: engine.running == 0)
     visitor.ask("say: all is well")
     expect(visitor.user).to_have_count(2)
