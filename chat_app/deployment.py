@@ -18,10 +18,12 @@ Serve's proxies listen on loopback by default; where the `http_options` of a con
 a key. It is read from `LOSSLESS_API_KEY` where `build` runs, and travels to the replicas in Ray's own store.
 """
 
-# no `from __future__ import annotations`: Serve reads the class of build's argument from its annotation, which must not be a text
+from __future__ import annotations
+
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+import click
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
 
@@ -57,6 +59,10 @@ class Arguments(BaseModel):
     gpus: float = Field(0, ge=0)
 
 
+class RefusedArguments(click.ClickException, UsageError):
+    """Bad arguments: `serve run`, which is a click command, says them in one line and without a traceback."""
+
+
 class Replica:
     """An engine behind the endpoint.
 
@@ -87,15 +93,26 @@ def check_host(host: str | None, key: str | None) -> None:
         raise UsageError(f"http_options.host {host} lets other machines in, and that takes a key: set {KEY_VARIABLE}")
 
 
-def build(arguments: Arguments) -> serve.Application:
-    """The application for Serve; nothing is loaded here. Raises UsageError for a key that no client could send."""
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """The application for Serve, from the fields of `Arguments`; nothing is loaded here.
+
+    Raises:
+        RefusedArguments: they are none, or the key is one that no client could send.
+    """
+    try:
+        chosen, key = Arguments(**arguments), read_key()
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg'][0].lower()}{each['msg'][1:]}, got {each['input']!r}" for each in error.errors())
+        raise RefusedArguments(f"{wrong}. There are {', '.join(Arguments.model_fields)}") from error
+    except UsageError as error:
+        raise RefusedArguments(str(error)) from error
     deployment = serve.deployment(
         name="lossless",
-        num_replicas=arguments.replicas,
+        num_replicas=chosen.replicas,
         max_ongoing_requests=_ONGOING,
         max_queued_requests=_QUEUED,
         backpressure_config={"status_code": 429},
-        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+        ray_actor_options={"num_cpus": chosen.cpus, "num_gpus": chosen.gpus},
         request_router_config={"request_router_class": _ROUTER},
     )(serve.ingress()(Replica))
-    return deployment.bind(arguments, read_key())
+    return deployment.bind(chosen, key)

@@ -38,11 +38,11 @@ KEY = "secret"
 _SERVE = """
 import sys, ray
 from ray import serve
-from chat_app.deployment import Arguments, build
+from chat_app.deployment import build
 model, adapter, port = sys.argv[1:]
 ray.init(address="local", num_cpus=2, include_dashboard=False)
 serve.start(http_options={"port": int(port)})
-serve.run(build(Arguments(model=model, adapter=adapter, dtype="float32", replicas=2)))
+serve.run(build({"model": model, "adapter": adapter, "dtype": "float32", "replicas": 2}))
 print("serving", flush=True)
 sys.stdin.read()
 serve.shutdown()
@@ -79,6 +79,13 @@ class Cluster:
             except psutil.Error:  # it has ended meanwhile
                 continue
         return found
+
+
+    def counts(self) -> str:
+        """What the replica that is reached has answered so far; requests without a session go now to one, now to another."""
+        found = httpx.get(f"{self.address}/metrics", headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+        found.raise_for_status()
+        return "".join(line for line in found.text.splitlines() if line.startswith("lossless_answers_total"))
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +197,13 @@ def a_killed_replica_takes_no_request_with_it(cluster: Cluster, base: Base) -> N
         assert statuses.count(200) == 1, (name, statuses)
         assert all(status >= 500 for status in statuses[:-1]), (name, statuses)
     until(lambda: victim not in cluster.replicas() and len(cluster.replicas()) == 2, looks=2400)  # Serve starts another by itself
+    reached: set[str] = set()
+
+    def both_are_reached() -> bool:
+        reached.add(cluster.counts())
+        return len(reached) > 1
+
+    until(both_are_reached, looks=2400)
 
 
 def test_two_replicas(cluster: Cluster, base: Base) -> None:
@@ -202,14 +216,22 @@ def test_two_replicas(cluster: Cluster, base: Base) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [({"replicas": "0"}, "replicas\n  Input should be greater than or equal to 1"), ({"models": "demo"}, "models\n  Extra inputs")],
+    [
+        ({"replicas": "0"}, "replicas: input should be greater than or equal to 1, got '0'. There are model, adapter,"),
+        ({"models": "demo"}, "models: extra inputs are not permitted, got 'demo'. There are model,"),
+    ],
 )
-def test_arguments_that_are_none(arguments: dict[str, Any], said: str) -> None:
+def test_arguments_that_are_none(arguments: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray.serve", reason="ray is not installed: pip install 'lossless-streams[serve]' brings it")
-    from chat_app.deployment import Arguments
+    import click
 
-    with pytest.raises(ValueError, match=said):
-        Arguments(**arguments)
+    from chat_app.deployment import build
+
+    with pytest.raises(SystemExit):  # as `serve run` ends
+        click.command()(lambda: build(arguments)).main([])
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_others_are_let_in_with_a_key_only() -> None:
