@@ -178,4 +178,8 @@ def _tunnel(host: str, port: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 130:  # the thread that loads the model is in the midst of it, and must not see the interpreter go
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
