@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lossless.adapter.compat import new_adapter
+from lossless.errors import UsageError
 from lossless.generation import attach as module
 from lossless.generation import verdict
 from lossless.generation.model import AcceleratedModel, accelerate
@@ -93,3 +94,10 @@ def test_more_rows_or_streams_than_were_probed_are_probed(probed: list[Any]) -> 
     expected, found = both(fast, prompt_ids())
     assert torch.equal(expected, found)
     assert [(passes.rows, passes.streams) for passes in probed[1:]] == [(24, False), (24, True)]
+
+
+def test_a_part_of_drafting_is_not_set_in_passing() -> None:
+    fast = attached(tree_nodes=6)
+    with pytest.raises(UsageError, match=r"fast\.drafting = replace\(fast\.drafting, tree_nodes=4\)"):
+        fast.tree_nodes = 4  # type: ignore[attr-defined]
+    assert fast.drafting.tree_nodes == 6

@@ -114,6 +114,11 @@ class AcceleratedModel:
 
         return call
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OVERRIDES:
+            raise UsageError(f"{name} is set with the rest of how trees are drafted: fast.drafting = replace(fast.drafting, {name}={value!r})")
+        super().__setattr__(name, value)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.base(*args, **kwargs)
 
