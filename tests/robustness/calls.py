@@ -7,6 +7,7 @@ number alone, so that each can be tried again by itself. Does not know: how many
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import sys
 import warnings
@@ -292,7 +293,8 @@ def _interrupt(fast: AcceleratedModel, case: Case, given: dict[str, Any]) -> boo
 
     def watch(frame: Any, event: str, _: Any) -> None:
         nonlocal left
-        if frame.f_code.co_filename.startswith(_HOME):
+        # a generator that is thrown away is entered once more, and Python drops whatever is raised there
+        if frame.f_code.co_filename.startswith(_HOME) and not frame.f_code.co_flags & inspect.CO_GENERATOR:
             left -= 1
             if left == 0:
                 raise KeyboardInterrupt
