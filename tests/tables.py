@@ -36,7 +36,7 @@ DRAFTERS = {"shipped": "streams", "runs/paper": "the paper's streams",
             "runs/ablation/paper-+-pruning-layer": "the paper's streams on a small budget",
             "runs/ablation/paper-+-transition": "streams with a transition on a small budget"}  # fmt: skip
 # the rows of the first page, in its order
-FRONT = ("float32-rivals", "float32-sampled", "bfloat16-packed", "bfloat16", "4bit-packed", "4bit", "float32-random", "float32-avx2", "bfloat16-packed-avx2")
+FRONT = ("float32", "float32-sampled", "bfloat16-packed", "bfloat16", "4bit-packed", "4bit", "float32-random", "float32-avx2", "bfloat16-packed-avx2")
 
 
 def reports(kind: str) -> dict[str, Report]:
