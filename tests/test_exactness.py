@@ -29,6 +29,8 @@ from lossless.generation.exactness import _limit, find_limits
 from lossless.generation.loop import DecodeLoop
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.generation.sequence import Sequence
+from lossless.streams.cache import RowCache
+from lossless.streams.runner import StreamRunner
 
 from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -105,6 +107,50 @@ def test_rows_that_are_read_alone_have_the_bits_of_the_base_s_own(schedule: str,
     expected, found = both(fast, prompt_ids(11), 3, **options)
     assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
     assert fast.stats.reread > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_a_pass_that_keeps_them_apart_have_the_bits_of_their_own(dtype: torch.dtype) -> None:
+    fast, ids = attach("near-tie", dtype), prompt_ids(40)
+    assert fast.guarantee.again == (16, 4)
+    caches, found = [RowCache(4, 40), RowCache(4, 40)], []
+    for cache, rows in zip(caches, (1, 16), strict=True):
+        logits = []
+        for start, end in [(0, 8), *((start, start + rows) for start in range(8, 40, rows))]:
+            places = torch.arange(start, end)[None]
+            logits.append(fast.reader.verify(ids[:, start:end], places, None, cache, None, apart=start > 0).logits[0])
+            cache.keep(range(end - start))
+        found.append(torch.cat(logits))
+    assert torch.equal(*found)
+    for ours, theirs in zip(*(cache.rows for cache in caches), strict=True):
+        assert torch.equal(ours.keys[:, :, :40], theirs.keys[:, :, :40])
+        assert torch.equal(ours.values[:, :, :40], theirs.values[:, :, :40])
+
+
+def test_many_rows_are_read_again_in_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, ids, passes = attach("near-tie"), prompt_ids(9), list[int]()
+    fast.drafting = replace(fast.drafting, adaptive=False)
+    real_choose, real_verify = Sequence.choose, StreamRunner.verify
+
+    def doubtful(self: Sequence, logits: torch.Tensor, alone: bool = True) -> tuple[int, bool] | None:
+        """Every forty-third token is too close to call; nothing is before it."""
+        return None if not alone and self.emitted % 43 == 42 else real_choose(self, logits, alone)
+
+    def verify(self: StreamRunner, ids: torch.Tensor, *given: Any, **options: Any) -> Any:
+        if self is fast.reader:
+            passes.append(ids.shape[1])
+        return real_verify(self, ids, *given, **options)
+
+    fast.attached.guarantee = replace(fast.guarantee, noise=0.0)
+    monkeypatch.setattr(Sequence, "choose", doubtful)
+    monkeypatch.setattr(StreamRunner, "verify", verify)
+    expected, found = both(fast, ids, max_new_tokens=90, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(expected.sequences, found.sequences)
+    for place in (42, 85):
+        assert torch.equal(expected.logits[place], found.logits[place])
+    assert fast.runner is not fast.reader  # which reads the prompts, and again
+    assert [rows for rows in passes if rows != 9] == [16, 16, 4, 4, 1, 1, 16, 16, 4, 4, 1, 1, 1]
+    assert fast.stats.reread == 42 + 43
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "deferred"])

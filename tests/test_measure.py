@@ -111,6 +111,16 @@ def test_drafts_that_do_not_pay_are_left_out_and_tried_again(schedule: str, do_s
     assert all(seen)
 
 
+def test_costs_that_were_measured_on_a_busy_machine_are_measured_again_once(measured: list[CostCurve]) -> None:
+    fast = attached()
+    for again in (1, 0):
+        fast.costs = CostCurve(9.0, (1, 32), (9.0, 9.5), streams_s=0.1, level_s=0.1)
+        for _ in range(2):
+            both(fast, prompt_ids(), max_new_tokens=60)
+        assert len(measured) == 2
+        assert (fast.costs == measured[-1]) == bool(again)
+
+
 def test_seconds_are_told_by_what_they_went_into() -> None:
     fast = attached()
     both(fast, prompt_ids())

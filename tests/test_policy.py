@@ -72,3 +72,14 @@ def test_a_busy_machine_is_not_held_against_drafts() -> None:
 def test_single_steps_that_are_disturbed_are_not_held_against_drafts() -> None:
     ours, always = speed(2.2, disturbed=0.3)
     assert ours > 0.95 * always
+
+
+@pytest.mark.parametrize(("took", "stale"), [(0.3, True), (0.9, False), (3.0, False)])
+@pytest.mark.parametrize("tokens_per_step", [1.0, 3.0])  # plain steps, or drafts
+def test_a_curve_that_was_measured_on_a_busy_machine_is_stale(took: float, stale: bool, tokens_per_step: float) -> None:
+    policy, seconds = DraftPolicy(CURVE), 0.0
+    assert not policy.stale
+    for step in range(30):
+        seconds += took * (CURVE.verify_s(ROWS) + CURVE.draft_s(LEVELS) if policy.drafting else CURVE.verify_s(1)) * (2 if step % 4 == 0 else 1)
+        policy.note(ROWS, LEVELS, tokens_per_step, seconds)
+    assert policy.stale == stale

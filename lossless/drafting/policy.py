@@ -7,6 +7,7 @@ models. It decides how fast tokens come, never which.
 from __future__ import annotations
 
 from collections import deque
+from statistics import median
 
 from .costs import CostCurve
 
@@ -17,6 +18,7 @@ _TRIALS = 4  # steps with drafts before they are judged for the first time; afte
 _FIRST_PAUSE, _LAST_PAUSE = 16, 64  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
 _CLEARLY = 0.85  # drafts are left out where they give less than this part of what plain steps would
 _LAST = 8  # steps of which the quickest tells how slow the machine is: other work on it only ever adds to a step, and rarely to all
+_STALE = 0.6  # of the time by the curve: steps that take less say that it was measured beside other work
 
 
 class DraftPolicy:
@@ -38,6 +40,12 @@ class DraftPolicy:
     def drafting(self) -> bool:
         """Whether streams run for the next step."""
         return self._left == 0
+
+    @property
+    def stale(self) -> bool:
+        """Whether the curve is to be measured again: by it, most of the last steps would have taken much longer."""
+        steps = [*self._slower, *self._plain_slower]
+        return len(steps) >= _TRIALS and median(steps) < _STALE
 
     def read(self, context: int) -> None:
         """So many tokens have been read: passes over more of them take longer."""

@@ -18,7 +18,7 @@ from ..base.layers import device_of
 from ..base.packed import packed_twin, warm_up
 from ..drafting.drafter import Drafter
 from ..streams.runner import StreamRunner, logit_scale
-from .exactness import Guarantee, Passes, check_level, find_guarantee
+from .exactness import Guarantee, Passes, check_level, find_guarantee, projections
 from .trial import check_served
 from .verdict import kept_guarantee, verdict_path
 
@@ -72,6 +72,8 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     guarantee = kept_guarantee(kept, reader.model, look)
     if guarantee.limits is not None:
         reader.keep_bits(guarantee.limits)
+    elif guarantee.again:
+        reader.keep_bits(dict.fromkeys(projections(reader.model), 1), always=False)
     drafter = Drafter(adapter, embeddings, head, logit_scale(reader))
     serves = twin is not None and (guarantee.twin or guarantee.level == "off")
     runner = twin if twin is not None and serves else reader

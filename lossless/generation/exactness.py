@@ -46,6 +46,7 @@ EXACTNESS = ("bitwise", "near-tie", "off")
 
 
 _PIECES = range(2, 33)  # rows at a time that a projection is tried with
+_AGAIN = (16, 4)  # rows of a pass in which a text is read again, each row as if alone
 _SHORT, _LONG = 24, 500  # tokens behind which passes are tried, as far as the base has places for them
 _OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
 _RIVALS = 8  # the noise is that of differences between a position's best tokens
@@ -90,6 +91,8 @@ class Guarantee:
         operations: the same by kind of projection, to be read: `in x out` -> rows.
         noise: how far differences between logits move with the shape of a pass, in logits.
         twin: passes over trees run through packed copies of the weights.
+        again: numbers of rows, falling, of which a pass that takes each row by itself, in the base's own weights, gives each the bits
+            of a pass of its own: so a text is read again, under near-tie, where these are left; the rest in passes of one row.
     """
 
     level: str
@@ -97,6 +100,7 @@ class Guarantee:
     operations: dict[str, int] = field(default_factory=dict)
     noise: float = 0.0
     twin: bool = False
+    again: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_one_of(EXACTNESS, "exact", self.level)
@@ -141,7 +145,7 @@ def find_guarantee(runner: StreamRunner, wanted: str | None, passes: Passes, twi
     if twin is not None and wanted in (None, "near-tie"):
         noise = _compare(twin, None, known, passes, _QUIET)[1]
         if noise < _QUIET:
-            return Guarantee("near-tie", noise=noise, twin=True)
+            return Guarantee("near-tie", noise=noise, twin=True, again=_again(runner, known))
     limits, operations, together = find_limits(runner.model)
     # attention that is not called through transformers' interface takes the rows of a pass together
     apart = wanted != "near-tie" and not runner.own_attention
@@ -160,7 +164,7 @@ def find_guarantee(runner: StreamRunner, wanted: str | None, passes: Passes, twi
             f"exact='bitwise' is not to be had for {type(runner.base).__name__} in {runner.base.dtype} on "
             f"{input_device(runner.base)}: something besides its projections and attention depends on the rows of a pass"
         )
-    return Guarantee("near-tie", None, operations, noise)
+    return Guarantee("near-tie", None, operations, noise, again=_again(runner, known))
 
 
 def check_level(wanted: str | None) -> None:
@@ -297,6 +301,18 @@ def _compare(
                     with _limited(runner, limits):
                         bits = torch.equal(exact(text.tree, rows, streams), text.alone[:rows])
     return bits, noise, off
+
+
+def _again(runner: StreamRunner, known: list[_Known]) -> tuple[int, ...]:
+    """Of `_AGAIN`, the numbers of rows whose passes keep every row's bits when each projection takes one row at a time."""
+    if runner.own_attention:  # takes the rows of a pass together
+        return ()
+    limits, kept = dict.fromkeys(projections(runner.model), 1), list(_AGAIN)
+    for text in known:
+        read = _behind(runner, text.prompt, len(text.prompt))
+        with as_decoding(runner.model), _limited(runner, limits):
+            kept = [rows for rows in kept if rows <= len(text.alone) and torch.equal(read(text.tree, rows, False), text.alone[:rows])]
+    return tuple(kept)
 
 
 def _rounding(model: Any, logits: torch.Tensor) -> float:

@@ -46,6 +46,7 @@ class DecodeLoop:
         self.attached, self.drafting, self.costs, self.stats = attached, drafting, costs, stats
         self.reader, self.runner, self.drafter = attached.reader, attached.runner, attached.drafter
         self.adapter = attached.reader.adapter
+        self.stale = False  # whether steps were so quick that the costs must have been measured beside other work
 
     def run(
         self,
@@ -104,12 +105,14 @@ class DecodeLoop:
                 # 5. keep the accepted rows; the last choice is the next root
                 cache.keep_each([accepted.path for accepted in walks])
                 rows = [accepted.path[-1] for accepted in walks]
-                if walks[0].open:  # too close to call: made again from rows read one by one, as the base reads them
-                    out, rows = self._read_alone(active[0], cache, out.logits[0, rows]), [0]
+                if walks[0].open:  # too close to call: made again from rows read as the base reads them
+                    out = self._read_alone(active[0], cache, out.logits[0, rows])
+                    rows = [out.entry.shape[1] - 1]
                 # 6. speculate: the streams of each last accepted node, if drafts pay; finished texts leave the batch
                 with self.stats.timing("draft_s"):
                     active, streams = self._go_on(active, out, rows, cache, policy)
 
+        self.stale = policy.stale
         self.stats.texts = len(sequences)
         self.stats.tokens = sum(sequence.emitted for sequence in sequences)
         self.stats.decode_s = time.perf_counter() - begun
@@ -213,15 +216,20 @@ class DecodeLoop:
         return choose
 
     def _read_alone(self, sequence: Sequence, cache: RowCache, doubted: torch.Tensor) -> PassOutput:
-        """Read one row a pass, in the base's own shapes, whatever of the text was not read so; choose after the last, whose logits in
-        a pass of another shape were `doubted`, `[1, vocab]`."""
+        """Read whatever of the text was not read in the base's own shapes, every row as in a pass of its own; choose after the last,
+        whose logits in a pass of another shape were `doubted`, `[1, vocab]`."""
         cache.forget(sequence.before + sequence.num_exact_rows)
-        device = input_device(self.reader.base)
-        for place in range(sequence.num_exact_rows, sequence.ids.shape[1]):
-            position = torch.tensor([[place - sequence.start]], device=device)
-            out = self.reader.verify(sequence.ids[:, place : place + 1].to(device), position, None, cache, None)
-            cache.keep([0])
-        reread, sequence.num_exact_rows = sequence.ids.shape[1] - sequence.num_exact_rows, sequence.ids.shape[1]
+        device, first, end = input_device(self.reader.base), sequence.num_exact_rows, sequence.ids.shape[1]
+        several = self.attached.guarantee.again if cache.visible() is None else ()
+        while sequence.num_exact_rows < end:
+            place = sequence.num_exact_rows
+            rows = next((rows for rows in several if rows <= end - place), 1)
+            positions = torch.arange(place, place + rows, device=device)[None] - sequence.start
+            ids = sequence.ids[:, place : place + rows].to(device)
+            out = self.reader.verify(ids, positions, None, cache, None, last_only=rows > 1, apart=rows > 1)
+            cache.keep(range(rows))
+            sequence.num_exact_rows += rows
+            self.stats.target_passes += 1
         found = self.attached.guarantee.after(moved(doubted, out.logits[0, -1:].float()))
         if found is not self.attached.guarantee:  # what the probe promised was too little: no longer
             self.attached.guarantee = found
@@ -229,7 +237,7 @@ class DecodeLoop:
             sequence.widen(found.noise)
             keep(self.attached.kept, self.reader.model, found)
         sequence.remember(sequence.choose_alone(out.logits[0, -1]))
-        self.stats.count_alone(sequence.number, sequence.last, reread)
+        self.stats.count_alone(sequence.number, sequence.last, end - first)
         return out
 
     def _go_on(

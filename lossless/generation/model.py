@@ -56,6 +56,7 @@ class AcceleratedModel:
         self.stats = Stats()
         self._base_lock = lock_of(model)
         self._warned: set[str] = set()
+        self._stale, self._measured_again = False, False  # what steps cost
         with self._base_lock.lock:
             self._attach()
 
@@ -141,6 +142,9 @@ class AcceleratedModel:
             self.stats = Stats()
             if not self._holds():
                 self._attach()
+            elif self._stale and not self._measured_again:  # once: some machines change their speed all the time
+                self._stale, self._measured_again = False, True
+                self.measure_costs()
             if reason := fallback_reason(self.base, inputs, kwargs):
                 self._hand_over(reason)
                 return self.base.generate(inputs, **kwargs)
@@ -160,7 +164,9 @@ class AcceleratedModel:
             if reason := fallback_reason_as_prepared(model, input_ids, streamer, ahead, exact, **prepared):
                 self._hand_over(reason)
                 return model._sample(input_ids, streamer=streamer, **prepared)
-            return loop.run(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
+            found = loop.run(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
+            self._stale = loop.stale
+            return found
 
         return self.base.generate(inputs, custom_generate=decode, **kwargs)
 

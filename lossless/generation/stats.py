@@ -49,7 +49,7 @@ class Stats:
         prefill_s, decode_s: wall-clock seconds; of decoding, draft_s went into streams and trees, pass_s into passes over trees. On
             a GPU, which works on its own, only their sum with the rest says something.
         exact: what held: `bitwise`, `near-tie` or `off` (see `accelerate`); in a batch of several texts always `off`.
-        reread: passes of one row in which choices that were too close to call were made again.
+        reread: rows that were read once more, each by itself, for choices that were too close to call.
         exceeded: choices made again whose logits had moved further than the probe's bound: tokens before them were guarded by too
             narrow a bound. From then on it is wider, in later processes, too.
         served: False if the call was handed to the base's own generate; `why` tells the reason.
@@ -111,8 +111,7 @@ class Stats:
         self.emit(text, accepted.tokens, sources, len(tree) - 1)
 
     def count_alone(self, text: int, token: int, rows: int) -> None:
-        """So many passes of one row, for a choice that was too close to call."""
-        self.target_passes += rows
+        """So many rows read once more, for a choice that was too close to call."""
         self.reread += rows
         self.emit(text, (token,), (0,), 0)
 

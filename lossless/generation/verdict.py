@@ -60,7 +60,7 @@ def read_guarantee(path: Path, model: Any) -> Guarantee:
         limits = {module: limits.pop(name) for name, module in _named(model).items()} | limits
     if limits and not all(isinstance(module, torch.nn.Module) and type(rows) is int for module, rows in limits.items()):
         raise ValueError("limits of other projections")
-    return Guarantee(str(kept["level"]), limits, dict(kept["operations"]), float(kept["noise"]), bool(kept["twin"]))
+    return Guarantee(str(kept["level"]), limits, dict(kept["operations"]), float(kept["noise"]), bool(kept["twin"]), _rows(kept["again"]))
 
 
 def keep(path: Path, model: Any, found: Guarantee) -> None:
@@ -68,9 +68,17 @@ def keep(path: Path, model: Any, found: Guarantee) -> None:
     with contextlib.suppress(*BROKEN):
         found = found.at_least(read_guarantee(path, model).noise)
     limits = None if found.limits is None else {name: found.limits[module] for name, module in _named(model).items()}
-    verdict = {"level": found.level, "limits": limits, "operations": found.operations, "noise": found.noise, "twin": found.twin}
+    verdict = {
+        "level": found.level, "limits": limits, "operations": found.operations, "noise": found.noise, "twin": found.twin, "again": found.again,
+    }  # fmt: skip
     with contextlib.suppress(OSError):
         write_json(path, {"guarantee": verdict})
+
+
+def _rows(kept: Any) -> tuple[int, ...]:
+    if not isinstance(kept, list) or not all(type(rows) is int and rows > 1 for rows in kept):
+        raise ValueError("no numbers of rows")
+    return tuple(kept)
 
 
 def _named(model: Any) -> dict[str, torch.nn.Module]:

@@ -120,9 +120,12 @@ class StreamRunner:
         """All that passes run through."""
         return nn.ModuleList([self.model, self.stream_layers])
 
-    def keep_bits(self, limits: dict[nn.Module, int]) -> None:
-        """From now on every row of a pass is to have the bits of a pass of its own."""
-        self.limits = limits
+    def keep_bits(self, limits: dict[nn.Module, int], always: bool = True) -> None:
+        """From now on every row of a pass has the bits of a pass of its own: of every pass, or of those that ask for it.
+
+        limits: rows at a time for which a projection keeps them.
+        """
+        self.limits = limits if always else None
         keep_bits(limits)
 
     def _hook(self) -> None:
@@ -145,6 +148,7 @@ class StreamRunner:
         cache: Any,
         nodes: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None,
         last_only: bool = False,
+        apart: bool = False,
     ) -> PassOutput:
         """One pass of the base over some rows, and of the streams of some of them.
 
@@ -157,6 +161,7 @@ class StreamRunner:
             nodes: `[m]` rows that speculate (on the CPU: they index tensors on several devices), or None for none; or
                 what chooses them, given all rows at layer N - N_s, `[batch, rows, dim]`.
             last_only: logits for the last row only (a prefill).
+            apart: every row as in a pass of its own, in a runner that can (`keep_bits`); not of padded texts, nor of several.
         """
         device, count = ids.device, ids.shape[1]
 
@@ -170,9 +175,9 @@ class StreamRunner:
         allowed = None if plain else behind_the_past(own(torch.arange(count)), cache, len(ids))
         plan = Pass(self.implementation, len(ids), count, PositionMask(allowed, positions, keys), last_only=last_only)
         unpadded = len(ids) == 1 and cache.visible() is None
-        plan.keeps_bits = self.limits is not None and unpadded
+        plan.keeps_bits = unpadded and (apart or self.limits is not None)
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
-        if not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention)):
+        if unpadded and apart or not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention)):
             plan.alone = AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
 
         def begin(entry: torch.Tensor) -> None:
