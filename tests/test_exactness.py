@@ -25,7 +25,7 @@ from lossless.base.layers import uses_attention_interface
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
-from lossless.generation.exactness import _limit, find_limits
+from lossless.generation.limits import _limit, find_limits
 from lossless.generation.loop import DecodeLoop
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.generation.sequence import Sequence

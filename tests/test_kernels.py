@@ -17,9 +17,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import lossless
 from lossless.adapter.compat import new_adapter
-from lossless.base import kernels
+from lossless.base import kernels, panels
 from lossless.base.attention import GROUPED
-from lossless.base.linears import FourBitLinear, StoredLinear
+from lossless.base.linears import FourBitLinear, PackedLinear, StoredLinear
 from lossless.base.loading import freeze
 from lossless.base.packed import dense, is_packed, packed_twin
 from lossless.errors import UsageError
@@ -36,10 +36,13 @@ DTYPES = [torch.float32, torch.bfloat16]
 def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Kernels as in a new process, with an empty cache."""
     monkeypatch.setattr(kernels, "cache_dir", lambda: tmp_path)
-    for cached in (kernels.available, kernels._library):
-        cached.cache_clear()
+    forget()
     yield tmp_path / "kernels"
-    for cached in (kernels.available, kernels._library):
+    forget()
+
+
+def forget() -> None:
+    for cached in (kernels.available, kernels._library, kernels.panel, panels._right):
         cached.cache_clear()
 
 
@@ -88,20 +91,54 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(shape: tuple[int, i
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(96, 64), (70, 576), (576, 1536), (5, 16), (33, 6)], ids=str)
+@pytest.mark.parametrize("as_wide", [True, False], ids=["all bits", "16 bits"])
+def test_panels_keep_a_weight_and_the_bits_of_rows(shape: tuple[int, int], dtype: torch.dtype, as_wide: bool) -> None:
+    weight = torch.randn(shape) if as_wide else torch.randn(shape).bfloat16().float()
+    weight, bias, rows = weight.to(dtype), torch.randn(shape[0]).to(dtype), torch.randn(33, shape[1])
+    product = panels.Panels.of(weight)
+    assert product.numbers.dtype == (torch.float32 if as_wide and dtype == torch.float32 else torch.bfloat16)
+    assert panels.itemsize(weight) == product.numbers.itemsize
+    assert torch.equal(product.dense(), weight)
+    for kind in DTYPES:
+        given = rows.to(kind)
+        alone = torch.cat([product.multiply(row[None, None], bias)[0] for row in given])
+        for count in range(2, 34):
+            assert torch.equal(torch.cat([product.multiply(some, bias) for some in given.split(count)]), alone), count
+        expected = F.linear(given.float(), weight.float(), bias.float())
+        assert alone.dtype == kind
+        assert (alone.float() - expected).abs().max() < (1e-5 if kind == torch.float32 else 0.03) * expected.std()
+    half = product.multiply(rows.half(), None)
+    torch.testing.assert_close(half, (rows.half().float() @ weight.float().T).half(), rtol=1e-2, atol=1e-2)
+    slanted = torch.randn(shape[1], 7).t()  # not contiguous
+    torch.testing.assert_close(product.multiply(slanted, None), product.multiply(slanted.contiguous(), None))
+
+
+@needs_kernels
+def test_a_sum_that_is_no_number_stays_none() -> None:
+    rows = torch.ones(2, 32).bfloat16()
+    rows[1, 3] = torch.nan
+    found = panels.Panels.of(torch.randn(40, 32).bfloat16()).multiply(rows, None)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+
+
+@needs_kernels
 @pytest.mark.parametrize("count", [kernels._MANY - 1, kernels._MANY])
-def test_many_rows_are_multiplied_by_torch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_multiplied_by_torch_with_weights_as_they_are_stored(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = kernels._multiply
-    monkeypatch.setattr(kernels, "_multiply", lambda *given: calls.append(len(given[0])) or real(*given))
+    real = F.linear
+    monkeypatch.setattr(kernels.F, "linear", lambda rows, *rest: calls.append(len(rows)) or real(rows, *rest))
     weight, rows = torch.randn(8, 64), torch.randn(count, 64)
     torch.testing.assert_close(kernels.linear(rows, weight, None), rows @ weight.T)
-    assert calls == [count] * (count < kernels._MANY)
+    assert calls == [count] * (count >= kernels._MANY)
 
 
 @needs_kernels
 def test_gradients_flow_to_rows_through_torch() -> None:
     stored = StoredLinear.over(nn.Parameter(torch.randn(8, 64), requires_grad=False), None)
-    for product in (stored, FourBitLinear(four_bit_linear(8, 64))):
+    for product in (stored, PackedLinear(torch.randn(8, 64), None), FourBitLinear(four_bit_linear(8, 64))):
         rows = torch.randn(3, 64, requires_grad=True)
         product(rows).sum().backward()
         torch.testing.assert_close(rows.grad, product.weight.sum(0).expand(3, -1))
@@ -157,7 +194,9 @@ def test_what_has_no_kernel_is_told_apart() -> None:
     assert not kernels.multipliable(8, 24, torch.float32)  # inputs in whole vectors
     assert not kernels.multipliable(8, 32, torch.float16)
     assert not kernels.multipliable(3, 32, torch.float32)
-    assert not kernels.four_bits_multipliable(8, 96)
+    assert not panels.available(torch.float32, 7)
+    assert not panels.available(torch.float16, 8)
+    assert not panels.four_bits_available(96)
     rows = torch.randn(1, 4, 2, 48)
     assert not kernels.attendable(rows, rows)  # dimensions in whole vectors
     assert not kernels.attendable(rows[..., :32].expand(2, -1, -1, -1), rows[..., :32])  # a batch
@@ -237,8 +276,7 @@ def test_kernels_are_compiled_once_and_a_broken_file_is_made_anew(afresh: Path, 
     assert kernels.available()
     (made,) = afresh.iterdir()
     when = made.stat().st_mtime_ns
-    for cached in (kernels.available, kernels._library):
-        cached.cache_clear()
+    forget()
     assert kernels.available()
     assert made.stat().st_mtime_ns == when
     elsewhere = afresh.parent / "elsewhere"
@@ -246,8 +284,7 @@ def test_kernels_are_compiled_once_and_a_broken_file_is_made_anew(afresh: Path, 
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"cut")
     monkeypatch.setattr(kernels, "cache_dir", lambda: elsewhere)
-    for cached in (kernels.available, kernels._library):
-        cached.cache_clear()
+    forget()
     assert kernels.available()
     assert broken.stat().st_size == made.stat().st_size
     assert list(broken.parent.iterdir()) == [broken]
@@ -272,5 +309,7 @@ def test_without_a_compiler_there_are_none_and_the_rest_serves(afresh: Path, com
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_multiply", lambda rows, *_: rows.new_zeros(len(rows), 70))
+    monkeypatch.setattr(kernels, "linear", lambda rows, *_: rows.new_zeros(len(rows), 70))
     assert not kernels._right()
+    monkeypatch.setattr(kernels, "multiply", lambda kind, weight, outs, rows, *_: rows.new_zeros(len(rows), outs))
+    assert not panels._right.__wrapped__()

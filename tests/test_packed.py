@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lossless
 from lossless.adapter.compat import new_adapter
-from lossless.base import kernels, products
+from lossless.base import kernels, linears, panels, products
 from lossless.base import packed as module
 from lossless.base.linears import Int8Linear, PackedLinear, StoredLinear, draft_linear
 from lossless.base.loading import freeze
@@ -27,9 +27,9 @@ from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if products.packable(dtype)]
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if linears.packable(dtype, 8)]
 needs_packing = pytest.mark.skipif(not products.packable(torch.float32), reason="torch packs no float32 weights on this machine")
-pytestmark = needs_packing
+pytestmark = pytest.mark.skipif(not DTYPES, reason="nothing can be packed on this machine")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,14 +45,40 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(shape: tuple[int, i
     assert torch.equal(product.weight, weight)
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no gcc."""
+    monkeypatch.setattr(kernels, "available", lambda: False)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if products.packable(dtype)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 64), (192, 576), (576, 1536), (300, 1100)], ids=str)
+def test_where_there_are_no_kernels_onednn_packs(shape: tuple[int, int], dtype: torch.dtype, without_kernels: None) -> None:
+    test_a_row_has_the_same_bits_beside_any_number_of_others(shape, dtype)
+    assert isinstance(PackedLinear(torch.randn(shape).to(dtype), None).packed, products.Packed)
+    model = lossless.pack(build_tiny(seed=5).to(dtype))
+    assert {type(part.packed) for part in model.modules() if isinstance(part, PackedLinear)} == {products.Packed}
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+def test_tiles_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tiles in (False, True):
+        monkeypatch.setattr(products, "has_tiles", lambda tiles=tiles: tiles)
+        monkeypatch.setattr(products, "packable", lambda dtype: True)
+        kinds = [type(PackedLinear(torch.randn(32, 16).to(dtype), None).packed) for dtype in (torch.float32, torch.bfloat16)]
+        assert kinds == [panels.Panels, products.Packed if tiles else panels.Panels]
+
+
+@needs_packing
 def test_a_lone_row_stands_beside_a_copy_of_itself_where_that_keeps_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     monkeypatch.setattr(products, "least_rows", lambda *_: 2)
-    product = PackedLinear(torch.randn(8, 4), None)
-    real = products.multiply
-    monkeypatch.setattr(products, "multiply", lambda rows, *rest: counts.append(rows.numel() // 4) or real(rows, *rest))
+    product = products.Packed.of(torch.randn(8, 4))
+    real = products._multiply
+    monkeypatch.setattr(products, "_multiply", lambda rows, *rest: counts.append(rows.numel() // 4) or real(rows, *rest))
     for shape in ((4,), (1, 1, 4), (1, 3, 4)):
-        assert product(torch.randn(shape)).shape == (*shape[:-1], 8)
+        assert product.multiply(torch.randn(shape), None).shape == (*shape[:-1], 8)
     assert counts == [2, 2, 3]
 
 
@@ -75,14 +101,15 @@ def test_eight_bits_are_nearly_right() -> None:
 @pytest.mark.parametrize("float_drafts", [True, False], ids=["packed", "neither"])
 def test_drafts_go_without_what_is_not_there(float_drafts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "int8_packable", lambda: False)
-    monkeypatch.setattr(products, "packable", lambda dtype: float_drafts)
+    monkeypatch.setattr(linears, "packable", lambda dtype, ins: float_drafts)
     weight, rows = torch.randn(6, 4), torch.randn(3, 4)
     found = draft_linear(weight, None)
     assert isinstance(found, PackedLinear if float_drafts else nn.Linear)
     torch.testing.assert_close(found(rows), rows @ weight.T)
 
 
-def test_every_number_of_rows_is_prepared_once_for_each_kind_of_product(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_packing
+def test_every_number_of_rows_is_prepared_once_for_each_kind_of_product(without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = lossless.pack(build_tiny()), []
     kinds = {(part.in_features, part.out_features) for part in model.modules() if isinstance(part, PackedLinear)}
     real = PackedLinear.forward
@@ -91,9 +118,10 @@ def test_every_number_of_rows_is_prepared_once_for_each_kind_of_product(monkeypa
     assert sorted(seen) == sorted((*kind, count) for kind in kinds for count in range(1, 6))
 
 
-def test_an_operator_that_is_wrong_or_missing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_packing
+def test_an_operator_that_is_wrong_or_missing_is_not_used(without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for broken in (lambda rows, *_: rows.new_zeros(len(rows), 96), lambda *_: torch.ops.mkldnn._no_such_operator()):
-        monkeypatch.setattr(products, "multiply", broken)
+        monkeypatch.setattr(products, "_multiply", broken)
         products.packable.cache_clear()
         assert not products.packable(torch.float32)
         assert not any(isinstance(part, PackedLinear) for part in (packed_twin(build_tiny()) or build_tiny()).modules())
@@ -238,5 +266,6 @@ def test_a_base_that_was_changed_is_looked_at_again(what: str) -> None:
 def test_a_call_does_not_unpack_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lossless.pack(build_tiny(seed=5, hidden=64, inner=160))
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
-    monkeypatch.setattr(products, "unpack", lambda packed: pytest.fail("a packed weight was unpacked"))
+    for layout in (panels.Panels, products.Packed):
+        monkeypatch.setattr(layout, "dense", lambda packed: pytest.fail("a packed weight was unpacked"))
     fast.generate(prompt_ids(9), max_new_tokens=5, do_sample=False)

@@ -1,52 +1,20 @@
-/* Products of a few rows with weights as they are stored, and attention of a few rows over kept keys.
+/* Products of a few rows with weights as torch stores them, and attention of a few rows over kept keys.
 
    Every number that comes out is summed in an order that depends on its own row alone, never on how many rows stand beside it:
    lanes run along the inputs, and are added up in one fixed way. So a row of a draft tree has the bits that it has by itself.
-   A weight is read, and decoded if it has 16 or 4 bits, once for all rows. All sums are float32. */
+   A weight is read, and decoded if it has 16 bits, once for all rows. All sums are float32. */
 
-#include <math.h>
-#include <omp.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
+#if LANES == 16
 #define MOST 6 /* rows whose sums fit the registers */
 #else
-#define LANES 8
 #define MOST 2
 #endif
 #define WIDE 4 /* outputs that are summed side by side */
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 
-typedef float f32s __attribute__((vector_size(LANES * 4)));
-typedef float f32s_at __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef uint32_t u32s __attribute__((vector_size(LANES * 4)));
-typedef int32_t i32s __attribute__((vector_size(LANES * 4)));
-typedef uint16_t u16s __attribute__((vector_size(LANES * 2)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
-
-enum kind { FLOAT32, BFLOAT16, FOUR_BITS };
-
-INLINE f32s load(const float *at) { return (f32s) * (const f32s_at *)at; }
-
-INLINE void store(float *at, f32s numbers) { *(f32s_at *)at = numbers; }
-
-INLINE f32s load_bfloat16(const uint16_t *at) {
-    u16s halves;
-    memcpy(&halves, at, sizeof halves);
-    return (f32s)(__builtin_convertvector(halves, u32s) << 16);
-}
-
-INLINE uint16_t as_bfloat16(float number) { /* to the nearest, of two the even one */
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    if (number != number) return (uint16_t)(bits >> 16 | 64);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 /* The lanes of a vector added up to four. */
 INLINE f32x4 fold(f32s a) {
@@ -107,50 +75,7 @@ INLINE void decode_bfloat16(const uint16_t *from, float *to, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += LANES) store(to + i, load_bfloat16(from + i));
 }
 
-/* What 4-bit numbers stand for: a table of 16. */
-struct code {
-#if LANES == 16
-    f32s all;
-#else
-    f32s low, high;
-#endif
-};
-
-INLINE struct code load_code(const float *code) {
-    struct code found;
-    memcpy(&found, code, sizeof found);
-    return found;
-}
-
-INLINE f32s decoded(struct code code, u32s numbers) {
-#if LANES == 16
-    return __builtin_shuffle(code.all, numbers);
-#else
-    return __builtin_shuffle(code.low, code.high, numbers);
-#endif
-}
-
-#define BLOCK 64 /* 4-bit numbers with one scale, in 16 words of 16 bits: number 16 * j + l of them is the j-th four bits of word l */
-
-INLINE void decode_block(const uint16_t *from, float scale, struct code code, f32s *to) {
-    UNROLL for (int l = 0; l < 16 / LANES; l++) {
-        u16s words;
-        memcpy(&words, from + l * LANES, sizeof words);
-        u32s wide = __builtin_convertvector(words, u32s);
-        UNROLL for (int j = 0; j < 4; j++) to[j * (16 / LANES) + l] = decoded(code, wide >> (4 * j) & 15) * scale;
-    }
-}
-
-INLINE void decode_four_bits(const uint16_t *from, const float *scales, const float *table, float *to, ptrdiff_t count) {
-    struct code code = load_code(table);
-    for (ptrdiff_t i = 0; i < count; i += BLOCK, from += BLOCK / 4) {
-        f32s numbers[BLOCK / LANES];
-        decode_block(from, *scales++, code, numbers);
-        UNROLL for (int l = 0; l < BLOCK / LANES; l++) store(to + i + l * LANES, numbers[l]);
-    }
-}
-
-/* Tiles of one row, whose weights are decoded where they are multiplied. */
+/* A tile of one row, whose weights are decoded where they are multiplied. */
 INLINE void tile_of_bfloat16(const uint16_t *weights, const float *row, ptrdiff_t ins, float *out) {
     f32s added[WIDE] = {};
     for (ptrdiff_t i = 0; i < ins; i += LANES)
@@ -159,27 +84,8 @@ INLINE void tile_of_bfloat16(const uint16_t *weights, const float *row, ptrdiff_
     memcpy(out, &found, sizeof found);
 }
 
-INLINE void tile_of_four_bits(const uint16_t *weights, const float *scales, const float *table, const float *row, ptrdiff_t ins, float *out) {
-    struct code code = load_code(table);
-    f32s added[WIDE] = {};
-    for (ptrdiff_t i = 0; i < ins; i += BLOCK)
-        UNROLL for (int n = 0; n < WIDE; n++) {
-            f32s numbers[BLOCK / LANES];
-            decode_block(weights + (n * ins + i) / 4, scales[(n * ins + i) / BLOCK], code, numbers);
-            UNROLL for (int l = 0; l < BLOCK / LANES; l++) added[n] += numbers[l] * load(row + i + l * LANES);
-        }
-    f32x4 found = sums(added[0], added[1], added[2], added[3]);
-    memcpy(out, &found, sizeof found);
-}
-
-INLINE void decode(enum kind kind, const void *weight, const float *scales, const float *code, ptrdiff_t from, ptrdiff_t count, float *to) {
-    if (kind == BFLOAT16) decode_bfloat16((const uint16_t *)weight + from, to, count);
-    if (kind == FOUR_BITS) decode_four_bits((const uint16_t *)weight + from / 4, scales + from / BLOCK, code, to, count);
-}
-
-/* rows [count, ins] times weight [outs, ins] -> out [count, outs]; outs at least 4, ins a multiple of LANES (of BLOCK for 4 bits). */
-void lossless_linear(int kind, const void *weight, const float *scales, const float *code, const float *rows, float *out,
-                     ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
+/* rows [count, ins] times weight [outs, ins] -> out [count, outs]; outs at least 4, ins a multiple of LANES. */
+void lossless_stored(int kind, const void *weight, const float *rows, float *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
     ptrdiff_t tiles = (outs + WIDE - 1) / WIDE;
 #pragma omp parallel num_threads(threads)
     {
@@ -189,16 +95,12 @@ void lossless_linear(int kind, const void *weight, const float *scales, const fl
             /* the last tile may begin before the one ahead of it ends: the same numbers are written twice */
             ptrdiff_t n = t * WIDE + WIDE <= outs ? t * WIDE : outs - WIDE;
             const float *weights = (const float *)weight + n * ins;
-            if (kind == FOUR_BITS && count == 1) {
-                tile_of_four_bits((const uint16_t *)weight + n * ins / 4, scales + n * ins / BLOCK, code, rows, ins, out + n);
-                continue;
-            }
             if (kind == BFLOAT16 && count == 1) {
                 tile_of_bfloat16((const uint16_t *)weight + n * ins, rows, ins, out + n);
                 continue;
             }
-            if (kind != FLOAT32) {
-                decode(kind, weight, scales, code, n * ins, WIDE * ins, decoded);
+            if (kind == BFLOAT16) {
+                decode_bfloat16((const uint16_t *)weight + n * ins, decoded, WIDE * ins);
                 weights = decoded;
             }
             product(weights, rows, count, ins, out + n, outs, WIDE);

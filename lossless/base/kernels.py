@@ -1,11 +1,11 @@
-"""Products of a few rows with weights as they are stored, and attention of a few rows, in C of our own.
+"""Products of rows with a weight, and attention of a few rows, in C of our own.
 
-Knows: how kernels.c is compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know: modules,
-models, or trees. Where there is no gcc, or where what it makes is wrong, `available()` is False and nothing else here may be
+Knows: how kernels.c and panels.c are compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know:
+modules, models, or trees. Where there is no gcc, or where what it makes is wrong, `available()` is False and nothing else here may be
 called. `$LOSSLESS_CC` names another compiler, with flags if need be; empty, none is used.
 
+    multiply    weights in panels (panels.py): the fastest products that we know of for a few rows
     linear      weights in float32 or bfloat16, as torch keeps them: no copy of them is made
-    FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them, in an order in which whole vectors are decoded at a time
     attend      rows of a draft tree over the past and their own paths
 
 Of each, a row has the same bits beside any number of others.
@@ -33,14 +33,12 @@ from torch.nn import functional as F
 
 from ..storage import cache_dir
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "kernels.c", "panels.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_FOUR_BITS = 2
 _WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
 _LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
-_BLOCK = 64  # 4-bit numbers with one scale
 _MANY = 128  # rows from which on the products of torch are faster; as many are read of prompts, not of trees
 
 
@@ -52,13 +50,13 @@ def available() -> bool:
 
 @functools.cache
 def _library() -> Any | None:
-    """kernels.c, compiled for this processor; None if it cannot be."""
+    """The sources, compiled for this processor; None if they cannot be."""
     command = [*shlex.split(os.environ.get("LOSSLESS_CC", "gcc")), *_FLAGS]
     if shutil.which(command[0]) is None:
         return None
     try:
         version = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
-        made_from = (_SOURCE.read_bytes(), version, *(part.encode() for part in command), _processor().encode())
+        made_from = (*(path.read_bytes() for path in _SOURCES), version, *(part.encode() for part in command), _processor().encode())
         return _load(command, hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16])
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
@@ -76,7 +74,8 @@ def _load(command: list[str], name: str) -> Any:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             own = folder / f".{name}.{os.getpid()}"
-            subprocess.run([*command, "-o", str(own), str(_SOURCE), "-lm"], capture_output=True, timeout=_SECONDS, check=True)
+            sources = [str(path) for path in _SOURCES if path.suffix == ".c"]
+            subprocess.run([*command, "-o", str(own), *sources, "-lm"], capture_output=True, timeout=_SECONDS, check=True)
             own.replace(path)
         except OSError:
             continue
@@ -86,9 +85,10 @@ def _load(command: list[str], name: str) -> Any:
 
 def _declared(library: Any) -> Any:
     pointer, size, number = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
-    library.lossless_linear.argtypes = [number, *[pointer] * 5, *[size] * 3, number]
+    library.lossless_stored.argtypes = [number, *[pointer] * 3, *[size] * 3, number]
+    library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 3, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
-    for function in (library.lossless_linear, library.lossless_attend):
+    for function in (library.lossless_stored, library.lossless_panels, library.lossless_attend):
         function.restype = None
     return library
 
@@ -102,85 +102,49 @@ def _processor() -> str:
         return platform.machine() + platform.processor()
 
 
+@functools.cache
+def panel() -> int:
+    """Outputs whose weights stand in one panel."""
+    return 2 * int(_library().lossless_lanes())  # type: ignore[union-attr]
+
+
+def multiply(
+    kind: int, weight: torch.Tensor, outs: int, rows: torch.Tensor, bias: torch.Tensor | None,
+    scales: torch.Tensor | None = None, code: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`[..., in]` times a weight in panels of this kind (panels.c) -> `[..., out]`, in the dtype of the rows. No gradient flows."""
+    *before, ins = rows.shape
+    halves = rows.dtype is torch.bfloat16
+    given = (rows if halves or rows.dtype is torch.float32 else rows.float()).contiguous()
+    out = torch.empty(*before, outs, dtype=given.dtype)
+    scratch = torch.empty(given.shape, dtype=torch.float32) if halves else given
+    added = None if bias is None else bias.float().contiguous()
+    _library().lossless_panels(  # type: ignore[union-attr]
+        kind, halves, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
+        given.data_ptr(), scratch.data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
+        math.prod(before), ins, outs, torch.get_num_threads(),
+    )  # fmt: skip
+    return out if out.dtype is rows.dtype else out.to(rows.dtype)
+
+
 def multipliable(outs: int, ins: int, dtype: torch.dtype) -> bool:
-    """Whether weights of this shape and dtype have a kernel here."""
+    """Whether weights of this shape and dtype have a kernel here as they are stored."""
     return dtype in _KINDS and ins % _LANES == 0 and ins <= _WIDEST and outs >= 4 and available()
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`[..., in]` times `weight` `[out, in]` -> `[..., out]`, in the dtype of the rows; sums are in float32."""
-    if _for_torch(rows):
+    if rows.numel() >= _MANY * rows.shape[-1] or (rows.requires_grad and torch.is_grad_enabled()):
         return F.linear(rows, weight.to(rows.dtype), bias)
-    return _multiply(rows, _KINDS[weight.dtype], weight.contiguous(), None, None, len(weight), bias)
-
-
-def _for_torch(rows: torch.Tensor) -> bool:
-    """Whether torch multiplies them: there are many, or gradients are to flow to them, of which the kernels know nothing."""
-    return rows.numel() >= _MANY * rows.shape[-1] or (rows.requires_grad and torch.is_grad_enabled())
-
-
-def _multiply(
-    rows: torch.Tensor, kind: int, weight: torch.Tensor, scales: torch.Tensor | None, code: torch.Tensor | None, outs: int,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
     *before, ins = rows.shape
-    plain = rows if rows.dtype is torch.float32 and rows.is_contiguous() else rows.float().contiguous()
-    out = torch.empty(*before, outs)
-    _library().lossless_linear(  # type: ignore[union-attr]
-        kind, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
-        plain.data_ptr(), out.data_ptr(), math.prod(before), ins, outs, torch.get_num_threads(),
-    )  # fmt: skip
+    plain, weight = rows.float().contiguous(), weight.contiguous()
+    out = torch.empty(*before, len(weight))
+    _library().lossless_stored(  # type: ignore[union-attr]
+        _KINDS[weight.dtype], weight.data_ptr(), plain.data_ptr(), out.data_ptr(), math.prod(before), ins, len(weight), torch.get_num_threads()
+    )
     if bias is not None:
         out += bias
-    return out if rows.dtype is torch.float32 else out.to(rows.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class FourBits:
-    """A weight in 4 bits.
-
-    Attributes:
-        numbers: `[out, in / 2]` bytes; a block of 64 numbers is 16 words of 16 bits, and the j-th four bits of word l are its number
-            16 j + l.
-        scales: `[out, in / 64]` float32, one for each block of 64 numbers.
-        code: `[16]` float32, what each number stands for.
-    """
-
-    numbers: torch.Tensor
-    scales: torch.Tensor
-    code: torch.Tensor
-
-    @classmethod
-    def from_pairs(cls, pairs: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, outs: int) -> FourBits:
-        """From bytes that hold two neighbours each, the first in the high half, as bitsandbytes stores them."""
-        four = torch.stack([pairs.reshape(-1) >> 4, pairs.reshape(-1) & 15], dim=-1).view(outs, -1, 4, 16)
-        words = torch.stack([four[:, :, 0] | four[:, :, 1] << 4, four[:, :, 2] | four[:, :, 3] << 4], dim=-1)  # [out, blocks, 16, 2]
-        return cls(words.view(outs, -1), scales.float().view(outs, -1).contiguous(), code.float().contiguous())
-
-    def pairs(self) -> torch.Tensor:
-        """`[out * in / 2]` bytes, in the order that they came in."""
-        found = self._numbers().view(-1, 2)
-        return found[:, 0] << 4 | found[:, 1]
-
-    def dense(self) -> torch.Tensor:
-        """`[out, in]` in float32."""
-        blocks = self.code[self._numbers().long()].view(len(self.numbers), -1, _BLOCK)
-        return (blocks * self.scales[..., None]).view(len(self.numbers), -1)
-
-    def _numbers(self) -> torch.Tensor:
-        low, high = self.numbers.view(len(self.numbers), -1, 16, 2).unbind(-1)
-        return torch.stack([low & 15, low >> 4, high & 15, high >> 4], dim=2).view(len(self.numbers), -1)  # [out, in]
-
-    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`[..., in]` -> `[..., out]`, in the dtype of the rows; sums are in float32."""
-        if _for_torch(rows):
-            return F.linear(rows.float(), self.dense(), None if bias is None else bias.float()).to(rows.dtype)
-        return _multiply(rows, _FOUR_BITS, self.numbers, self.scales, self.code, len(self.numbers), bias)
-
-
-def four_bits_multipliable(outs: int, ins: int) -> bool:
-    """Whether 4-bit weights of this shape, in blocks of 64, have a kernel here."""
-    return ins % _BLOCK == 0 and ins <= _WIDEST and outs >= 4 and available()
+    return out.to(rows.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,15 +204,9 @@ def _right() -> bool:
     """Whether the kernels compute what torch computes, and keep the bits of a row beside others."""
     generator = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(7, 64, generator=generator), torch.randn(70, 64, generator=generator)
-    pairs = torch.randint(256, (70 * 32,), generator=generator, dtype=torch.uint8)
-    four = FourBits.from_pairs(pairs, torch.rand(70, generator=generator), torch.randn(16, generator=generator), 70)
-    dense = {"float32": weight, "bfloat16": weight.bfloat16(), "4 bits": four.dense()}
-    for kind, expected in dense.items():
-        found, alone = (
-            torch.cat([four.multiply(some, None) if kind == "4 bits" else linear(some, expected, None) for some in rows.split(size)])
-            for size in (7, 1)
-        )
-        if not torch.equal(found, alone) or not torch.allclose(found, rows @ expected.float().T, rtol=1e-4, atol=1e-3):
+    for stored in (weight, weight.bfloat16()):
+        found, alone = (torch.cat([linear(some, stored, None) for some in rows.split(size)]) for size in (7, 1))
+        if not torch.equal(found, alone) or not torch.allclose(found, rows @ stored.float().T, rtol=1e-4, atol=1e-3):
             return False
     query, key, value = (torch.randn(1, heads, count, 64, generator=generator) for heads, count in ((4, 3), (2, 40), (2, 40)))
     paths = Paths.of([[0], [0, 1], [0, 2]])

@@ -3,9 +3,9 @@
 Knows: how each keeps its weight, multiplies with it, is copied and saved, and what it was before. Does not know: models, or which
 of their modules are to be replaced (base/packed.py).
 
-    PackedLinear    a copy of the weight in oneDNN's layout
+    PackedLinear    a copy of the weight in another layout: in panels, or in oneDNN's
     StoredLinear    the weight as it is stored, multiplied by a kernel of ours
-    FourBitLinear   bitsandbytes' 4-bit numbers, multiplied by a kernel of ours
+    FourBitLinear   bitsandbytes' 4-bit numbers, in panels
     Int8Linear      rounded to 8 bits, for drafts
 """
 
@@ -20,7 +20,19 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from . import kernels, products
+from . import kernels, panels, products
+
+
+def packable(dtype: torch.dtype, ins: int) -> bool:
+    """Whether a weight of this dtype, for so many inputs, can be packed here."""
+    return panels.available(dtype, ins) or products.packable(dtype)
+
+
+def _packed(weight: torch.Tensor) -> panels.Panels | products.Packed:
+    """A weight `[out, in]` in the layout whose products are the fastest here."""
+    if panels.available(weight.dtype, weight.shape[1]) and not (weight.dtype == torch.bfloat16 and products.has_tiles()):
+        return panels.Panels.of(weight)
+    return products.Packed.of(weight)
 
 
 class PackedLinear(nn.Module):
@@ -36,18 +48,17 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.origin = origin
-        self.packed, self.dtype = products.pack(weight), weight.dtype
+        self.packed, self.dtype = _packed(weight), weight.dtype
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.least = products.least_rows(self.in_features, self.out_features, weight.dtype)
 
     @property
     def weight_bytes(self) -> int:
-        return self.in_features * self.out_features * self.dtype.itemsize
+        return self.packed.nbytes
 
     @property
     def weight(self) -> torch.Tensor:
         """`[out, in]`, dense: a copy, made at each call."""
-        return products.unpack(self.packed)
+        return self.packed.dense()
 
     def original_weight(self) -> torch.Tensor:
         """The weight as the module had it that this one stands in for: a Conv1D's is `[in, out]`."""
@@ -55,12 +66,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
-        if rows.requires_grad and torch.is_grad_enabled():  # oneDNN's operator lets no gradient through
+        if rows.requires_grad and torch.is_grad_enabled():  # packed products let no gradient through
             return F.linear(rows, self.weight, self.bias)
-        if self.least == 1 or rows.numel() > rows.shape[-1]:
-            return products.multiply(rows, self.packed, self.bias)
-        both = products.multiply(rows.reshape(1, -1).expand(self.least, -1), self.packed, self.bias)
-        return both[:1].reshape(*rows.shape[:-1], -1)
+        return self.packed.multiply(rows, self.bias)
 
     def original(self) -> nn.Module:
         """A module of the class that it stands in for, with the weight and the bias that it had."""
@@ -75,7 +83,7 @@ class PackedLinear(nn.Module):
         """Another module with the same packed weight: hooks of the one are not hooks of the other."""
         other = type(self).__new__(type(self))
         nn.Module.__init__(other)
-        for name in ("in_features", "out_features", "packed", "dtype", "bias", "least", "origin"):
+        for name in ("in_features", "out_features", "packed", "dtype", "bias", "origin"):
             setattr(other, name, getattr(self, name))
         return other.train(self.training)
 
@@ -91,7 +99,7 @@ class PackedLinear(nn.Module):
         return {**self.__dict__, "packed": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "packed": products.pack(state["packed"])})
+        super().__setstate__({**state, "packed": _packed(state["packed"])})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         _stays(fn, self.dtype, convertible=False)
@@ -143,12 +151,12 @@ class FourBitLinear(nn.Module):
         numbers, state = stored_pairs(module)
         self.in_features, self.out_features, self.dtype = module.in_features, module.out_features, torch.float32
         self.origin, self.state, self.compute_dtype = type(module), state, module.compute_dtype
-        self.four_bits = kernels.FourBits.from_pairs(numbers, scales_of(state), state.code, self.out_features)
+        self.four_bits = panels.FourBits.from_pairs(numbers, scales_of(state), state.code, self.out_features)
         self.bias = module.bias
 
     @property
     def weight_bytes(self) -> int:
-        return self.four_bits.numbers.nbytes + self.four_bits.scales.nbytes
+        return self.four_bits.nbytes
 
     @property
     def weight(self) -> torch.Tensor:
@@ -157,6 +165,8 @@ class FourBitLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
+        if rows.requires_grad and torch.is_grad_enabled():
+            return F.linear(rows.float(), self.weight, self.bias).to(rows.dtype)
         return self.four_bits.multiply(rows, self.bias)
 
     def original(self) -> Any:
@@ -245,7 +255,7 @@ def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     """The cheapest product with this weight that is to be had here, for drafts: they cost time if they are wrong, never a token."""
     if weight.device.type == "cpu" and products.int8_packable():
         return Int8Linear(weight, bias)
-    if weight.device.type == "cpu" and products.packable(weight.dtype):
+    if weight.device.type == "cpu" and packable(weight.dtype, weight.shape[1]):
         return PackedLinear(weight, bias)
     plain: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     plain.weight = nn.Parameter(weight.detach(), requires_grad=False)

@@ -8,8 +8,8 @@ or when packed products pay.
                     promises, it promises against this model. Logits differ from those of the unpacked one by rounding.
     packed_twin     a second model of the same structure beside it. The base keeps its own weights and its own bits.
 
-What stands in for a module is oneDNN's product where it packs the dtype, else a kernel of ours (base/linears.py); 4-bit weights have
-a kernel, or are decoded for a twin.
+What stands in for a module has its weight in panels, for a kernel of ours, or where there is none in oneDNN's layout
+(base/linears.py); 4-bit weights have a kernel, or are decoded for a twin.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from . import kernels, products
+from . import kernels, panels, products
 from .attention import GROUPED
-from .linears import FourBitLinear, PackedLinear, StoredLinear, scales_of, stored_pairs
+from .layers import features
+from .linears import FourBitLinear, PackedLinear, StoredLinear, packable, scales_of, stored_pairs
 from .loading import require_model
 from .processes import free_memory
 from .structure import structure_of
@@ -42,7 +43,7 @@ def dense(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         return weight.t(), bias  # type: ignore[union-attr]
     if _is_four_bit(module):
         pairs, state = stored_pairs(module)
-        return kernels.FourBits.from_pairs(pairs, scales_of(state), state.code, state.shape[0]).dense().to(dtype), bias
+        return panels.FourBits.from_pairs(pairs, scales_of(state), state.code, state.shape[0]).dense().to(dtype), bias
     return weight, bias  # type: ignore[return-value]
 
 
@@ -72,11 +73,10 @@ def _stand_in(module: Any) -> type | None:
     dtype = None if isinstance(module, _STANDING_IN) else product_dtype(module)
     if dtype is None or module.weight.device.type != "cpu":
         return None
-    if _is_four_bit(module) and kernels.four_bits_multipliable(*module.weight.quant_state.shape):
+    ins = features(module)[0]
+    if _is_four_bit(module) and panels.four_bits_available(ins):
         return FourBitLinear
-    if products.packable(dtype):
-        return PackedLinear
-    return StoredLinear if _storable(module) else None
+    return PackedLinear if packable(dtype, ins) else None
 
 
 def _storable(module: Any) -> bool:
@@ -109,10 +109,19 @@ def packed_bytes(model: nn.Module, kinds: dict[str, type] | None = None) -> int:
     found = 0
     for name, kind in (_stand_ins(model) if kinds is None else kinds).items():
         module: Any = model.get_submodule(name)
-        numbers = module.weight.numel() if type(module) is Conv1D else module.in_features * module.out_features
-        dtype = product_dtype(module)
-        found += {PackedLinear: numbers * dtype.itemsize, FourBitLinear: numbers // 2, StoredLinear: 0}[kind]  # type: ignore[union-attr]
+        ins, outs = features(module)
+        if kind is PackedLinear:
+            found += ins * outs * _packed_itemsize(module)
+        elif kind is FourBitLinear:
+            found += ins * outs // 2
     return found
+
+
+def _packed_itemsize(module: Any) -> int:
+    """Bytes that each number of a module's weight takes when it is packed."""
+    dtype: Any = product_dtype(module)
+    known = not _is_four_bit(module) and panels.available(dtype, features(module)[0])
+    return panels.itemsize(module.weight) if known else dtype.itemsize
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -158,9 +167,10 @@ def unpack(model: Any) -> Any:
 
 
 def warm_up(model: nn.Module, rows: int) -> None:
-    """Have oneDNN prepare the packed products of a model for every number of rows up to this one: the first of each takes longer,
-    once in a process, and would otherwise do so in the middle of an answer."""
-    kinds = {(m.in_features, m.out_features, m.dtype): m for m in model.modules() if isinstance(m, PackedLinear)}
+    """Have oneDNN prepare its products of a model for every number of rows up to this one: the first of each takes longer, once in a
+    process, and would otherwise do so in the middle of an answer."""
+    theirs = (m for m in model.modules() if isinstance(m, PackedLinear) and isinstance(m.packed, products.Packed))
+    kinds = {(m.in_features, m.out_features, m.dtype): m for m in theirs}
     for module in kinds.values():
         for count in range(1, rows + 1):
             module(torch.zeros(1, count, module.in_features, dtype=module.dtype))

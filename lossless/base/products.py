@@ -3,7 +3,7 @@
 Knows: torch's private operators for packed weights, how to look for them, and whether what they give is right here. Nothing
 else in the project names them: torch has no public way to pack in eager mode. Does not know: modules, or models.
 
-    pack, multiply            oneDNN's blocked layout. A row has the same bits in a product of any number of rows from 2 on,
+    Packed                    oneDNN's blocked layout. A row has the same bits in a product of any number of rows from 2 on,
                               and mostly from 1 on (`least_rows` says which): what it multiplies is laid out once, so that
                               sums run in one order.
     pack_int8, multiply_int8  8-bit weights, a scale for each output, rows rounded as they come: for drafts, which may be wrong.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,19 +25,54 @@ _CLOSE_INT8 = 0.2
 _FAILURES = (RuntimeError, AttributeError, NotImplementedError, TypeError)  # an operator that is not there, or refuses
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """`[out, in]` in torch's layout -> the same numbers in oneDNN's; `unpack` gives them back."""
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight `[out, in]` in oneDNN's layout.
+
+    Attributes:
+        packed: the same numbers in that layout.
+        least: the fewest rows of a product that keep their bits.
+    """
+
+    packed: torch.Tensor
+    least: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Packed:
+        """`[out, in]`, which is left as it is."""
+        return cls(_pack(weight), least_rows(weight.shape[1], weight.shape[0], weight.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.numel() * self.dtype.itemsize
+
+    def dense(self) -> torch.Tensor:
+        """`[out, in]`, what was packed: a copy, made at each call."""
+        return self.packed.to_dense()
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        if self.least == 1 or rows.numel() > rows.shape[-1]:
+            return _multiply(rows, self.packed, bias)
+        both = _multiply(rows.reshape(1, -1).expand(self.least, -1), self.packed, bias)
+        return both[:1].reshape(*rows.shape[:-1], -1)
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _HINT)
 
 
-def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """What was packed, `[out, in]`."""
-    return packed.to_dense()
-
-
-def multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`[..., in]` -> `[..., out]`."""
+def _multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+
+
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX), for which oneDNN has the products."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @functools.cache
@@ -45,7 +81,7 @@ def packable(dtype: torch.dtype) -> bool:
     if dtype not in _CLOSE:
         return False
     try:
-        return _right(dtype, _CLOSE[dtype], lambda rows, weight: multiply(rows, pack(weight), None))
+        return _right(dtype, _CLOSE[dtype], lambda rows, weight: _multiply(rows, _pack(weight), None))
     except _FAILURES:
         return False
 
@@ -96,7 +132,7 @@ def least_rows(ins: int, outs: int, dtype: torch.dtype) -> int:
     """The fewest rows of a product in which each has the bits that it has in a larger one: 1, or 2 where oneDNN goes about one
     row in a way of its own (some processors, long rows). A single row is then multiplied beside a copy of itself."""
     generator = torch.Generator().manual_seed(0)
-    packed = pack(torch.randn(min(outs, 1024), ins, generator=generator).to(dtype))
+    packed = _pack(torch.randn(min(outs, 1024), ins, generator=generator).to(dtype))
     rows = torch.randn(16, ins, generator=generator).to(dtype)
-    alone = torch.cat([multiply(row[None], packed, None) for row in rows])
-    return 1 if torch.equal(alone, multiply(rows, packed, None)) else 2
+    alone = torch.cat([_multiply(row[None], packed, None) for row in rows])
+    return 1 if torch.equal(alone, _multiply(rows, packed, None)) else 2

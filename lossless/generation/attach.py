@@ -18,7 +18,8 @@ from ..base.layers import device_of
 from ..base.packed import packed_twin, warm_up
 from ..drafting.drafter import Drafter
 from ..streams.runner import StreamRunner, logit_scale
-from .exactness import Guarantee, Passes, check_level, find_guarantee, projections
+from .exactness import Guarantee, Passes, check_level, find_guarantee
+from .limits import projections
 from .trial import check_served
 from .verdict import kept_guarantee, verdict_path
 

@@ -88,8 +88,8 @@ def circumstances(reader: StreamRunner, runner: StreamRunner) -> dict[str, Any]:
 def _code() -> str:
     """This package as it is: another version of it may measure otherwise."""
     found = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.[pc]*")):
-        if path.suffix in (".py", ".c"):
+    for path in sorted(Path(__file__).parents[1].rglob("*.[pch]*")):
+        if path.suffix in (".py", ".c", ".h"):
             found.update(path.read_bytes())
     return found.hexdigest()
 

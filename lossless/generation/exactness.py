@@ -1,7 +1,7 @@
 """A question to a base at attach: how much of its arithmetic does a pass of several rows keep?
 
-Knows: how to compare passes over draft trees of every size with the base's own passes, how many rows at a time a projection
-takes without rounding otherwise, and what level of exactness follows. Does not know: adapters' worth, or generation.
+Knows: how to compare passes over draft trees of every size with the base's own passes, and what level of exactness follows. Does not
+know: adapters' worth, or generation.
 
     bitwise   every row has the very bits of a pass of its own
     near-tie  rows may be rounded otherwise; where that could change a choice, the text is read again row by row
@@ -27,28 +27,22 @@ from ..base.layers import (
     as_decoding,
     as_generating,
     context_limit,
-    decoder,
-    device_of,
-    features,
     input_device,
-    is_projection,
     rotary_turns,
 )
-from ..base.packed import dense, product_dtype
 from ..drafting.tree import DraftTree
 from ..errors import UsageError, require_at_least, require_one_of
 from ..streams.cache import RowCache
 from ..streams.hooks import keeping_bits
 from ..streams.runner import StreamRunner
+from .limits import find_limits, projections
 from .trial import is_fine, too_far
 
 EXACTNESS = ("bitwise", "near-tie", "off")
 
 
-_PIECES = range(2, 33)  # rows at a time that a projection is tried with
 _AGAIN = (16, 4)  # rows of a pass in which a text is read again, each row as if alone
 _SHORT, _LONG = 24, 500  # tokens behind which passes are tried, as far as the base has places for them
-_OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
 _RIVALS = 8  # the noise is that of differences between a position's best tokens
 _QUIET = 0.01  # noise, in logits, that a choice is hardly ever within
 # A short probe does not see the worst. Over 21,000 positions of a random model in float32 the worst was 12 times the probe's worst; in
@@ -171,72 +165,6 @@ def check_level(wanted: str | None) -> None:
     """Raises UsageError if there is no such level."""
     if wanted is not None:
         require_one_of(EXACTNESS, "exact", wanted)
-
-
-def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float]:
-    """How many rows at a time each projection takes so that each has the bits that it has alone.
-
-    Returns:
-        The rows for each module; by kind; and the part of all weights that take more than one.
-    """
-    limits: dict[nn.Module, int] = {}
-    kinds: dict[tuple[Any, ...], int] = {}
-    weights = several = 0
-    for module in projections(model):
-        kind = (type(module).__name__, *features(module), product_dtype(module))
-        if kind not in kinds:
-            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, device_of(module))
-        limits[module] = kinds[kind]
-        size = features(module)[0] * features(module)[1]
-        weights += size
-        several += size * (kinds[kind] > 1)
-    operations = {f"{name} {ins}x{outs}": rows for (name, ins, outs, _), rows in kinds.items()}
-    return limits, operations, several / weights
-
-
-def projections(model: Any) -> list[nn.Module]:
-    """All of a base's, the LM head among them."""
-    modules = [module for module in decoder(model).modules() if is_projection(module)]
-    head = model.get_output_embeddings()
-    return [*modules, *([] if head in modules else [head])]
-
-
-def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
-    """The most rows of `_PIECES` up to which no number differs."""
-    ins, outs = features(projection)
-    count = min(256, max(16, _OUTPUTS // outs))
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(count, ins, generator=generator)
-    rows *= 2.0 ** (torch.arange(count)[:, None] % 6 - 2)  # rows of all sizes: 8-bit projections treat outliers apart
-    rows[::2] = _cancelling(projection, rows[::2])
-    rows = rows.to(device, dtype)
-    alone = [projection(row[None, None])[0] for row in rows[4:6]]
-    if not torch.equal(projection(rows[4:6]), torch.cat(alone)):
-        return 1
-    expected = torch.cat([projection(row[None, None])[0] for row in rows])
-    most = 1
-    for size in _PIECES:
-        if size > count or not torch.equal(torch.cat([projection(piece) for piece in rows.split(size)]), expected):
-            break
-        most = size
-    return most
-
-
-def _cancelling(projection: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Rows near these for which many of a projection's outputs are sums that nearly cancel: `[count, in]`.
-
-    Such a sum shows the order in which it was added up. In others, of 16 bits, the last rounding hides it: of 50,000 numbers one
-    may differ.
-    """
-    if (found := dense(projection)) is None or found[0].is_meta:
-        return rows
-    weight, bias = found[0].float().cpu(), found[1]
-    some = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[: max(1, min(weight.shape[1] // 2, 128))]
-    weight = weight[some]  # [fewer than in, in]
-    left = rows @ weight.t() + (0 if bias is None else bias.float().cpu()[some])
-    squares = weight @ weight.t()
-    squares.diagonal().add_(1e-6 * squares.diagonal().mean().clamp_min(1e-30))
-    return rows - torch.linalg.solve(squares, left.t()).t() @ weight
 
 
 def _prompts(runner: StreamRunner, rows: int) -> list[list[int]]:

@@ -16,7 +16,8 @@ import torch
 from ..storage import cache_dir, read_json, write_json
 from ..streams.runner import StreamRunner
 from .conditions import circumstances, file_name
-from .exactness import Guarantee, Passes, projections
+from .exactness import Guarantee, Passes
+from .limits import projections
 from .trial import trial
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a file that is no verdict ends with

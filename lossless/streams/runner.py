@@ -177,7 +177,7 @@ class StreamRunner:
         unpadded = len(ids) == 1 and cache.visible() is None
         plan.keeps_bits = unpadded and (apart or self.limits is not None)
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
-        if unpadded and apart or not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention)):
+        if (unpadded and apart) or (not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention))):
             plan.alone = AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
 
         def begin(entry: torch.Tensor) -> None:

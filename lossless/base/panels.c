@@ -1,0 +1,182 @@
+/* Products of rows with weights that were laid out for them once, in panels.
+
+   A panel holds the weights of PANEL neighbouring outputs, input after input, so that lanes run along the outputs: each output is
+   summed from the first input to the last, in a lane of its own, whatever rows stand beside it. So a row of a draft tree has the
+   bits that it has by itself. A panel is read from memory once for all rows; sums are float32.
+
+   Layouts, in words of 32 bits; an output and the one LANES behind it are a pair:
+       FLOAT32    [panels, ins, PANEL]                 numbers
+       BFLOAT16   [panels, ins / 2, PANEL]             two inputs in a word, the first in its low half
+       FOUR_BITS  [panels, ins / 4, LANES]             four inputs in a word, a byte each, of it the first of a pair in the low half;
+                  scales [panels, ins / 64, PANEL]     and `code`, 16 numbers that the four bits stand for */
+
+#include "vectors.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#define PANEL (2 * LANES)
+#define BLOCK 64      /* 4-bit numbers with one scale */
+#define AHEAD 1024    /* words that are fetched before they are needed */
+#if LANES == 16
+#define MOST 12 /* rows whose sums fit the registers */
+#else
+#define MOST 6
+#endif
+
+/* How rows are multiplied with a panel. PAIRS: rows of bfloat16, two inputs at a time, where the processor can. */
+enum way { NUMBERS, HALVES, CODES, PAIRS };
+
+INLINE u32s words(const uint32_t *at) {
+    __builtin_prefetch(at + AHEAD);
+    return (u32s) * (const u32s_at *)at;
+}
+
+/* sums[r] += weights * rows[r][i], for both halves of a panel */
+INLINE void add(f32s (*sums)[2], f32s first, f32s second, const float *rows, ptrdiff_t ins, int count) {
+    UNROLL for (int r = 0; r < count; r++) {
+        float row = rows[r * ins];
+        sums[r][0] += first * row;
+        sums[r][1] += second * row;
+    }
+}
+
+/* What four bits stand for. */
+struct code {
+#if LANES == 16
+    f32s all;
+#else
+    f32s low, high;
+#endif
+};
+
+INLINE f32s decoded(struct code code, u32s numbers) {
+#if LANES == 16
+    return __builtin_shuffle(code.all, numbers);
+#else
+    return __builtin_shuffle(code.low, code.high, numbers);
+#endif
+}
+
+/* The sums of `count` rows, which is known where this is compiled, with one panel. */
+INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows_, ptrdiff_t ins, int count,
+                     f32s (*out)[2]) {
+    const float *rows = rows_;
+    f32s sums[MOST][2] = {}; /* of its own, so that they stay in registers */
+    if (way == NUMBERS)
+        for (ptrdiff_t i = 0; i < ins; i++, panel += PANEL)
+            add(sums, (f32s)words(panel), (f32s)words(panel + LANES), rows + i, ins, count);
+    if (way == HALVES)
+        for (ptrdiff_t i = 0; i < ins; i += 2, panel += PANEL) {
+            u32s first = words(panel), second = words(panel + LANES);
+            add(sums, (f32s)(first << 16), (f32s)(second << 16), rows + i, ins, count);
+            add(sums, (f32s)(first & 0xffff0000u), (f32s)(second & 0xffff0000u), rows + i + 1, ins, count);
+        }
+    if (way == CODES) {
+        struct code code;
+        memcpy(&code, table, sizeof code);
+        for (ptrdiff_t block = 0; block < ins; block += BLOCK, scales += PANEL) {
+            f32s first = load(scales), second = load(scales + LANES);
+            for (ptrdiff_t i = block; i < block + BLOCK; i += 4, panel += LANES) {
+                u32s four = words(panel);
+                UNROLL for (int j = 0; j < 4; j++)
+                    add(sums, decoded(code, four >> (8 * j) & 15) * first, decoded(code, four >> (8 * j + 4) & 15) * second, rows + i + j, ins, count);
+            }
+        }
+    }
+#if defined(__AVX512BF16__)
+    if (way == PAIRS) {
+        const uint16_t *halves = rows_;
+        for (ptrdiff_t i = 0; i < ins; i += 2, panel += PANEL) {
+            __m512bh first = (__m512bh)words(panel), second = (__m512bh)words(panel + LANES);
+            UNROLL for (int r = 0; r < count; r++) {
+                int32_t pair;
+                memcpy(&pair, halves + r * ins + i, 4);
+                __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+                sums[r][0] = (f32s)_mm512_dpbf16_ps((__m512)sums[r][0], first, row);
+                sums[r][1] = (f32s)_mm512_dpbf16_ps((__m512)sums[r][1], second, row);
+            }
+        }
+    }
+#endif
+    UNROLL for (int r = 0; r < count; r++) out[r][0] = sums[r][0], out[r][1] = sums[r][1];
+}
+
+/* The sums of a row, with a bias, to where they belong: `valid` outputs of them are asked for. */
+INLINE void finish(const f32s *sums, const float *bias, int halves, void *out, ptrdiff_t at, ptrdiff_t valid) {
+    if (valid == PANEL) {
+        for (int half = 0; half < 2; half++, at += LANES) {
+            f32s sum = bias ? sums[half] + load(bias + half * LANES) : sums[half];
+            if (halves) store_bfloat16((uint16_t *)out + at, sum);
+            else store((float *)out + at, sum);
+        }
+        return;
+    }
+    float some[PANEL];
+    store(some, sums[0]);
+    store(some + LANES, sums[1]);
+    for (ptrdiff_t n = 0; n < valid; n++) {
+        float sum = bias ? some[n] + bias[n] : some[n];
+        if (halves) ((uint16_t *)out)[at + n] = as_bfloat16(sum);
+        else ((float *)out)[at + n] = sum;
+    }
+}
+
+/* All rows with one panel. */
+INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows, ptrdiff_t count,
+                    ptrdiff_t ins, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
+    ptrdiff_t parts = (count + MOST - 1) / MOST, size = way == PAIRS ? 2 : 4; /* about equal parts */
+    for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
+        const void *from = rows + r * ins * size;
+        f32s sums[MOST][2];
+        some = (count - r + parts - 1) / parts;
+#define ROWS(n) case n: multiply(way, panel, scales, table, from, ins, n, sums); break;
+        switch (some) {
+            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+#if MOST > 6
+            ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+#endif
+        }
+        for (ptrdiff_t n = 0; n < some; n++) finish(sums[n], bias, halves, out, (r + n) * outs + first, valid);
+    }
+}
+
+/* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
+
+   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16. bias: [outs] or NULL. ins is even for
+   BFLOAT16, a multiple of BLOCK for FOUR_BITS. */
+void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
+                     const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
+    ptrdiff_t panels = (outs + PANEL - 1) / PANEL;
+    enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : CODES;
+#if defined(__AVX512BF16__)
+    if (halves && kind == BFLOAT16) way = PAIRS;
+#endif
+#pragma omp parallel num_threads(threads)
+    {
+        const void *from = rows;
+        if (halves && way != PAIRS) {
+#pragma omp for schedule(static)
+            for (ptrdiff_t i = 0; i < count * ins; i++) {
+                uint32_t bits = (uint32_t)((const uint16_t *)rows)[i] << 16;
+                memcpy(scratch + i, &bits, 4);
+            }
+            from = scratch;
+        }
+#pragma omp for schedule(static)
+        for (ptrdiff_t p = 0; p < panels; p++) {
+            ptrdiff_t first = p * PANEL, valid = outs - first < PANEL ? outs - first : PANEL;
+            const float *biases = bias ? bias + first : NULL;
+#define WAY(way_, words_, scales_)                                                                                                     \
+    case way_: product(way_, weight + p * (words_), scales_, code, from, count, ins, biases, halves, out, first, outs, valid); break;
+            switch (way) {
+                WAY(NUMBERS, ins * PANEL, NULL)
+                WAY(HALVES, ins / 2 * PANEL, NULL)
+                WAY(CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
+                WAY(PAIRS, ins / 2 * PANEL, NULL)
+            }
+        }
+    }
+}
+
+int lossless_lanes(void) { return LANES; }

@@ -1,0 +1,149 @@
+"""Weights laid out in panels, and products with them in C of our own (panels.c).
+
+Knows: the layouts, what is lost in none of them, and how a product is called. Does not know: modules, or models.
+
+    Panels      float32 or bfloat16. Weights in float32 whose numbers are numbers of bfloat16, as those of almost every checkpoint are
+                that is loaded so, are kept in 16 bits: the same numbers, from half of the memory.
+    FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them
+
+Sums are in float32, and a row has the same bits beside any number of others.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from . import kernels
+
+_BLOCK = 64  # 4-bit numbers with one scale
+_FLOAT32, _BFLOAT16, _FOUR_BITS = range(3)  # as kernels.c has them
+_SOME = 1024  # outputs that are looked at together
+_LOW_BITS = 0xFFFF  # of a number in float32: those that bfloat16 has not
+
+
+def available(dtype: torch.dtype, ins: int) -> bool:
+    """Whether weights of this dtype, for so many inputs, can be laid out and multiplied here."""
+    return dtype in (torch.float32, torch.bfloat16) and ins % 2 == 0 and kernels.available() and _right()
+
+
+def four_bits_available(ins: int) -> bool:
+    """Whether 4-bit weights for so many inputs, in blocks of 64, can be."""
+    return ins % _BLOCK == 0 and kernels.available() and _right()
+
+
+def itemsize(weight: torch.Tensor) -> int:
+    """Bytes that each number of a weight `[out, in]` takes in panels."""
+    if weight.dtype == torch.bfloat16:
+        return 2
+    some = weight.detach().split(_SOME)
+    return 4 if any(bool((part.contiguous().view(torch.int32) & _LOW_BITS).any()) for part in some) else 2
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A weight in float32 or bfloat16.
+
+    Attributes:
+        numbers: `[panels, in, panel]` float32, or `[panels, in / 2, panel, 2]` bfloat16; outputs that are not there are 0.
+        outs: outputs.
+        dtype: of the weight, which may be float32 where the numbers are not.
+    """
+
+    numbers: torch.Tensor
+    outs: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Panels:
+        """`[out, in]`, which is left as it is."""
+        panel, (outs, ins) = kernels.panel(), weight.shape
+        blocks = F.pad(weight.detach(), (0, 0, 0, -outs % panel)).view(-1, panel, ins)
+        if itemsize(weight) == 2:
+            numbers = blocks.to(torch.bfloat16).view(-1, panel, ins // 2, 2).transpose(1, 2)
+        else:
+            numbers = blocks.transpose(1, 2)
+        return cls(numbers.contiguous(), outs, weight.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes
+
+    def dense(self) -> torch.Tensor:
+        """`[out, in]`, what was laid out: a copy, made at each call."""
+        blocks = self.numbers.transpose(1, 2)  # [panels, panel, in or in / 2 and 2]
+        return blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)[: self.outs].to(self.dtype)
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
+        kind = _BFLOAT16 if self.numbers.dtype == torch.bfloat16 else _FLOAT32
+        return kernels.multiply(kind, self.numbers, self.outs, rows, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class FourBits:
+    """A weight in 4 bits.
+
+    Attributes:
+        numbers: `[panels, in / 4, lanes, 4]` bytes: of each the low half is an output's number, the high half that of the output
+            `lanes` behind it.
+        scales: `[panels, in / 64, panel]` float32, one for each block of 64 inputs of an output.
+        code: `[16]` float32, what each number stands for.
+        outs: outputs.
+    """
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    code: torch.Tensor
+    outs: int
+
+    @classmethod
+    def from_pairs(cls, pairs: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, outs: int) -> FourBits:
+        """From bytes that hold two neighbours each, the first in the high half, as bitsandbytes stores them."""
+        panel = kernels.panel()
+        four = torch.stack([pairs.reshape(-1) >> 4, pairs.reshape(-1) & 15], dim=-1).view(outs, -1)  # [out, in]
+        four = F.pad(four, (0, 0, 0, -outs % panel)).view(-1, 2, panel // 2, four.shape[1] // 4, 4)
+        numbers = (four[:, 0] | four[:, 1] << 4).transpose(1, 2).contiguous()
+        each = F.pad(scales.float().view(outs, -1), (0, 0, 0, -outs % panel))
+        return cls(numbers, each.view(-1, panel, each.shape[1]).transpose(1, 2).contiguous(), code.float().contiguous(), outs)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes + self.scales.nbytes
+
+    def pairs(self) -> torch.Tensor:
+        """`[out * in / 2]` bytes, in the order that they came in."""
+        found = self._numbers().view(-1, 2)
+        return found[:, 0] << 4 | found[:, 1]
+
+    def dense(self) -> torch.Tensor:
+        """`[out, in]` in float32: a copy, made at each call."""
+        scales = self.scales.transpose(1, 2).reshape(-1, self.scales.shape[1])[: self.outs]
+        return (self.code[self._numbers().long()].view(self.outs, -1, _BLOCK) * scales[..., None]).view(self.outs, -1)
+
+    def _numbers(self) -> torch.Tensor:
+        both = torch.stack([self.numbers & 15, self.numbers >> 4], dim=1)  # [panels, 2, in / 4, lanes, 4]
+        return both.transpose(2, 3).reshape(len(both) * both.shape[1] * both.shape[3], -1)[: self.outs]  # [out, in]
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
+        return kernels.multiply(_FOUR_BITS, self.numbers, self.outs, rows, bias, self.scales, self.code)
+
+
+@functools.cache
+def _right() -> bool:
+    """Whether products here are those of torch, and keep the bits of a row beside others; tested at the first call."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 64, generator=generator)
+    pairs = torch.randint(256, (70 * 32,), generator=generator, dtype=torch.uint8)
+    four = FourBits.from_pairs(pairs, torch.rand(70, generator=generator), torch.randn(16, generator=generator), 70)
+    for product in (Panels.of(weight), Panels.of(weight.bfloat16()), four):
+        for rows in (torch.randn(15, 64, generator=generator), torch.randn(15, 64, generator=generator).bfloat16()):
+            found, alone = (torch.cat([product.multiply(some, None) for some in rows.split(size)]) for size in (15, 1))
+            expected, off = rows.float() @ product.dense().float().T, 1e-4 if rows.dtype == torch.float32 else 0.02
+            if not torch.equal(found, alone) or not (found.float() - expected).abs().max() < off * expected.std():
+                return False
+    return True

@@ -1,0 +1,83 @@
+"""How many rows at a time a projection takes without rounding otherwise.
+
+Knows: rows that show in which order a sum was added up. Does not know: passes, or what level of exactness follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base.layers import decoder, device_of, features, is_projection
+from ..base.packed import dense, product_dtype
+
+_PIECES = range(2, 33)  # rows at a time that a projection is tried with
+_OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
+
+
+def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float]:
+    """How many rows at a time each projection takes so that each has the bits that it has alone.
+
+    Returns:
+        The rows for each module; by kind; and the part of all weights that take more than one.
+    """
+    limits: dict[nn.Module, int] = {}
+    kinds: dict[tuple[Any, ...], int] = {}
+    weights = several = 0
+    for module in projections(model):
+        kind = (type(module).__name__, *features(module), product_dtype(module))
+        if kind not in kinds:
+            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, device_of(module))
+        limits[module] = kinds[kind]
+        size = features(module)[0] * features(module)[1]
+        weights += size
+        several += size * (kinds[kind] > 1)
+    operations = {f"{name} {ins}x{outs}": rows for (name, ins, outs, _), rows in kinds.items()}
+    return limits, operations, several / weights
+
+
+def projections(model: Any) -> list[nn.Module]:
+    """All of a base's, the LM head among them."""
+    modules = [module for module in decoder(model).modules() if is_projection(module)]
+    head = model.get_output_embeddings()
+    return [*modules, *([] if head in modules else [head])]
+
+
+def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
+    """The most rows of `_PIECES` up to which no number differs."""
+    ins, outs = features(projection)
+    count = min(256, max(16, _OUTPUTS // outs))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, ins, generator=generator)
+    rows *= 2.0 ** (torch.arange(count)[:, None] % 6 - 2)  # rows of all sizes: 8-bit projections treat outliers apart
+    rows[::2] = _cancelling(projection, rows[::2])
+    rows = rows.to(device, dtype)
+    alone = [projection(row[None, None])[0] for row in rows[4:6]]
+    if not torch.equal(projection(rows[4:6]), torch.cat(alone)):
+        return 1
+    expected = torch.cat([projection(row[None, None])[0] for row in rows])
+    most = 1
+    for size in _PIECES:
+        if size > count or not torch.equal(torch.cat([projection(piece) for piece in rows.split(size)]), expected):
+            break
+        most = size
+    return most
+
+
+def _cancelling(projection: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Rows near these for which many of a projection's outputs are sums that nearly cancel: `[count, in]`.
+
+    Such a sum shows the order in which it was added up. In others, of 16 bits, the last rounding hides it: of 50,000 numbers one
+    may differ.
+    """
+    if (found := dense(projection)) is None or found[0].is_meta:
+        return rows
+    weight, bias = found[0].float().cpu(), found[1]
+    some = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[: max(1, min(weight.shape[1] // 2, 128))]
+    weight = weight[some]  # [fewer than in, in]
+    left = rows @ weight.t() + (0 if bias is None else bias.float().cpu()[some])
+    squares = weight @ weight.t()
+    squares.diagonal().add_(1e-6 * squares.diagonal().mean().clamp_min(1e-30))
+    return rows - torch.linalg.solve(squares, left.t()).t() @ weight
