@@ -14,6 +14,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lossless
 from lossless.adapter.compat import new_adapter
@@ -21,6 +23,7 @@ from lossless.base import kernels, panels
 from lossless.base.attention import GROUPED
 from lossless.base.linears import FourBitLinear, PackedLinear, StoredLinear
 from lossless.base.loading import freeze
+from lossless.base.norms import fused
 from lossless.base.packed import dense, is_packed, packed_twin
 from lossless.errors import UsageError
 from lossless.generation.model import accelerate
@@ -187,6 +190,38 @@ def test_a_row_attends_to_its_own_path_with_the_bits_that_it_has_alone(past: int
             assert torch.equal(found[:, node : node + 1], kernels.attend(*own, 0.2, kernels.Paths.of([[0]]))), (node, starts)
             expected = F.scaled_dot_product_attention(*(t.float() for t in own), scale=0.2, enable_gqa=True).transpose(1, 2)
             torch.testing.assert_close(found[:, node : node + 1].float(), expected, rtol=1e-2, atol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 37])
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, GemmaRMSNorm])
+def test_a_norm_has_a_stand_in_with_the_same_numbers(norm: type, dim: int, dtype: torch.dtype) -> None:
+    module = norm(dim, eps=1e-5)
+    module.weight.data = torch.randn(dim)
+    module = freeze(module.to(dtype))
+    made, rows = fused(module), (3 * torch.randn(1, 9, dim)).to(dtype)
+    assert made is not None
+    found, expected = made(rows), module(rows)
+    assert found.dtype == dtype
+    assert (found.float() - expected.float()).abs().max() < (1e-5 if dtype == torch.float32 else 0.03) * expected.float().abs().max()
+    assert torch.equal(torch.cat([made(row[:, None]) for row in rows.unbind(1)], dim=1), found)
+    assert made.original() is module
+    assert torch.equal(made(rows.double()), module(rows.double()))  # of another dtype: by the norm itself
+    assert made.state_dict().keys() == module.state_dict().keys()
+    assert torch.equal(copy.deepcopy(made)(rows), found)
+
+
+@needs_kernels
+def test_what_is_no_such_norm_has_no_stand_in() -> None:
+    class OddRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(hidden_states)
+
+    assert fused(OddRMSNorm(32)) is None
+    assert fused(LlamaRMSNorm(32).half()) is None
+    assert fused(nn.LayerNorm(32)) is None
+    assert fused(nn.RMSNorm(32)) is None  # its eps is not to be seen
 
 
 @needs_kernels

@@ -6,6 +6,7 @@ called. `$LOSSLESS_CC` names another compiler, with flags if need be; empty, non
 
     multiply    weights in panels (panels.py): the fastest products that we know of for a few rows
     linear      weights in float32 or bfloat16, as torch keeps them: no copy of them is made
+    norm        RMS norms
     attend      rows of a draft tree over the past and their own paths
 
 Of each, a row has the same bits beside any number of others.
@@ -88,7 +89,8 @@ def _declared(library: Any) -> Any:
     library.lossless_stored.argtypes = [number, *[pointer] * 3, *[size] * 3, number]
     library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 3, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
-    for function in (library.lossless_stored, library.lossless_panels, library.lossless_attend):
+    library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
+    for function in (library.lossless_norm, library.lossless_stored, library.lossless_panels, library.lossless_attend):
         function.restype = None
     return library
 
@@ -145,6 +147,16 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     if bias is not None:
         out += bias
     return out.to(rows.dtype)
+
+
+def norm(rows: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) -> torch.Tensor:
+    """`[..., dim]` / sqrt(mean of squares + eps) * (weight + offset), `weight` `[dim]` of the same dtype, float32 or bfloat16."""
+    rows, weight = rows.contiguous(), weight.contiguous()
+    out, dim = torch.empty_like(rows), rows.shape[-1]
+    _library().lossless_norm(  # type: ignore[union-attr]
+        _KINDS[rows.dtype], rows.data_ptr(), weight.data_ptr(), offset, eps, out.data_ptr(), rows.numel() // dim, dim
+    )
+    return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,11 +26,12 @@ from .attention import GROUPED
 from .layers import features
 from .linears import FourBitLinear, PackedLinear, StoredLinear, packable, scales_of, stored_pairs
 from .loading import require_model
+from .norms import FusedNorm, fused
 from .processes import free_memory
 from .structure import structure_of
 
 _TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much
-_STANDING_IN = (PackedLinear, StoredLinear, FourBitLinear)
+_STANDING_IN = (PackedLinear, StoredLinear, FourBitLinear, FusedNorm)
 
 
 def dense(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -85,7 +86,7 @@ def _storable(module: Any) -> bool:
 
 
 def _replace(model: nn.Module, kinds: dict[str, type]) -> None:
-    """Others in the places of these modules."""
+    """Others in the places of these modules, and of norms."""
     for name, kind in kinds.items():
         module: Any = model.get_submodule(name)
         if kind is FourBitLinear:
@@ -96,6 +97,9 @@ def _replace(model: nn.Module, kinds: dict[str, type]) -> None:
             weight, bias = dense(module)  # type: ignore[misc]
             made = PackedLinear(weight, bias, type(module))
         _put(model, name, made.train(module.training))
+    for name, module in list(model.named_modules()):
+        if (norm := fused(module)) is not None:
+            _put(model, name, norm.train(module.training))
 
 
 def _stand_ins(model: nn.Module) -> dict[str, type]:

@@ -34,6 +34,13 @@ INLINE f32s load_bfloat16(const uint16_t *at) {
     return (f32s)(__builtin_convertvector(halves, u32s) << 16);
 }
 
+INLINE float as_float(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
 INLINE uint16_t as_bfloat16(float number) { /* to the nearest, of two the even one */
     uint32_t bits;
     memcpy(&bits, &number, 4);
