@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lossless.adapter.compat import new_adapter
 from lossless.adapter.config import AdapterConfig, DraftConfig
-from lossless.base import products
+from lossless.base import linears
 from lossless.base.loading import freeze
 from lossless.generation import measure, verdict
 from lossless.generation.model import AcceleratedModel, accelerate
@@ -91,7 +91,7 @@ def tiny_config(**changes: object) -> AdapterConfig:
 @pytest.fixture
 def float_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts in the base's dtype: rows of one 8-bit product share a scale, so that each depends a little on the others."""
-    monkeypatch.setattr(products, "int8_packable", lambda: False)
+    monkeypatch.setattr(linears, "eight_bits_packable", lambda ins: False)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def forget() -> None:
-    for cached in (kernels.available, kernels._library, kernels.panel, panels._right):
+    for cached in (kernels.available, kernels.library, kernels.panel, panels._right):
         cached.cache_clear()
 
 
@@ -56,8 +56,8 @@ def test_compiled_kernels_are_found_again_and_nothing_is_left_beside_them(afresh
     assert kernels.available()
     [library] = afresh.iterdir()
     made = library.stat().st_mtime_ns
-    kernels._library.cache_clear()
-    assert kernels._library() is not None
+    kernels.library.cache_clear()
+    assert kernels.library() is not None
     assert [(path, path.stat().st_mtime_ns) for path in afresh.iterdir()] == [(library, made)]
     assert not [path for path in (tmp_path / "temporary").iterdir() if path.name.startswith("lossless-")]
 

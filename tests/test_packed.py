@@ -88,19 +88,23 @@ def test_gradients_flow_to_rows_of_packed_products() -> None:
     torch.testing.assert_close(rows.grad, product.weight.sum(0).expand(3, -1))
 
 
-@pytest.mark.skipif(not products.int8_packable(), reason="torch has no 8-bit products on this machine")
-def test_eight_bits_are_nearly_right() -> None:
-    weight, rows = torch.randn(64, 48), torch.randn(2, 5, 48)
-    found = draft_linear(weight, torch.ones(64))
+@pytest.mark.skipif(not linears.eight_bits_packable(48), reason="there are no 8-bit products on this machine")
+@pytest.mark.parametrize("for_layer", [True, False])
+def test_eight_bits_are_nearly_right(for_layer: bool) -> None:
+    weight, rows = torch.randn(70, 48), torch.randn(2, 5, 48)
+    weight[3] = 0
+    found = draft_linear(weight, torch.ones(70), for_layer)
     assert isinstance(found, Int8Linear)
-    assert (found(rows) - F.linear(rows, weight, torch.ones(64))).abs().max() < 0.2 * weight.norm(dim=1).mean()
+    if kernels.available():
+        assert isinstance(found.packed, panels.EightBits) == (for_layer or not products.int8_packable())
+    assert (found(rows) - F.linear(rows, weight, torch.ones(70))).abs().max() < 0.2 * weight.norm(dim=1).mean()
     assert (found.weight - weight).abs().max() < weight.abs().max() / 100
     assert found(rows.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("float_drafts", [True, False], ids=["packed", "neither"])
 def test_drafts_go_without_what_is_not_there(float_drafts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "int8_packable", lambda: False)
+    monkeypatch.setattr(linears, "eight_bits_packable", lambda ins: False)
     monkeypatch.setattr(linears, "packable", lambda dtype, ins: float_drafts)
     weight, rows = torch.randn(6, 4), torch.randn(3, 4)
     found = draft_linear(weight, None)

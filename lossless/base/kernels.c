@@ -1,38 +1,58 @@
-/* Products of a few rows with weights as torch stores them, and attention of a few rows over kept keys.
+/* What is called from Python (kernels.py): products of rows with weights in panels, and with weights as torch stores them; norms; and
+   attention of a few rows over kept keys.
 
-   Every number that comes out is summed in an order that depends on its own row alone, never on how many rows stand beside it:
-   lanes run along the inputs, and are added up in one fixed way. So a row of a draft tree has the bits that it has by itself.
-   A weight is read, and decoded if it has 16 bits, once for all rows. All sums are float32. */
+   Every number that comes out is summed in an order that depends on its own row alone, never on how many rows stand beside it. So a row
+   of a draft tree has the bits that it has by itself. All sums are float32. */
 
-#include "vectors.h"
+#include "attention.h"
 
 #if LANES == 16
-#define MOST 6 /* rows whose sums fit the registers */
+#define MOST 6 /* rows whose sums with four outputs fit the registers */
 #else
 #define MOST 2
 #endif
 #define WIDE 4 /* outputs that are summed side by side */
 
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef float f32x4 __attribute__((vector_size(16)));
+/* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
 
-/* The lanes of a vector added up to four. */
-INLINE f32x4 fold(f32s a) {
-#if LANES == 16
-    f32x8 x = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-    f32x8 x = a;
+   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16. bias: [outs] or NULL. ins is even for
+   BFLOAT16, a multiple of BLOCK for FOUR_BITS, of 4 for EIGHT_BITS. */
+void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
+                     const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
+    ptrdiff_t panels = (outs + PANEL - 1) / PANEL;
+    enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : kind == FOUR_BITS ? CODES : BYTES;
+#if defined(__AVX512BF16__)
+    if (halves && kind == BFLOAT16) way = PAIRS;
 #endif
-    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+#pragma omp parallel num_threads(threads)
+    {
+        const void *from = rows;
+        if (halves && way != PAIRS) {
+#pragma omp for schedule(static)
+            for (ptrdiff_t i = 0; i < count * ins; i++) {
+                uint32_t bits = (uint32_t)((const uint16_t *)rows)[i] << 16;
+                memcpy(scratch + i, &bits, 4);
+            }
+            from = scratch;
+        }
+#pragma omp for schedule(static)
+        for (ptrdiff_t p = 0; p < panels; p++) {
+            ptrdiff_t first = p * PANEL, valid = outs - first < PANEL ? outs - first : PANEL;
+            const float *biases = bias ? bias + first : NULL;
+#define WAY(way_, words_, scales_)                                                                                                     \
+    case way_: product(way_, weight + p * (words_), scales_, code, from, count, ins, biases, halves, out, first, outs, valid); break;
+            switch (way) {
+                WAY(NUMBERS, ins * PANEL, NULL)
+                WAY(HALVES, ins / 2 * PANEL, NULL)
+                WAY(CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
+                WAY(BYTES, ins / 4 * PANEL, scales + p * PANEL)
+                WAY(PAIRS, ins / 2 * PANEL, NULL)
+            }
+        }
+    }
 }
 
-/* The sums of four vectors, each in the same order. */
-INLINE f32x4 sums(f32s first, f32s second, f32s third, f32s fourth) {
-    f32x4 a = fold(first), b = fold(second), c = fold(third), d = fold(fourth);
-    f32x4 s = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    f32x4 t = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(s, t, 0, 1, 4, 5) + __builtin_shufflevector(s, t, 2, 3, 6, 7);
-}
+int lossless_lanes(void) { return LANES; }
 
 /* out[r][0..3] = rows[r] . weights[0..3], for `count` rows, which is known where this is compiled. */
 INLINE void tile(const float *weights, const float *rows, ptrdiff_t ins, int count, float *out, ptrdiff_t outs, int valid) {
@@ -52,7 +72,7 @@ INLINE void tile(const float *weights, const float *rows, ptrdiff_t ins, int cou
 }
 
 /* The same for any number of rows. The weights of `valid` outputs are asked for; the memory behind `weights` holds four. */
-INLINE void product(const float *weights, const float *rows, ptrdiff_t count, ptrdiff_t ins, float *out, ptrdiff_t outs, int valid) {
+INLINE void stored_product(const float *weights, const float *rows, ptrdiff_t count, ptrdiff_t ins, float *out, ptrdiff_t outs, int valid) {
     ptrdiff_t parts = (count + MOST - 1) / MOST; /* about equal ones */
     for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
         const float *from = rows + r * ins;
@@ -103,7 +123,7 @@ void lossless_stored(int kind, const void *weight, const float *rows, float *out
                 decode_bfloat16((const uint16_t *)weight + n * ins, decoded, WIDE * ins);
                 weights = decoded;
             }
-            product(weights, rows, count, ins, out + n, outs, WIDE);
+            stored_product(weights, rows, count, ins, out + n, outs, WIDE);
         }
     }
 }
@@ -138,153 +158,28 @@ void lossless_norm(int kind, const void *rows, const void *weight, float offset,
     }
 }
 
-/* e^x for x <= 0, to about one part in ten million. */
-INLINE f32s exponential(f32s x) {
-    const float magic = 12582912.0f; /* what is added to it is rounded to a whole number */
-    f32s least = x - x - 87.0f;
-    i32s more = x > least;
-    x = (f32s)(((i32s)x & more) | ((i32s)least & ~more));
-    f32s turns = (x * 1.44269504f + magic) - magic;
-    f32s rest = x - turns * 0.693145752f;
-    rest = rest - turns * 1.42860677e-6f;
-    f32s found = rest * 1.98756915e-4f + 1.39819995e-3f;
-    found = found * rest + 8.33345205e-3f;
-    found = found * rest + 4.16657962e-2f;
-    found = found * rest + 1.66666655e-1f;
-    found = found * rest + 5.0e-1f;
-    found = found * rest * rest + rest + 1.0f;
-    return found * (f32s)((__builtin_convertvector(turns, i32s) + 127) << 23);
-}
-
-/* What a row sees: keys `start` to `total`, of which those from `past` on are the rows on its path. */
-struct reach {
-    ptrdiff_t start, total;
-    const int32_t *path;
-};
-
-INLINE f32s load_kind(int kind, const void *at, ptrdiff_t i) {
-    return kind == BFLOAT16 ? load_bfloat16((const uint16_t *)at + i) : load((const float *)at + i);
-}
-
-INLINE void add_values(int kind, const void *values, ptrdiff_t stride, ptrdiff_t keys, const float *weights, ptrdiff_t width, int count,
-                       float *out, ptrdiff_t dim) {
-    f32s added[MOST][2] = {};
-    for (ptrdiff_t j = 0; j < keys; j++) {
-        f32s first = load_kind(kind, values, j * stride), second = load_kind(kind, values, j * stride + LANES);
-        UNROLL for (int r = 0; r < count; r++) {
-            float weight = weights[r * width + j];
-            added[r][0] += first * weight;
-            added[r][1] += second * weight;
-        }
-    }
-    UNROLL for (int r = 0; r < count; r++) {
-        store(out + r * dim, added[r][0]);
-        store(out + r * dim + LANES, added[r][1]);
-    }
-}
-
-/* Softmax attention of the rows of a draft tree, each over the keys of the past and of the rows on its own path.
-
-   query [heads, rows, dim], keys and values [kv_heads, past + rows, dim], by strides in numbers; dim a multiple of 2 * LANES.
-   starts, lengths [rows]: the first key that a row sees (NULL: all are seen), and how many rows its path has; paths [rows, depth].
-   out [rows, heads, dim]. scratch: [kv_heads * group * rows * (2 * dim + past + depth)] and [threads, 32 * dim] behind it. */
+/* Attention (attention.h). query [heads, rows, dim] by strides, the first two of `strides`; then those of keys and of values.
+   out [rows, heads, dim]. scratch: [2 * heads * rows * dim], and what `attention_scratch` says behind it. */
 void lossless_attend(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
                      const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads,
                      ptrdiff_t kv_heads, ptrdiff_t rows, ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides,
                      int threads) {
-    ptrdiff_t size = kind == BFLOAT16 ? 2 : 4, group = heads / kv_heads, width = past + depth, each = group * rows;
-    ptrdiff_t blocks = (past + 31) / 32, chunks = dim / (2 * LANES), parts = (each + MOST - 1) / MOST;
-    float *asked = scratch, *scores = asked + heads * rows * dim, *added = scores + heads * rows * width;
-    float *buffers = added + heads * rows * dim;
-#define AT(base, head, row, which) ((const char *)(base) + ((head) * strides[which] + (row) * strides[(which) + 1]) * size)
+    struct attention a = {kind, heads, kv_heads, rows, dim, past, depth, scale, keys, values, {strides[2], strides[3]}, {strides[4], strides[5]},
+                          starts, lengths, paths};
+    ptrdiff_t size = kind == BFLOAT16 ? 2 : 4, group = heads / kv_heads, numbers = heads * rows * dim;
+    float *asked = scratch, *found = kind == BFLOAT16 ? asked + numbers : out;
 #pragma omp parallel num_threads(threads)
     {
-        float *own = buffers + omp_get_thread_num() * 32 * dim;
-        /* 1. queries in float32, those that share keys side by side: [kv_heads, rows, group, dim] */
 #pragma omp for schedule(static)
         for (ptrdiff_t head = 0; head < heads; head++)
             for (ptrdiff_t r = 0; r < rows; r++) {
+                const void *from = (const char *)query + (head * strides[0] + r * strides[1]) * size;
                 float *to = asked + (((head / group) * rows + r) * group + head % group) * dim;
-                for (ptrdiff_t i = 0; i < dim; i += LANES) store(to + i, load_kind(kind, AT(query, head, r, 0), i));
+                for (ptrdiff_t i = 0; i < dim; i += LANES) store(to + i, load_kind(kind, from, i));
             }
-        /* 2. scores: of all rows with 32 keys of the past at a time, and of each row with its own path */
-#pragma omp for collapse(2) schedule(static) nowait
-        for (ptrdiff_t kv = 0; kv < kv_heads; kv++)
-            for (ptrdiff_t b = 0; b < blocks; b++) {
-                ptrdiff_t first = b * 32, count = past - first < 32 ? past - first : 32;
-                for (ptrdiff_t j = 0; j < count; j++)
-                    for (ptrdiff_t i = 0; i < dim; i += LANES) store(own + j * dim + i, load_kind(kind, AT(keys, kv, first + j, 2), i));
-                for (ptrdiff_t j = 0; j < count; j += WIDE)
-                    product(own + j * dim, asked + kv * each * dim, each, dim, scores + kv * each * width + first + j, width,
-                            count - j < WIDE ? (int)(count - j) : WIDE);
-            }
-#pragma omp for collapse(2) schedule(static)
-        for (ptrdiff_t kv = 0; kv < kv_heads; kv++)
-            for (ptrdiff_t r = 0; r < rows; r++)
-                for (ptrdiff_t d = 0; d < lengths[r]; d++) {
-                    for (ptrdiff_t i = 0; i < dim; i += LANES)
-                        store(own + i, load_kind(kind, AT(keys, kv, past + paths[r * depth + d], 2), i));
-                    product(own, asked + (kv * rows + r) * group * dim, group, dim,
-                            scores + (kv * rows + r) * group * width + past + d, width, 1);
-                }
-        /* 3. softmax, lane by lane from the first key that is seen */
+        attend(&a, asked, asked + 2 * numbers, found);
+        if (kind == BFLOAT16)
 #pragma omp for schedule(static)
-        for (ptrdiff_t h = 0; h < heads * rows; h++) {
-            ptrdiff_t r = h / group % rows, start = starts ? starts[r] : 0, count = past + lengths[r] - start;
-            float *score = scores + h * width + start, most = -INFINITY;
-            for (ptrdiff_t j = 0; j < count; j++) most = score[j] > most ? score[j] : most;
-            f32s total = {};
-            for (ptrdiff_t j = 0; j < count; j += LANES) {
-                float some[LANES];
-                ptrdiff_t n = count - j < LANES ? count - j : LANES;
-                memset(some, 0, sizeof some);
-                memcpy(some, score + j, n * sizeof(float));
-                store(some, exponential((load(some) - most) * scale));
-                memset(some + n, 0, (LANES - n) * sizeof(float));
-                total += load(some);
-                memcpy(score + j, some, n * sizeof(float));
-            }
-            f32s none = {};
-            float sum = sums(total, none, none, none)[0];
-            for (ptrdiff_t j = 0; j < count; j++) score[j] /= sum;
-            memset(scores + h * width, 0, start * sizeof(float)); /* keys before the first are multiplied with nothing */
-        }
-        /* 4. values: of the past for all rows, key after key, and of each row's path behind them */
-#pragma omp for collapse(3) schedule(static)
-        for (ptrdiff_t kv = 0; kv < kv_heads; kv++)
-            for (ptrdiff_t p = 0; p < parts; p++)
-                for (ptrdiff_t c = 0; c < chunks; c++) {
-                    ptrdiff_t h = kv * each + p * MOST, i = c * 2 * LANES, count = each - p * MOST < MOST ? each - p * MOST : MOST;
-                    const void *from = AT(values, kv, 0, 4) + i * size;
-                    float *to = added + h * dim + i, *weights = scores + h * width;
-#define ADD(rows_) add_values(kind, from, strides[5], past, weights, width, rows_, to, dim)
-                    switch (count) {
-                    case 1: ADD(1); break;
-#if MOST > 2
-                    case 2: ADD(2); break;
-                    case 3: ADD(3); break;
-                    case 4: ADD(4); break;
-                    case 5: ADD(5); break;
-#endif
-                    default: ADD(MOST);
-                    }
-                    for (ptrdiff_t n = 0; n < count; n++) {
-                        ptrdiff_t r = (h + n) / group % rows, head = kv * group + (h + n) % group;
-                        f32s sum[2] = {load(to + n * dim), load(to + n * dim + LANES)};
-                        for (ptrdiff_t d = 0; d < lengths[r]; d++) {
-                            const void *value = AT(values, kv, past + paths[r * depth + d], 4);
-                            float weight = weights[n * width + past + d];
-                            sum[0] += load_kind(kind, value, i) * weight;
-                            sum[1] += load_kind(kind, value, i + LANES) * weight;
-                        }
-                        store(to + n * dim, sum[0]);
-                        store(to + n * dim + LANES, sum[1]);
-                        for (ptrdiff_t l = 0; l < 2 * LANES; l++) {
-                            ptrdiff_t where = (r * heads + head) * dim + i + l;
-                            if (kind == BFLOAT16) ((uint16_t *)out)[where] = as_bfloat16(to[n * dim + l]);
-                            else ((float *)out)[where] = to[n * dim + l];
-                        }
-                    }
-                }
+            for (ptrdiff_t i = 0; i < numbers; i += LANES) store_bfloat16((uint16_t *)out + i, load(found + i));
     }
 }

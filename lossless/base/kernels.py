@@ -1,6 +1,6 @@
 """Products of rows with a weight, and attention of a few rows, in C of our own.
 
-Knows: how kernels.c and panels.c are compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know:
+Knows: how kernels.c and layer.c are compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know:
 modules, models, or trees. Where there is no gcc, or where what it makes is wrong, `available()` is False and nothing else here may be
 called. `$LOSSLESS_CC` names another compiler, with flags if need be; empty, none is used.
 
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from ..storage import cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "kernels.c", "panels.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "kernels.c", "layer.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -46,11 +46,11 @@ _MANY = 128  # rows from which on the products of torch are faster; as many are 
 @functools.cache
 def available() -> bool:
     """Whether the kernels can be had here, and are right; compiled and tested at the first call."""
-    return _library() is not None and _right()
+    return library() is not None and _right()
 
 
 @functools.cache
-def _library() -> Any | None:
+def library() -> Any:
     """The sources, compiled for this processor; None if they cannot be."""
     command = [*shlex.split(os.environ.get("LOSSLESS_CC", "gcc")), *_FLAGS]
     if shutil.which(command[0]) is None:
@@ -90,7 +90,9 @@ def _declared(library: Any) -> Any:
     library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 3, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
     library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
-    for function in (library.lossless_norm, library.lossless_stored, library.lossless_panels, library.lossless_attend):
+    library.lossless_before.argtypes = [*[pointer] * 8, size, number]
+    library.lossless_behind.argtypes = [*[pointer] * 8, size, size, pointer, pointer, size, number]
+    for function in (library.lossless_before, library.lossless_behind, library.lossless_norm, library.lossless_stored, library.lossless_panels, library.lossless_attend):
         function.restype = None
     return library
 
@@ -107,21 +109,21 @@ def _processor() -> str:
 @functools.cache
 def panel() -> int:
     """Outputs whose weights stand in one panel."""
-    return 2 * int(_library().lossless_lanes())  # type: ignore[union-attr]
+    return 2 * int(library().lossless_lanes())
 
 
 def multiply(
     kind: int, weight: torch.Tensor, outs: int, rows: torch.Tensor, bias: torch.Tensor | None,
     scales: torch.Tensor | None = None, code: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`[..., in]` times a weight in panels of this kind (panels.c) -> `[..., out]`, in the dtype of the rows. No gradient flows."""
+    """`[..., in]` times a weight in panels of this kind (panels.h) -> `[..., out]`, in the dtype of the rows. No gradient flows."""
     *before, ins = rows.shape
     halves = rows.dtype is torch.bfloat16
     given = (rows if halves or rows.dtype is torch.float32 else rows.float()).contiguous()
     out = torch.empty(*before, outs, dtype=given.dtype)
     scratch = torch.empty(given.shape, dtype=torch.float32) if halves else given
     added = None if bias is None else bias.float().contiguous()
-    _library().lossless_panels(  # type: ignore[union-attr]
+    library().lossless_panels(
         kind, halves, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
         given.data_ptr(), scratch.data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
         math.prod(before), ins, outs, torch.get_num_threads(),
@@ -141,7 +143,7 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     *before, ins = rows.shape
     plain, weight = rows.float().contiguous(), weight.contiguous()
     out = torch.empty(*before, len(weight))
-    _library().lossless_stored(  # type: ignore[union-attr]
+    library().lossless_stored(
         _KINDS[weight.dtype], weight.data_ptr(), plain.data_ptr(), out.data_ptr(), math.prod(before), ins, len(weight), torch.get_num_threads()
     )
     if bias is not None:
@@ -153,7 +155,7 @@ def norm(rows: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) ->
     """`[..., dim]` / sqrt(mean of squares + eps) * (weight + offset), `weight` `[dim]` of the same dtype, float32 or bfloat16."""
     rows, weight = rows.contiguous(), weight.contiguous()
     out, dim = torch.empty_like(rows), rows.shape[-1]
-    _library().lossless_norm(  # type: ignore[union-attr]
+    library().lossless_norm(
         _KINDS[rows.dtype], rows.data_ptr(), weight.data_ptr(), offset, eps, out.data_ptr(), rows.numel() // dim, dim
     )
     return out
@@ -200,10 +202,10 @@ def attend(
     _, heads, rows, dim = query.shape
     kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
     out = torch.empty(1, rows, heads, dim, dtype=query.dtype)
-    scratch = torch.empty(heads * rows * (2 * dim + past + depth) + threads * 32 * dim)
+    scratch = torch.empty(heads * rows * (3 * dim + past + depth) + threads * panel() * dim)
     first = None if starts is None else torch.tensor(starts, dtype=torch.int32)
     strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
-    _library().lossless_attend(  # type: ignore[union-attr]
+    library().lossless_attend(
         _KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(),
         None if first is None else first.data_ptr(),
         paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,

@@ -229,32 +229,45 @@ class Int8Linear(nn.Module):
     Args:
         weight: `[out, in]`, dense; it is not kept.
         bias: `[out]` or None.
+        for_layer: it is part of a decoder layer, which takes panels (base/fused.py). Else torch's product is the faster one for many outputs.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, for_layer: bool = False) -> None:
         super().__init__()
-        self.packed, self.bias = products.pack_int8(weight), None if bias is None else bias.detach().float()
+        self.out_features, self.in_features = weight.shape
+        in_panels = panels.eight_bits_available(self.in_features) and (for_layer or not products.int8_packable())
+        layout = panels.EightBits if in_panels else products.EightBits
+        self.packed: panels.EightBits | products.EightBits = layout.of(weight)
+        self.bias = None if bias is None else bias.detach().float()
 
     @property
     def weight(self) -> torch.Tensor:
         """`[out, in]`, dense and rounded: a copy, made at each call."""
-        return products.unpack_int8(self.packed)
+        return self.packed.dense()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
-        out = products.multiply_int8(rows.float(), self.packed)
-        return (out if self.bias is None else out + self.bias).to(rows.dtype)
+        return self.packed.multiply(rows, self.bias)
+
+
+def eight_bits_packable(ins: int) -> bool:
+    """Whether a weight for so many inputs can be rounded to 8 bits and multiplied here."""
+    return panels.eight_bits_available(ins) or products.int8_packable()
 
 
 def draft_itemsize(device: torch.device, dtype: torch.dtype) -> int:
     """Bytes that `draft_linear` takes for each number of a weight."""
-    return 1 if device.type == "cpu" and products.int8_packable() else dtype.itemsize
+    return 1 if device.type == "cpu" and eight_bits_packable(4) else dtype.itemsize
 
 
-def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """The cheapest product with this weight that is to be had here, for drafts: they cost time if they are wrong, never a token."""
-    if weight.device.type == "cpu" and products.int8_packable():
-        return Int8Linear(weight, bias)
+def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None, for_layer: bool = False) -> nn.Module:
+    """The cheapest product with this weight that is to be had here, for drafts: they cost time if they are wrong, never a token.
+
+    Args:
+        for_layer: the weight is that of a decoder layer's projection.
+    """
+    if weight.device.type == "cpu" and eight_bits_packable(weight.shape[1]):
+        return Int8Linear(weight, bias, for_layer)
     if weight.device.type == "cpu" and packable(weight.dtype, weight.shape[1]):
         return PackedLinear(weight, bias)
     plain: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

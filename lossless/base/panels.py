@@ -1,10 +1,11 @@
-"""Weights laid out in panels, and products with them in C of our own (panels.c).
+"""Weights laid out in panels, and products with them in C of our own (panels.h).
 
 Knows: the layouts, what is lost in none of them, and how a product is called. Does not know: modules, or models.
 
     Panels      float32 or bfloat16. Weights in float32 whose numbers are numbers of bfloat16, as those of almost every checkpoint are
                 that is loaded so, are kept in 16 bits: the same numbers, from half of the memory.
     FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them
+    EightBits   rounded to 8 bits, with a scale for each output: for drafts, which may be wrong
 
 Sums are in float32, and a row has the same bits beside any number of others.
 """
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from . import kernels
 
 _BLOCK = 64  # 4-bit numbers with one scale
-_FLOAT32, _BFLOAT16, _FOUR_BITS = range(3)  # as kernels.c has them
+FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS = range(4)  # as vectors.h has them
 _SOME = 1024  # outputs that are looked at together
 _LOW_BITS = 0xFFFF  # of a number in float32: those that bfloat16 has not
 
@@ -33,6 +34,11 @@ def available(dtype: torch.dtype, ins: int) -> bool:
 def four_bits_available(ins: int) -> bool:
     """Whether 4-bit weights for so many inputs, in blocks of 64, can be."""
     return ins % _BLOCK == 0 and kernels.available() and _right()
+
+
+def eight_bits_available(ins: int) -> bool:
+    """Whether weights for so many inputs can be rounded to 8 bits and multiplied here."""
+    return ins % 4 == 0 and kernels.available() and _right()
 
 
 def itemsize(weight: torch.Tensor) -> int:
@@ -69,6 +75,10 @@ class Panels:
         return cls(numbers.contiguous(), outs, weight.dtype)
 
     @property
+    def kind(self) -> int:
+        return BFLOAT16 if self.numbers.dtype == torch.bfloat16 else FLOAT32
+
+    @property
     def nbytes(self) -> int:
         return self.numbers.nbytes
 
@@ -79,8 +89,7 @@ class Panels:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
-        kind = _BFLOAT16 if self.numbers.dtype == torch.bfloat16 else _FLOAT32
-        return kernels.multiply(kind, self.numbers, self.outs, rows, bias)
+        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +139,44 @@ class FourBits:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
-        return kernels.multiply(_FOUR_BITS, self.numbers, self.outs, rows, bias, self.scales, self.code)
+        return kernels.multiply(FOUR_BITS, self.numbers, self.outs, rows, bias, self.scales, self.code)
+
+
+@dataclass(frozen=True, eq=False)
+class EightBits:
+    """A weight rounded to 8 bits.
+
+    Attributes:
+        numbers: `[panels, in / 4, panel, 4]` int8.
+        scales: `[panels * panel]` float32, of each output.
+        outs: outputs.
+    """
+
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    outs: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> EightBits:
+        """`[out, in]`, rounded."""
+        panel, (outs, ins) = kernels.panel(), weight.shape
+        padded = F.pad(weight.detach().float(), (0, 0, 0, -outs % panel))
+        scales = padded.abs().amax(1).clamp_min(1e-12) / 127
+        numbers = (padded / scales[:, None]).round().to(torch.int8).view(-1, panel, ins // 4, 4).transpose(1, 2)
+        return cls(numbers.contiguous(), scales, outs)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes + self.scales.nbytes
+
+    def dense(self) -> torch.Tensor:
+        """`[out, in]` in float32, as it was rounded."""
+        numbers = self.numbers.transpose(1, 2).reshape(len(self.scales), -1)
+        return (numbers * self.scales[:, None])[: self.outs]
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
+        return kernels.multiply(EIGHT_BITS, self.numbers, self.outs, rows, bias, self.scales)
 
 
 @functools.cache
@@ -140,7 +186,7 @@ def _right() -> bool:
     weight = torch.randn(70, 64, generator=generator)
     pairs = torch.randint(256, (70 * 32,), generator=generator, dtype=torch.uint8)
     four = FourBits.from_pairs(pairs, torch.rand(70, generator=generator), torch.randn(16, generator=generator), 70)
-    for product in (Panels.of(weight), Panels.of(weight.bfloat16()), four):
+    for product in (Panels.of(weight), Panels.of(weight.bfloat16()), four, EightBits.of(weight)):
         for rows in (torch.randn(15, 64, generator=generator), torch.randn(15, 64, generator=generator).bfloat16()):
             found, alone = (torch.cat([product.multiply(some, None) for some in rows.split(size)]) for size in (15, 1))
             expected, off = rows.float() @ product.dense().float().T, 1e-4 if rows.dtype == torch.float32 else 0.02

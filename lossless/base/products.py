@@ -6,7 +6,7 @@ else in the project names them: torch has no public way to pack in eager mode. D
     Packed                    oneDNN's blocked layout. A row has the same bits in a product of any number of rows from 2 on,
                               and mostly from 1 on (`least_rows` says which): what it multiplies is laid out once, so that
                               sums run in one order.
-    pack_int8, multiply_int8  8-bit weights, a scale for each output, rows rounded as they come: for drafts, which may be wrong.
+    EightBits                 8-bit weights, a scale for each output, rows rounded as they come: for drafts, which may be wrong.
 """
 
 from __future__ import annotations
@@ -86,31 +86,41 @@ def packable(dtype: torch.dtype) -> bool:
         return False
 
 
-def pack_int8(weight: torch.Tensor) -> Any:
-    """`[out, in]` -> 8-bit numbers, packed, a scale for each output."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(1).clamp_min(1e-12).double() / 127
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch means to move quantization elsewhere; until then this is where it is
-        quantized = torch.quantize_per_channel(weight, scale, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(quantized, None)
+@dataclass(frozen=True, eq=False)
+class EightBits:
+    """A weight `[out, in]` rounded to 8 bits, with a scale for each output.
 
+    Attributes:
+        packed: what torch keeps of it.
+    """
 
-def unpack_int8(packed: Any) -> torch.Tensor:
-    """The rounded numbers, `[out, in]` in float32."""
-    return torch.ops.quantized.linear_unpack(packed)[0].dequantize()
+    packed: Any
 
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> EightBits:
+        """`[out, in]`, rounded."""
+        weight = weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(1e-12).double() / 127
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch means to move quantization elsewhere; until then this is where it is
+            quantized = torch.quantize_per_channel(weight, scale, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
+            return cls(torch.ops.quantized.linear_prepack(quantized, None))
 
-def multiply_int8(rows: torch.Tensor, packed: Any) -> torch.Tensor:
-    """`[..., in]` float32 -> `[..., out]` float32."""
-    return torch.ops.quantized.linear_dynamic(rows, packed)
+    def dense(self) -> torch.Tensor:
+        """`[out, in]` in float32, as it was rounded."""
+        return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`, in the dtype of the rows, which are rounded, too."""
+        out = torch.ops.quantized.linear_dynamic(rows.float(), self.packed)
+        return (out if bias is None else out + bias).to(rows.dtype)
 
 
 @functools.cache
 def int8_packable() -> bool:
     """Whether 8-bit products are to be had here, and about right; tested at the first call."""
     try:
-        return _right(torch.float32, _CLOSE_INT8, lambda rows, weight: multiply_int8(rows, pack_int8(weight)))
+        return _right(torch.float32, _CLOSE_INT8, lambda rows, weight: EightBits.of(weight).multiply(rows, None))
     except _FAILURES:
         return False
 

@@ -1,4 +1,4 @@
-/* Vectors of numbers, as gcc has them for any processor, and numbers of 16 bits. Shared by kernels.c and panels.c. */
+/* Vectors of numbers, as gcc has them for any processor, numbers of 16 bits, and what is computed of them everywhere. */
 
 #pragma once
 #include <math.h>
@@ -22,7 +22,7 @@ typedef uint32_t u32s_at __attribute__((vector_size(LANES * 4), aligned(4), may_
 typedef int32_t i32s __attribute__((vector_size(LANES * 4)));
 typedef uint16_t u16s __attribute__((vector_size(LANES * 2)));
 
-enum kind { FLOAT32, BFLOAT16, FOUR_BITS };
+enum kind { FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS };
 
 INLINE f32s load(const float *at) { return (f32s) * (const f32s_at *)at; }
 
@@ -53,4 +53,47 @@ INLINE void store_bfloat16(uint16_t *at, f32s numbers) {
     bits = (((bits + 0x7fff + (bits >> 16 & 1)) & ~none) | ((bits | 0x400000) & none)) >> 16;
     u16s halves = __builtin_convertvector(bits, u16s);
     memcpy(at, &halves, sizeof halves);
+}
+
+INLINE f32s load_kind(int kind, const void *at, ptrdiff_t i) {
+    return kind == BFLOAT16 ? load_bfloat16((const uint16_t *)at + i) : load((const float *)at + i);
+}
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+
+/* The lanes of a vector added up to four. */
+INLINE f32x4 fold(f32s a) {
+#if LANES == 16
+    f32x8 x = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    f32x8 x = a;
+#endif
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+}
+
+/* The sums of four vectors, each in the same order. */
+INLINE f32x4 sums(f32s first, f32s second, f32s third, f32s fourth) {
+    f32x4 a = fold(first), b = fold(second), c = fold(third), d = fold(fourth);
+    f32x4 s = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    f32x4 t = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(s, t, 0, 1, 4, 5) + __builtin_shufflevector(s, t, 2, 3, 6, 7);
+}
+
+/* e^x for x <= 0, to about one part in ten million. */
+INLINE f32s exponential(f32s x) {
+    const float magic = 12582912.0f; /* what is added to it is rounded to a whole number */
+    f32s least = x - x - 87.0f;
+    i32s more = x > least;
+    x = (f32s)(((i32s)x & more) | ((i32s)least & ~more));
+    f32s turns = (x * 1.44269504f + magic) - magic;
+    f32s rest = x - turns * 0.693145752f;
+    rest = rest - turns * 1.42860677e-6f;
+    f32s found = rest * 1.98756915e-4f + 1.39819995e-3f;
+    found = found * rest + 8.33345205e-3f;
+    found = found * rest + 4.16657962e-2f;
+    found = found * rest + 1.66666655e-1f;
+    found = found * rest + 5.0e-1f;
+    found = found * rest * rest + rest + 1.0f;
+    return found * (f32s)((__builtin_convertvector(turns, i32s) + 127) << 23);
 }

@@ -17,6 +17,7 @@ from ..adapter.weights import StreamAdapter
 from ..base.layers import device_of
 from ..base.packed import packed_twin, warm_up
 from ..drafting.drafter import Drafter
+from ..streams.fusing import fuse_passes
 from ..streams.runner import StreamRunner, logit_scale
 from .exactness import Guarantee, Passes, check_level, find_guarantee
 from .limits import projections
@@ -64,6 +65,8 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     coarse = exact != "off" and dtype in (torch.bfloat16, torch.float16)
     model = None if exact == "bitwise" or coarse else packed_twin(base)
     twin = None if model is None else StreamRunner(base, adapter, model)
+    if twin is not None:
+        fuse_passes(twin)
 
     def look() -> Guarantee:
         check_served(reader)

@@ -219,7 +219,7 @@ class DecodeLoop:
         """Read whatever of the text was not read in the base's own shapes, every row as in a pass of its own; choose after the last,
         whose logits in a pass of another shape were `doubted`, `[1, vocab]`."""
         cache.forget(sequence.before + sequence.num_exact_rows)
-        device, first, end = input_device(self.reader.base), sequence.num_exact_rows, sequence.ids.shape[1]
+        device, first, end, passes = input_device(self.reader.base), sequence.num_exact_rows, sequence.ids.shape[1], 0
         several = self.attached.guarantee.again if cache.visible() is None else ()
         while sequence.num_exact_rows < end:
             place = sequence.num_exact_rows
@@ -229,7 +229,7 @@ class DecodeLoop:
             out = self.reader.verify(ids, positions, None, cache, None, last_only=rows > 1, apart=rows > 1)
             cache.keep(range(rows))
             sequence.num_exact_rows += rows
-            self.stats.target_passes += 1
+            passes += 1
         found = self.attached.guarantee.after(moved(doubted, out.logits[0, -1:].float()))
         if found is not self.attached.guarantee:  # what the probe promised was too little: no longer
             self.attached.guarantee = found
@@ -237,7 +237,7 @@ class DecodeLoop:
             sequence.widen(found.noise)
             keep(self.attached.kept, self.reader.model, found)
         sequence.remember(sequence.choose_alone(out.logits[0, -1]))
-        self.stats.count_alone(sequence.number, sequence.last, end - first)
+        self.stats.count_alone(sequence.number, sequence.last, end - first, passes)
         return out
 
     def _go_on(

@@ -110,8 +110,9 @@ class Stats:
         sources = (*(tree.sources[node] for node in accepted.path[1:]), 0)[:emitted]
         self.emit(text, accepted.tokens, sources, len(tree) - 1)
 
-    def count_alone(self, text: int, token: int, rows: int) -> None:
-        """So many rows read once more, for a choice that was too close to call."""
+    def count_alone(self, text: int, token: int, rows: int, passes: int) -> None:
+        """So many rows read once more, in so many passes, for a choice that was too close to call."""
+        self.target_passes += passes
         self.reread += rows
         self.emit(text, (token,), (0,), 0)
 

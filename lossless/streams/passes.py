@@ -30,6 +30,7 @@ class Pass:
     nodes: torch.Tensor | None = None  # [m] main rows that speculate
     cache: Any = None
     keeps_bits: bool = False  # main rows are to have the bits of the base's own passes
+    paths: AloneRows | None = None  # of the main rows, of one text without padding, behind a prompt
     alone: AloneRows | None = None  # main rows that are read as passes of one row
     rotaries: list[tuple[Callable[..., Any], Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window

@@ -42,6 +42,7 @@ from ..base.structure import structure_of
 from .attention import ATTENTION
 from .cache import RowCache
 from .calls import LayerCalls, note_rotary
+from .fusing import fuse
 from .hooks import adapt, keep_bits
 from .invariance import AloneRows
 from .layers import stream_layers
@@ -99,6 +100,7 @@ class StreamRunner:
             self.text_config._attn_implementation = ATTENTION
         self._unhooked = structure_of(self.top)
         self._hook()
+        self.fused = False  # whether passes go the short way where they can
 
     @property
     def first_top(self) -> int:
@@ -113,7 +115,15 @@ class StreamRunner:
     @cached_property
     def stream_layers(self) -> nn.ModuleList:
         """The layers that streams run through alone."""
-        return stream_layers(self._unhooked, self.adapter, model_bytes(self.base))
+        layers = stream_layers(self._unhooked, self.adapter, model_bytes(self.base))
+        if self.fused and not any(part._forward_hooks for part in layers.modules()):  # adapters that are merged into the weights
+            fuse(layers)
+        return layers
+
+    @cached_property
+    def _stream_paths(self) -> AloneRows:
+        """What the streams of one node see of each other."""
+        return AloneRows([range(j + 1) for j in range(self.adapter.config.num_streams)])
 
     @property
     def parts(self) -> nn.ModuleList:
@@ -175,10 +185,16 @@ class StreamRunner:
         allowed = None if plain else behind_the_past(own(torch.arange(count)), cache, len(ids))
         plan = Pass(self.implementation, len(ids), count, PositionMask(allowed, positions, keys), last_only=last_only)
         unpadded = len(ids) == 1 and cache.visible() is None
+
+        def paths() -> AloneRows:
+            return AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
+
         plan.keeps_bits = unpadded and (apart or self.limits is not None)
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         if (unpadded and apart) or (not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention))):
-            plan.alone = AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
+            plan.alone = paths()
+        if self.fused and unpadded and not last_only:
+            plan.paths = plan.alone or paths()
 
         def begin(entry: torch.Tensor) -> None:
             chosen: Any = nodes(entry) if callable(nodes) else nodes
@@ -251,6 +267,8 @@ class StreamRunner:
         keys = cache.places().to(entry.device).expand(len(entry), -1)
         mask = self._stream_mask(context, positions, keys)
         plan = Pass(self.implementation, len(entry), 0, stream=mask, cache=cache)
+        if self.fused and entry.shape[:2] == (1, 1) and cache.visible() is None and context.all():
+            plan.paths = self._stream_paths
 
         def through_the_layers() -> torch.Tensor:
             hidden = self.adapter.start_streams(entry, told)

@@ -92,7 +92,7 @@ def test_passes_that_were_read_again_count_while_the_answer_grows() -> None:
     for rows in (0, 3, 2):  # the prompt's pass is counted apart
         progress(torch.tensor([[5]]))
         if rows:
-            stats.count_alone(0, 5, rows)
+            stats.count_alone(0, 5, rows, rows)
         else:
             stats.emit(0, (5,), (0,), 0)
         assert progress.picture().target_passes == stats.target_passes

@@ -8,8 +8,10 @@
        FLOAT32    [panels, ins, PANEL]                 numbers
        BFLOAT16   [panels, ins / 2, PANEL]             two inputs in a word, the first in its low half
        FOUR_BITS  [panels, ins / 4, LANES]             four inputs in a word, a byte each, of it the first of a pair in the low half;
-                  scales [panels, ins / 64, PANEL]     and `code`, 16 numbers that the four bits stand for */
+                  scales [panels, ins / 64, PANEL]     and `code`, 16 numbers that the four bits stand for
+       EIGHT_BITS [panels, ins / 4, PANEL]             four inputs in a word, a byte each; scales [panels, PANEL] */
 
+#pragma once
 #include "vectors.h"
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -19,13 +21,13 @@
 #define BLOCK 64      /* 4-bit numbers with one scale */
 #define AHEAD 1024    /* words that are fetched before they are needed */
 #if LANES == 16
-#define MOST 12 /* rows whose sums fit the registers */
+#define ROWS 12 /* rows whose sums fit the registers */
 #else
-#define MOST 6
+#define ROWS 6
 #endif
 
 /* How rows are multiplied with a panel. PAIRS: rows of bfloat16, two inputs at a time, where the processor can. */
-enum way { NUMBERS, HALVES, CODES, PAIRS };
+enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS };
 
 INLINE u32s words(const uint32_t *at) {
     __builtin_prefetch(at + AHEAD);
@@ -62,7 +64,7 @@ INLINE f32s decoded(struct code code, u32s numbers) {
 INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows_, ptrdiff_t ins, int count,
                      f32s (*out)[2]) {
     const float *rows = rows_;
-    f32s sums[MOST][2] = {}; /* of its own, so that they stay in registers */
+    f32s sums[ROWS][2] = {}; /* of its own, so that they stay in registers */
     if (way == NUMBERS)
         for (ptrdiff_t i = 0; i < ins; i++, panel += PANEL)
             add(sums, (f32s)words(panel), (f32s)words(panel + LANES), rows + i, ins, count);
@@ -84,6 +86,13 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             }
         }
     }
+    if (way == BYTES)
+        for (ptrdiff_t i = 0; i < ins; i += 4, panel += PANEL) {
+            i32s first = (i32s)words(panel), second = (i32s)words(panel + LANES);
+            UNROLL for (int j = 0; j < 4; j++)
+                add(sums, __builtin_convertvector(first << (24 - 8 * j) >> 24, f32s), __builtin_convertvector(second << (24 - 8 * j) >> 24, f32s),
+                    rows + i + j, ins, count);
+        }
 #if defined(__AVX512BF16__)
     if (way == PAIRS) {
         const uint16_t *halves = rows_;
@@ -99,7 +108,12 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
         }
     }
 #endif
-    UNROLL for (int r = 0; r < count; r++) out[r][0] = sums[r][0], out[r][1] = sums[r][1];
+    f32s first = {}, second = {};
+    if (way == BYTES) first = load(scales), second = load(scales + LANES);
+    UNROLL for (int r = 0; r < count; r++) {
+        out[r][0] = way == BYTES ? sums[r][0] * first : sums[r][0];
+        out[r][1] = way == BYTES ? sums[r][1] * second : sums[r][1];
+    }
 }
 
 /* The sums of a row, with a bias, to where they belong: `valid` outputs of them are asked for. */
@@ -125,58 +139,18 @@ INLINE void finish(const f32s *sums, const float *bias, int halves, void *out, p
 /* All rows with one panel. */
 INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows, ptrdiff_t count,
                     ptrdiff_t ins, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
-    ptrdiff_t parts = (count + MOST - 1) / MOST, size = way == PAIRS ? 2 : 4; /* about equal parts */
+    ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == PAIRS ? 2 : 4; /* about equal parts */
     for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
         const void *from = rows + r * ins * size;
-        f32s sums[MOST][2];
+        f32s sums[ROWS][2];
         some = (count - r + parts - 1) / parts;
-#define ROWS(n) case n: multiply(way, panel, scales, table, from, ins, n, sums); break;
+#define CASE(n) case n: multiply(way, panel, scales, table, from, ins, n, sums); break;
         switch (some) {
-            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
-#if MOST > 6
-            ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if ROWS > 6
+            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
         }
         for (ptrdiff_t n = 0; n < some; n++) finish(sums[n], bias, halves, out, (r + n) * outs + first, valid);
     }
 }
-
-/* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
-
-   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16. bias: [outs] or NULL. ins is even for
-   BFLOAT16, a multiple of BLOCK for FOUR_BITS. */
-void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
-                     const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
-    ptrdiff_t panels = (outs + PANEL - 1) / PANEL;
-    enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : CODES;
-#if defined(__AVX512BF16__)
-    if (halves && kind == BFLOAT16) way = PAIRS;
-#endif
-#pragma omp parallel num_threads(threads)
-    {
-        const void *from = rows;
-        if (halves && way != PAIRS) {
-#pragma omp for schedule(static)
-            for (ptrdiff_t i = 0; i < count * ins; i++) {
-                uint32_t bits = (uint32_t)((const uint16_t *)rows)[i] << 16;
-                memcpy(scratch + i, &bits, 4);
-            }
-            from = scratch;
-        }
-#pragma omp for schedule(static)
-        for (ptrdiff_t p = 0; p < panels; p++) {
-            ptrdiff_t first = p * PANEL, valid = outs - first < PANEL ? outs - first : PANEL;
-            const float *biases = bias ? bias + first : NULL;
-#define WAY(way_, words_, scales_)                                                                                                     \
-    case way_: product(way_, weight + p * (words_), scales_, code, from, count, ins, biases, halves, out, first, outs, valid); break;
-            switch (way) {
-                WAY(NUMBERS, ins * PANEL, NULL)
-                WAY(HALVES, ins / 2 * PANEL, NULL)
-                WAY(CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
-                WAY(PAIRS, ins / 2 * PANEL, NULL)
-            }
-        }
-    }
-}
-
-int lossless_lanes(void) { return LANES; }

@@ -1,0 +1,213 @@
+"""Decoder layers in C: the same numbers as eager ones, in every pass that they serve, and only where they compute the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from lossless.adapter.compat import new_adapter
+from lossless.base import kernels
+from lossless.base.fused import FusedLayer
+from lossless.base.loading import freeze
+from lossless.base.packed import packed_twin
+from lossless.drafting.tree import DraftTree
+from lossless.generation.model import accelerate
+from lossless.streams import fusing
+from lossless.streams.cache import RowCache
+from lossless.streams.runner import StreamRunner
+
+from .conftest import prompt_ids, tiny_config
+from .test_lossless import both
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": True,
+}  # fmt: skip
+TREE = DraftTree((5, 9, 4, 30, 7, 8), (-1, 0, 1, 0, 3, 4))
+SERVED = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, initializer_range=0.2)),
+    "llama with biases": (LlamaForCausalLM, LlamaConfig(**SIZES, initializer_range=0.2, attention_bias=True, mlp_bias=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, initializer_range=0.2, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 192}, initializer_range=0.2)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, initializer_range=0.2)),
+}
+LEFT_ALONE = {
+    "a window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=9)),
+    "another activation": (LlamaForCausalLM, LlamaConfig(**SIZES, hidden_act="gelu")),
+    "heads of another size": (LlamaForCausalLM, LlamaConfig(**SIZES | {"head_dim": 16})),
+}
+COMPUTES_OTHERWISE = {
+    "factors": (GraniteForCausalLM, GraniteConfig(**SIZES, residual_multiplier=0.3, attention_multiplier=0.2)),
+    "layers without positions": (SmolLM3ForCausalLM, SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 0], initializer_range=0.2)),
+}
+
+
+def made(kind: Any, config: Any, bits: int = 32) -> Any:
+    torch.manual_seed(0)
+    model = freeze(kind(config)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data = torch.randn_like(parameter) * 0.3 + ("norm" in name)
+        if bits == 16:
+            parameter.data = parameter.data.bfloat16().float()
+    return model
+
+
+def runner_of(model: Any) -> StreamRunner:
+    return StreamRunner(model, new_adapter(model, tiny_config()).randomize(2), packed_twin(model))
+
+
+def read(runner: StreamRunner, ids: torch.Tensor) -> tuple[torch.Tensor, RowCache]:
+    """`[nodes, vocab]` of a tree behind a text whose end was accepted from a tree itself."""
+    cache = RowCache(4)
+    with torch.no_grad():
+        runner.verify(ids, torch.arange(ids.shape[1])[None], None, cache, None)
+        cache.keep(range(ids.shape[1]))
+        places = torch.tensor([TREE.depths])
+        for _ in range(2):
+            out = runner.verify(torch.tensor([TREE.tokens]), places + cache.length, TREE.mask()[None], cache, None)
+            cache.keep([0, 3, 4, 5])
+    return out.logits[0], cache
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+@pytest.mark.parametrize("family", SERVED)
+def test_fused_layers_compute_what_the_eager_ones_do(family: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = made(*SERVED[family], bits), []
+    fast, slow = runner_of(model), runner_of(model)
+    fusing.fuse_passes(fast)
+    assert fast.fused
+    real = FusedLayer.behind
+    monkeypatch.setattr(FusedLayer, "behind", lambda self, hidden, *rest: calls.append(hidden.shape[1]) or real(self, hidden, *rest))
+    for length in (3, 70):
+        calls.clear()
+        found, cache = read(fast, prompt_ids(length))
+        assert calls == [length] * 4 + [len(TREE)] * 8
+        expected, other = read(slow, prompt_ids(length))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+        for ours, theirs in zip(cache.rows, other.rows, strict=True):
+            torch.testing.assert_close(ours.keys[:, :, : cache.length], theirs.keys[:, :, : cache.length], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.values[:, :, : cache.length], theirs.values[:, :, : cache.length], rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_a_fused_pass_has_the_bits_that_it_has_alone() -> None:
+    runner = runner_of(made(*SERVED["qwen3"]))
+    fusing.fuse_passes(runner)
+    ids, logits = prompt_ids(40), []
+    for rows in (1, 5, 16):
+        cache, found = RowCache(4), []
+        with torch.no_grad():
+            for start in range(0, 40, rows):
+                some = ids[:, start : start + rows]
+                found.append(runner.verify(some, torch.arange(start, start + some.shape[1])[None], None, cache, None).logits[0])
+                cache.keep(range(some.shape[1]))
+        logits.append(torch.cat(found))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("family", LEFT_ALONE)
+def test_layers_that_look_otherwise_are_left_alone(family: str) -> None:
+    runner = runner_of(made(*LEFT_ALONE[family]))
+    assert not fusing.fuse(runner.layers)
+    assert not any("forward" in layer.__dict__ for layer in runner.layers)
+
+
+@pytest.mark.parametrize("family", COMPUTES_OTHERWISE)
+def test_layers_that_look_alike_and_compute_otherwise_are_found_out(family: str) -> None:
+    model = made(*COMPUTES_OTHERWISE[family])
+    runner, untouched = runner_of(model), runner_of(model)
+    fusing.fuse_passes(runner)
+    assert not runner.fused
+    assert torch.equal(read(runner, prompt_ids(9))[0], read(untouched, prompt_ids(9))[0])
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    expected, found = both(fast, prompt_ids(9))
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "deferred"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", SERVED)
+def test_answers_are_those_of_the_base(family: str, do_sample: bool, schedule: str) -> None:
+    model = made(*SERVED[family])
+    fast = accelerate(model, new_adapter(model, tiny_config(schedule=schedule)).randomize(2), adaptive=False)
+    assert fast.guarantee.twin
+    assert fast.runner.fused
+    for length in (5, 60):
+        expected, found = both(fast, prompt_ids(length), 3, do_sample=do_sample, max_new_tokens=40)
+        assert torch.equal(expected, found)
+    both_texts = torch.cat([prompt_ids(9), prompt_ids(9, 1)])
+    mask = torch.ones_like(both_texts)
+    mask[0, :3] = 0
+    expected, found = both(fast, both_texts, 3, attention_mask=mask, do_sample=do_sample, max_new_tokens=20)
+    assert expected.shape == found.shape  # of a batch nothing is promised to the bit
+
+
+def test_streams_that_run_alone_go_the_short_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = made(*SERVED["llama"]), []
+    adapter = new_adapter(model, tiny_config()).randomize(2).copy_as(torch.device("cpu"), torch.float32)  # which learns no more
+    fast, slow = (StreamRunner(model, adapter, packed_twin(model)) for _ in range(2))
+    fusing.fuse_passes(fast)
+    real = FusedLayer.behind
+    monkeypatch.setattr(FusedLayer, "behind", lambda self, hidden, *rest: calls.append(hidden.shape[1]) or real(self, hidden, *rest))
+    found = []
+    for runner in (fast, slow):
+        _, cache = read(runner, prompt_ids(20))
+        entry = torch.randn(1, 1, 96, generator=torch.Generator().manual_seed(1))
+        context = torch.ones(1, 1, cache.length, dtype=torch.bool)
+        calls.clear()
+        with torch.no_grad():
+            found.append(runner.speculate(entry, torch.tensor([[cache.length - 1]]), context, cache))
+        assert calls == ([4] * tiny_config().num_msa_layers if runner is fast else [])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4 * float(found[1].std()))
+    context = torch.ones(1, 1, cache.length, dtype=torch.bool)
+    context[0, 0, 3] = False  # a key that is not seen
+    calls.clear()
+    with torch.no_grad():
+        fast.speculate(entry, torch.tensor([[cache.length - 1]]), context, cache)
+    assert not calls
+
+
+def test_adapters_that_learn_are_not_passed_over() -> None:
+    model = made(*SERVED["llama"])
+    runner = StreamRunner(model, new_adapter(model, tiny_config()).randomize(2), packed_twin(model))
+    fusing.fuse_passes(runner)
+    assert runner.fused
+    assert not any("forward" in layer.__dict__ for layer in runner.stream_layers)
+
+
+def test_a_layer_without_stand_ins_is_not_fused() -> None:
+    model = made(*SERVED["llama"])
+    assert all(FusedLayer.of(layer) is None for layer in model.model.layers)
+    twin = packed_twin(model)
+    twin.model.layers[1].mlp.down_proj = nn.Linear(160, 96)
+    assert [FusedLayer.of(layer) is not None for layer in twin.model.layers] == [True, False, True, True]
+
+
+def test_a_changed_drafting_serves_on() -> None:
+    model = made(*SERVED["llama"])
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    for nodes in (1, 2, 20):
+        fast.drafting = replace(fast.drafting, tree_nodes=nodes, adaptive=False)
+        expected, found = both(fast, prompt_ids(9), max_new_tokens=30)
+        assert torch.equal(expected, found)
