@@ -115,7 +115,7 @@ def attached(model: str, dtype: str) -> Callable[[], tuple[AcceleratedModel, int
     """What makes the model that is soaked, and the tokens that it is asked with."""
 
     def tiny() -> tuple[AcceleratedModel, int]:
-        base = build_tiny(seed=5, hidden=64, inner=160).to(getattr(torch, dtype))
+        base = build_tiny(seed=5, hidden=128, inner=160).to(getattr(torch, dtype))  # heads of 32, which the kernels take
         return accelerate(base, new_adapter(base, tiny_config()).randomize(1)), VOCAB
 
     def loaded() -> tuple[AcceleratedModel, int]:
