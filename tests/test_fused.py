@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +25,10 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+import lossless
 from lossless.adapter.compat import new_adapter
 from lossless.base import kernels
-from lossless.base.fused import FusedLayer
+from lossless.base.fused import FusedLayer, PlainForward, unfuse_plain
 from lossless.base.loading import freeze
 from lossless.base.packed import packed_twin
 from lossless.drafting.tree import DraftTree
@@ -211,3 +214,120 @@ def test_a_changed_drafting_serves_on() -> None:
         fast.drafting = replace(fast.drafting, tree_nodes=nodes, adaptive=False)
         expected, found = both(fast, prompt_ids(9), max_new_tokens=30)
         assert torch.equal(expected, found)
+
+
+def packed(family: str, dtype: torch.dtype) -> Any:
+    model = lossless.pack(made(*SERVED[family]).to(dtype))
+    assert all(isinstance(layer.__dict__["forward"], PlainForward) for layer in model.model.layers)
+    return model
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "deferred"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", SERVED)
+def test_a_packed_model_goes_the_short_way_itself_and_is_accelerated_bit_for_bit(family: str, dtype: torch.dtype, schedule: str) -> None:
+    model = packed(family, dtype)
+    fast = accelerate(model, new_adapter(model, tiny_config(schedule=schedule)).randomize(2), adaptive=False)
+    assert fast.reader.fused
+    assert fast.guarantee.level == "bitwise"
+    for do_sample, length in ((False, 5), (True, 60)):
+        options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": do_sample, "max_new_tokens": 40}
+        expected, found = both(fast, prompt_ids(length), 3, **options)
+        assert torch.equal(expected.sequences, found.sequences)
+        assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_short_way_is_the_layers_own_but_for_rounding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = packed("qwen3", dtype), []
+    real = FusedLayer.behind
+    monkeypatch.setattr(FusedLayer, "behind", lambda self, hidden, *rest: calls.append(hidden.shape[1]) or real(self, hidden, *rest))
+
+    def logits() -> torch.Tensor:
+        return torch.cat(model.generate(
+            prompt_ids(9), attention_mask=torch.ones(1, 9, dtype=torch.long), max_new_tokens=6, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        ).logits)  # fmt: skip
+
+    short = logits()
+    assert calls == [1] * 4 * 5
+    assert torch.equal(logits(), short)
+    hook = model.model.layers[2].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    calls.clear()
+    mixed = logits()
+    assert calls == [1] * 3 * 5  # somebody listens to one of the layers
+    hook.remove()
+    unfuse_plain(model.model.layers)
+    long = logits()
+    assert calls == [1] * 3 * 5
+    for found in (short, mixed):
+        assert (found - long).abs().max() < (1e-4 if dtype == torch.float32 else 0.2) * long.std()
+
+
+def test_a_part_that_is_exchanged_is_not_passed_over() -> None:
+    model, ids = packed("llama", torch.float32), prompt_ids(9)
+
+    def logits(which: Any) -> torch.Tensor:
+        out = which(ids[:, :8], use_cache=True)
+        return which(ids[:, 8:], past_key_values=out.past_key_values, use_cache=True).logits
+
+    with torch.no_grad():
+        before = logits(model)
+        own = model.model.layers[1].mlp.up_proj
+        model.model.layers[1].mlp.up_proj = nn.Sequential(own)  # as a LoRA would stand there
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-4)
+        model.model.layers[1].mlp.up_proj = nn.Linear(96, 160)
+        assert (logits(model) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packing_is_undone_and_copies_are_whole(dtype: torch.dtype) -> None:
+    model, ids = made(*SERVED["llama"]).to(dtype), prompt_ids(9)
+    plain = model(ids).logits
+    step = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    lossless.pack(model)
+    expected = torch.cat(model.generate(ids, **step).logits)
+    twice = copy.deepcopy(model)
+    for layer, other in zip(model.model.layers, twice.model.layers, strict=True):
+        assert other.__dict__["forward"].layer is other
+        assert other.__dict__["forward"].fused is layer.__dict__["forward"].fused
+    assert torch.equal(torch.cat(twice.generate(ids, **step).logits), expected)
+    written = io.BytesIO()
+    torch.save(model, written)
+    written.seek(0)
+    read_again = torch.load(written, weights_only=False)
+    assert (torch.cat(read_again.generate(ids, **step).logits) - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.2) * expected.std()
+    lossless.unpack(model)
+    assert not any("forward" in layer.__dict__ for layer in model.modules())
+    assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_batches_and_padding_of_a_packed_model_go_the_long_way(padding: int) -> None:
+    model = packed("llama", torch.float32)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False)
+    ids, mask = prompt_ids(12), torch.ones(1, 12, dtype=torch.long)
+    mask[0, :padding] = 0
+    expected, found = both(fast, ids, 3, attention_mask=mask, max_new_tokens=30)
+    assert torch.equal(expected, found)
+    plain = made(*SERVED["llama"]).generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    assert torch.equal(plain, found)  # float32, and no near-tie among them
+
+
+@pytest.mark.parametrize("family", COMPUTES_OTHERWISE)
+def test_a_packed_model_whose_layers_compute_otherwise_keeps_them(family: str) -> None:
+    model = made(*COMPUTES_OTHERWISE[family])
+    ids, mask = prompt_ids(9), torch.ones(1, 9, dtype=torch.long)
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    lossless.pack(model)
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False), plain)
+
+
+def test_a_forward_of_the_users_own_is_left_alone() -> None:
+    model = made(*SERVED["llama"])
+    layer = model.model.layers[1]
+    layer.forward = own = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
+    lossless.pack(model)
+    assert layer.forward is own
+    assert "forward" not in model.model.layers[0].__dict__

@@ -1,19 +1,24 @@
 """Decoder layers in two calls of C (layer.c), where eager ones take some forty.
 
-Knows: which layers are a norm, attention with rotary embedding, a norm and a gated MLP, each added to what came in, and how their parts
-are handed to C. Does not know: passes, masks, or caches. Whether a layer that looks so computes so has to be tried.
+Knows: which layers are a norm, attention with rotary embedding, a norm and a gated MLP, each added to what came in, how their parts are
+handed to C, and how a packed model's own layers go this way for single tokens. Does not know: passes over trees (streams/fusing.py).
+Whether a layer that looks so computes so has to be tried.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import kernels
+from .layers import CACHE
 from .linears import FourBitLinear, Int8Linear, PackedLinear
 from .norms import FusedNorm
 from .panels import EIGHT_BITS, FOUR_BITS, EightBits, Panels
@@ -36,21 +41,23 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, _Norm) for name in ("first", "second", "of_queries", "of_keys")),
-        *((name, ctypes.c_int64) for name in ("dim", "heads", "kv_heads", "head_dim")), ("scale", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("halves", "dim", "heads", "kv_heads", "head_dim")), ("scale", ctypes.c_double),
     ]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class FusedLayer:
-    """A decoder layer of float32 rows.
+    """A decoder layer.
 
     Attributes:
         layer: what C is told of it; kept: the tensors that it points to.
+        dtype: of hidden states, keys and values, float32 or bfloat16.
         heads, kv_heads, head_dim, dim, inner: its sizes.
     """
 
     layer: _Layer
     kept: list[torch.Tensor]
+    dtype: torch.dtype
     heads: int
     kv_heads: int
     head_dim: int
@@ -78,14 +85,21 @@ class FusedLayer:
         kept: list[torch.Tensor] = []
         weights, scales = [_weight(part, kept) for part in projections], [_norm(norm, kept) for norm in norms]
         dim, heads, kv_heads = (n for n in (projections[0].in_features, *(part.out_features // size for part in projections[:2])))
-        return cls(_Layer(*weights, *scales, dim, heads, kv_heads, size, scaling), kept, heads, kv_heads, size, dim, mlp.gate_proj.out_features)
+        dtype: Any = norms[0].weight.dtype
+        told = _Layer(*weights, *scales, dtype == torch.bfloat16, dim, heads, kv_heads, size, scaling)
+        return cls(told, kept, dtype, heads, kv_heads, size, dim, mlp.gate_proj.out_features)
+
+    def __deepcopy__(self, memo: Any) -> FusedLayer:
+        """Itself: it does not change."""
+        return self
 
     def before(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`[1, rows, dim]`, `[1, rows, head_dim]` twice -> queries `[rows, heads, head_dim]`, keys and values
         `[1, kv_heads, rows, head_dim]`."""
         rows = hidden.shape[1]
-        query, key, value = (torch.empty(rows, heads, self.head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads))
-        scratch = torch.empty(rows, self.dim)
+        query = torch.empty(rows, self.heads, self.head_dim)
+        key, value = (torch.empty(rows, self.kv_heads, self.head_dim, dtype=self.dtype) for _ in range(2))
+        scratch = torch.empty(rows * (3 * self.dim + 2 * self.head_dim * (1 + self.kv_heads)))
         kernels.library().lossless_before(
             ctypes.byref(self.layer), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(),
             scratch.data_ptr(), rows, torch.get_num_threads(),
@@ -98,14 +112,87 @@ class FusedLayer:
         rows, threads, depth = hidden.shape[1], torch.get_num_threads(), paths.rows.shape[1]
         past, out = key.shape[2] - rows, torch.empty_like(hidden)
         mixed = self.heads * self.head_dim
+        longest = max(mixed, self.dim, self.inner)
         attending = self.heads * rows * (past + depth + self.head_dim) + threads * kernels.panel() * self.head_dim
-        scratch = torch.empty(rows * (2 * mixed + 3 * self.dim + 2 * self.inner) + attending)
+        scratch = torch.empty(rows * (2 * mixed + 3 * self.dim + 2 * self.inner + longest) + attending)
         strides = (ctypes.c_ssize_t * 4)(key.stride(1), key.stride(2), value.stride(1), value.stride(2))
         kernels.library().lossless_behind(
             ctypes.byref(self.layer), hidden.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides,
-            paths.lengths.data_ptr(), paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), rows, threads,
+            paths.lengths.data_ptr(), paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), longest, rows, threads,
         )  # fmt: skip
         return out
+
+
+class PlainForward:
+    """The forward of a packed model's layer: single tokens behind a cache go the short way, everything else through the layer itself.
+
+    Args:
+        layer: the layer; eager: its own forward.
+        fused: the short way, None if there is none any more (a copy that was pickled).
+    """
+
+    def __init__(self, layer: nn.Module, fused: FusedLayer | None) -> None:
+        self.layer, self.fused = layer, fused
+        self.__signature__ = inspect.signature(self.eager)
+        self._parts: list[tuple[nn.Module, str, nn.Module]] = []  # of the layer, once it is whole
+
+    @property
+    def eager(self) -> Any:
+        """The layer's forward as its class has it."""
+        return type(self.layer).forward.__get__(self.layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainForward:
+        return PlainForward(copy.deepcopy(self.layer, memo), self.fused)
+
+    def __reduce__(self) -> Any:
+        return PlainForward, (self.layer, None)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache, mask, fused = kwargs.get(CACHE), kwargs.get("attention_mask"), self.fused
+        turned: Any = kwargs.get("position_embeddings")
+        serves = (
+            fused is not None and not args and turned is not None and hidden_states.shape[:2] == (1, 1)
+            and hidden_states.dtype is fused.dtype and turned[0].dtype is fused.dtype and turned[0].shape == (1, 1, fused.head_dim)
+            and (mask is None or (mask.dtype is torch.bool and bool(mask.all()))) and not kwargs.get("output_attentions")
+            and not (hidden_states.requires_grad and torch.is_grad_enabled()) and self._untouched()
+        )  # fmt: skip
+        if not serves or fused is None or cache is None:
+            return self.eager(hidden_states, *args, **kwargs)
+        hidden: torch.Tensor = hidden_states.contiguous()
+        query, key, value = fused.before(hidden, *(each.contiguous() for each in turned))
+        keys, values = cache.update(key, value, self.layer.self_attn.layer_idx)  # type: ignore[union-attr]
+        return fused.behind(hidden, query, keys, values, _ITSELF)
+
+    def _untouched(self) -> bool:
+        """Whether the layer has the parts that it had, and nobody listens to them."""
+        self._parts = self._parts or [(parent, name, part) for parent in self.layer.modules() for name, part in parent.named_children()]
+        return all(
+            parent._modules[name] is part and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+            for parent, name, part in self._parts
+        )
+
+
+_ITSELF = kernels.Paths.of([[0]])
+
+
+def fuse_plain(layers: nn.ModuleList) -> bool:
+    """Let the layers of a packed model go the short way for single tokens; False, and nothing is done, unless all of them look as if
+    they could. Undone by `unfuse_plain`."""
+    found = [None if "forward" in layer.__dict__ else FusedLayer.of(layer) for layer in layers]
+    if not all(found):
+        return False
+    layer: Any
+    for layer, fused in zip(layers, found, strict=True):
+        layer.forward = PlainForward(layer, fused)
+    return True
+
+
+def unfuse_plain(layers: nn.ModuleList) -> bool:
+    """The layers as they were; whether they went the short way."""
+    found = [layer for layer in layers if isinstance(layer.__dict__.get("forward"), PlainForward)]
+    for layer in found:
+        del layer.forward
+    return len(found) == len(layers)
 
 
 def _sees_everything(attention: Any) -> bool:

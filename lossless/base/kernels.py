@@ -91,7 +91,7 @@ def _declared(library: Any) -> Any:
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
     library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
     library.lossless_before.argtypes = [*[pointer] * 8, size, number]
-    library.lossless_behind.argtypes = [*[pointer] * 8, size, size, pointer, pointer, size, number]
+    library.lossless_behind.argtypes = [*[pointer] * 8, size, size, pointer, pointer, size, size, number]
     for function in (library.lossless_before, library.lossless_behind, library.lossless_norm, library.lossless_stored, library.lossless_panels, library.lossless_attend):
         function.restype = None
     return library

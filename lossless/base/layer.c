@@ -1,7 +1,8 @@
 /* A decoder layer of a few rows in two calls, before and behind the cache (layer.py): norm, projections and rotary embedding; attention,
    residual, norm and MLP.
 
-   Rows are float32 inside. Like everything here, a row has the bits that it has by itself. */
+   Rows are float32 inside. What comes in and goes out, and keys and values, are float32 or bfloat16. Like everything here, a row has the
+   bits that it has by itself. */
 
 #include "attention.h"
 
@@ -19,31 +20,65 @@ struct norm {
 struct layer {
     struct weight q, k, v, o, gate, up, down;
     struct norm first, second, of_queries, of_keys;
+    int64_t halves; /* what comes in and goes out is bfloat16, keys and values, too */
     int64_t dim, heads, kv_heads, head_dim;
     double scale;
 };
 
-/* Orphaned: what follows is called by all threads of a parallel region. */
+/* Orphaned: what follows, up to `lossless_before`, is called by all threads of a parallel region. */
 
-static void project(const struct weight *w, const float *rows, ptrdiff_t count, float *out) {
+/* Numbers of either kind -> float32. */
+static void widen(int64_t halves, const void *from, ptrdiff_t count, float *to) {
+#pragma omp for schedule(static)
+    for (ptrdiff_t i = 0; i < count; i++) to[i] = halves ? as_float(((const uint16_t *)from)[i]) : ((const float *)from)[i];
+}
+
+/* float32 -> numbers of either kind. */
+static void narrow(int64_t halves, const float *from, ptrdiff_t count, void *to) {
+#pragma omp for schedule(static)
+    for (ptrdiff_t i = 0; i < count; i++) {
+        if (halves) ((uint16_t *)to)[i] = as_bfloat16(from[i]);
+        else ((float *)to)[i] = from[i];
+    }
+}
+
+/* Whether a weight is multiplied with rows of bfloat16. */
+INLINE int takes_pairs(int64_t halves, const struct weight *w) {
+#if defined(__AVX512BF16__)
+    return halves && w->kind == BFLOAT16;
+#else
+    (void)halves, (void)w;
+    return 0;
+#endif
+}
+
+/* rows [count, ins] times a weight -> out [count, outs]. short_rows: the same rows in bfloat16, or NULL. Not waited for. */
+static void project(const struct weight *w, const float *rows, const uint16_t *short_rows, ptrdiff_t count, float *out) {
     ptrdiff_t panels = (w->outs + PANEL - 1) / PANEL, ins = w->ins;
 #pragma omp for schedule(static) nowait
     for (ptrdiff_t p = 0; p < panels; p++) {
         ptrdiff_t first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
         const float *bias = w->bias ? w->bias + first : NULL;
-        const char *from = (const char *)rows;
         const uint32_t *numbers = w->numbers;
+#define PROJECT(way, words_, scales_, rows_)                                                                                                 \
+    product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), count, ins, bias, 0, out, first, w->outs, valid)
         switch (w->kind) {
-        case FLOAT32: product(NUMBERS, numbers + p * ins * PANEL, NULL, NULL, from, count, ins, bias, 0, out, first, w->outs, valid); break;
-        case BFLOAT16: product(HALVES, numbers + p * ins / 2 * PANEL, NULL, NULL, from, count, ins, bias, 0, out, first, w->outs, valid); break;
-        case EIGHT_BITS:
-            product(BYTES, numbers + p * ins / 4 * PANEL, w->scales + p * PANEL, NULL, from, count, ins, bias, 0, out, first, w->outs, valid);
+        case FLOAT32: PROJECT(NUMBERS, ins * PANEL, NULL, rows); break;
+        case BFLOAT16:
+            if (takes_pairs(short_rows != NULL, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, short_rows);
+            else PROJECT(HALVES, ins / 2 * PANEL, NULL, rows);
             break;
-        default:
-            product(CODES, numbers + p * ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, w->code, from, count, ins, bias, 0, out, first,
-                    w->outs, valid);
+        case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * PANEL, rows); break;
+        default: PROJECT(CODES, ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, rows);
         }
     }
+}
+
+/* Rows for `project`, in bfloat16 if weights of the layer are multiplied so. */
+static const uint16_t *shortened(const struct layer *layer, const struct weight *w, const float *rows, ptrdiff_t count, uint16_t *to) {
+    if (!takes_pairs(layer->halves, w)) return NULL;
+    narrow(1, rows, count, to);
+    return to;
 }
 
 /* out = row / sqrt(mean of squares + eps) * weight */
@@ -69,28 +104,6 @@ static void turn(const struct norm *norm, const float *cos, const float *sin, pt
     }
 }
 
-/* hidden [rows, dim]; cos, sin [rows, head_dim] -> query [rows, heads, head_dim], key, value [rows, kv_heads, head_dim].
-   scratch: [rows, dim]. */
-void lossless_before(const struct layer *layer, const float *hidden, const float *cos, const float *sin, float *query, float *key, float *value,
-                     float *scratch, ptrdiff_t rows, int threads) {
-    ptrdiff_t dim = layer->dim, heads = layer->heads, kv_heads = layer->kv_heads, size = layer->head_dim;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (ptrdiff_t r = 0; r < rows; r++) normalize(&layer->first, hidden + r * dim, dim, scratch + r * dim);
-        project(&layer->q, scratch, rows, query);
-        project(&layer->k, scratch, rows, key);
-        project(&layer->v, scratch, rows, value);
-#pragma omp barrier
-#pragma omp for collapse(2) schedule(static)
-        for (ptrdiff_t r = 0; r < rows; r++)
-            for (ptrdiff_t head = 0; head < heads + kv_heads; head++) {
-                float *part = head < heads ? query + (r * heads + head) * size : key + (r * kv_heads + head - heads) * size;
-                turn(head < heads ? &layer->of_queries : &layer->of_keys, cos + r * size, sin + r * size, size, part);
-            }
-    }
-}
-
 INLINE f32s absolute(f32s x) { return (f32s)((u32s)x & 0x7fffffffu); }
 
 /* gate / (1 + e^-gate) * up, in place of gate */
@@ -102,38 +115,77 @@ static void gated(float *gate, const float *up, ptrdiff_t count) {
     }
 }
 
-/* query as above, and what attention is to know; hidden [rows, dim] -> out [rows, dim].
-   scratch: [rows, 2 * heads * head_dim + 3 * dim + 2 * inner], and what `attention_scratch` says behind it. */
-void lossless_behind(const struct layer *layer, const float *hidden, const float *query, const float *keys, const float *values,
-                     const ptrdiff_t *strides, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past, float *out,
+/* hidden [rows, dim]; cos, sin [rows, head_dim] -> query [rows, heads, head_dim] in float32; key, value [rows, kv_heads, head_dim].
+   scratch: [rows, 3 * dim + 2 * head_dim + 2 * kv_heads * head_dim]. */
+void lossless_before(const struct layer *layer, const void *hidden, const void *cos, const void *sin, float *query, void *key, void *value,
                      float *scratch, ptrdiff_t rows, int threads) {
+    ptrdiff_t dim = layer->dim, heads = layer->heads, kv_heads = layer->kv_heads, size = layer->head_dim;
+    float *wide = scratch, *normal = wide + rows * dim, *cosines = normal + rows * dim, *sines = cosines + rows * size;
+    float *keys = sines + rows * size, *values = keys + rows * kv_heads * size;
+    uint16_t *short_rows = (uint16_t *)(values + rows * kv_heads * size);
+#pragma omp parallel num_threads(threads)
+    {
+        widen(layer->halves, hidden, rows * dim, wide);
+        widen(layer->halves, cos, rows * size, cosines);
+        widen(layer->halves, sin, rows * size, sines);
+#pragma omp for schedule(static)
+        for (ptrdiff_t r = 0; r < rows; r++) normalize(&layer->first, wide + r * dim, dim, normal + r * dim);
+        const uint16_t *halves = shortened(layer, &layer->q, normal, rows * dim, short_rows);
+        project(&layer->q, normal, halves, rows, query);
+        project(&layer->k, normal, halves, rows, keys);
+        project(&layer->v, normal, halves, rows, values);
+#pragma omp barrier
+#pragma omp for collapse(2) schedule(static)
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (ptrdiff_t head = 0; head < heads + kv_heads; head++) {
+                float *part = head < heads ? query + (r * heads + head) * size : keys + (r * kv_heads + head - heads) * size;
+                turn(head < heads ? &layer->of_queries : &layer->of_keys, cosines + r * size, sines + r * size, size, part);
+            }
+        narrow(layer->halves, keys, rows * kv_heads * size, key);
+        narrow(layer->halves, values, rows * kv_heads * size, value);
+    }
+}
+
+/* query as above, and what attention is to know; hidden [rows, dim] -> out [rows, dim].
+   scratch: [rows, 2 * heads * head_dim + 3 * dim + 2 * inner + longest], `longest` the widest rows of a projection, and what
+   `attention_scratch` says behind it. */
+void lossless_behind(const struct layer *layer, const void *hidden, const float *query, const void *keys, const void *values,
+                     const ptrdiff_t *strides, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past, void *out,
+                     float *scratch, ptrdiff_t longest, ptrdiff_t rows, int threads) {
     ptrdiff_t dim = layer->dim, heads = layer->heads, size = layer->head_dim, inner = layer->gate.outs, group = heads / layer->kv_heads;
     float *asked = scratch, *found = asked + rows * heads * size, *added = found + rows * heads * size, *middle = added + rows * dim;
-    float *normal = middle + rows * dim, *gate = normal + rows * dim, *up = gate + rows * inner, *rest = up + rows * inner;
-    struct attention a = {FLOAT32, heads, layer->kv_heads, rows, size, past, depth, (float)layer->scale, keys, values,
+    float *normal = middle + rows * dim, *gate = normal + rows * dim, *up = gate + rows * inner, *rest = up + rows * inner + rows * longest;
+    uint16_t *short_rows = (uint16_t *)(up + rows * inner);
+    const uint16_t *halves;
+    struct attention a = {layer->halves ? BFLOAT16 : FLOAT32, heads, layer->kv_heads, rows, size, past, depth, (float)layer->scale, keys, values,
                           {strides[0], strides[1]}, {strides[2], strides[3]}, NULL, lengths, paths};
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) private(halves)
     {
 #pragma omp for schedule(static)
         for (ptrdiff_t r = 0; r < rows; r++)
             for (ptrdiff_t head = 0; head < heads; head++)
                 memcpy(asked + (((head / group) * rows + r) * group + head % group) * size, query + (r * heads + head) * size, size * sizeof(float));
+        widen(layer->halves, hidden, rows * dim, middle);
         attend(&a, asked, rest, found);
-        project(&layer->o, found, rows, added);
+        halves = shortened(layer, &layer->o, found, rows * heads * size, short_rows);
+        project(&layer->o, found, halves, rows, added);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (ptrdiff_t r = 0; r < rows; r++) {
-            for (ptrdiff_t i = 0; i < dim; i++) middle[r * dim + i] = hidden[r * dim + i] + added[r * dim + i];
+            for (ptrdiff_t i = 0; i < dim; i++) middle[r * dim + i] += added[r * dim + i];
             normalize(&layer->second, middle + r * dim, dim, normal + r * dim);
         }
-        project(&layer->gate, normal, rows, gate);
-        project(&layer->up, normal, rows, up);
+        halves = shortened(layer, &layer->gate, normal, rows * dim, short_rows);
+        project(&layer->gate, normal, halves, rows, gate);
+        project(&layer->up, normal, halves, rows, up);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (ptrdiff_t r = 0; r < rows; r++) gated(gate + r * inner, up + r * inner, inner);
-        project(&layer->down, gate, rows, added);
+        halves = shortened(layer, &layer->down, gate, rows * inner, short_rows);
+        project(&layer->down, gate, halves, rows, added);
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (ptrdiff_t i = 0; i < rows * dim; i++) out[i] = middle[i] + added[i];
+        for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
+        narrow(layer->halves, middle, rows * dim, out);
     }
 }

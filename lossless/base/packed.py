@@ -14,16 +14,19 @@ What stands in for a module has its weight in panels, for a kernel of ours, or w
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from . import kernels, panels, products
 from .attention import GROUPED
-from .layers import features
+from .fused import fuse_plain, unfuse_plain
+from .layers import CACHE, decoder_layers, features
 from .linears import FourBitLinear, PackedLinear, StoredLinear, packable, scales_of, stored_pairs
 from .loading import require_model
 from .norms import FusedNorm, fused
@@ -31,6 +34,7 @@ from .processes import free_memory
 from .structure import structure_of
 
 _TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much
+_SAME_FLOAT32, _SAME_COARSER = 1e-3, 0.25  # of the spread of logits: further off, a layer computes something else
 _STANDING_IN = (PackedLinear, StoredLinear, FourBitLinear, FusedNorm)
 
 
@@ -155,12 +159,36 @@ def pack(model: Any) -> Any:
     _replace(model, kinds)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED)
+    _fuse(model)
     return model
+
+
+@torch.no_grad()
+def _fuse(model: Any) -> None:
+    """Let the decoder layers of a packed model go the short way, if they look as if they could, and then compute the same."""
+    try:
+        layers = decoder_layers(model)
+    except UsageError:  # not a model that is accelerated
+        return
+    if not fuse_plain(layers):
+        return
+    ids = torch.tensor([[1 + 3 * i % (model.config.get_text_config().vocab_size - 1) for i in range(6)]])
+    found = []
+    for _ in range(2):  # the short way, and the layers' own
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :5], **{CACHE: cache}, use_cache=True)
+        found.append(model(ids[:, 5:], **{CACHE: cache}, use_cache=True).logits.float())
+        unfuse_plain(layers)
+    fine = model.get_input_embeddings().weight.dtype == torch.float32
+    if (found[1] - found[0]).abs().max() < (_SAME_FLOAT32 if fine else _SAME_COARSER) * found[1].std():
+        fuse_plain(layers)
 
 
 def unpack(model: Any) -> Any:
     """The modules that were there before, with the very numbers that were packed; returns the model."""
     require_model(model)
+    with contextlib.suppress(UsageError):
+        unfuse_plain(decoder_layers(model))
     for name, module in list(model.named_modules()):
         if isinstance(module, _STANDING_IN):
             _put(model, name, module.original().train(module.training))

@@ -6,7 +6,7 @@ pay. Does not know: the decode loop, or what a call asks for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
 
     def look() -> Guarantee:
         check_served(reader)
-        return find_guarantee(reader, exact, passes, twin)
+        joined = passes.streams and not (twin or reader).fused  # fused layers carry no streams
+        return find_guarantee(reader, exact, replace(passes, streams=joined), twin)
 
     kept = verdict_path(reader, twin or reader, exact, passes)
     guarantee = kept_guarantee(kept, reader.model, look)

@@ -263,7 +263,7 @@ def _behind(runner: StreamRunner, prompt: list[int], rows: int) -> Callable[[Dra
     for start, end in itertools.pairwise((0, *range(first, len(prompt), rows), len(prompt))):
         places = torch.arange(start, end, device=device)[None]
         with as_decoding(runner.model) if start else contextlib.nullcontext():
-            runner.verify(torch.tensor([prompt[start:end]], device=device), places, None, cache, None)
+            runner.verify(torch.tensor([prompt[start:end]], device=device), places, None, cache, None, last_only=start == 0)
         cache.keep(range(end - start))
 
     def read(tree: DraftTree, rows: int, streams: bool) -> torch.Tensor:

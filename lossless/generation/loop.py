@@ -144,8 +144,9 @@ class DecodeLoop:
         return max(map(len, trees)), min(depth + 1, self.adapter.config.num_streams)
 
     def _streams_join(self, alone: bool) -> bool:
-        """Whether streams run in the base's own pass: under near-tie not if its rows are to have the shapes of the base's own."""
-        return self.drafting.schedule == "parallel" and not (alone and self.stats.exact == "near-tie")
+        """Whether streams run in the base's own pass: under near-tie not if its rows are to have the shapes of the base's own; and not
+        where layers go the short way, which streams cannot."""
+        return self.drafting.schedule == "parallel" and not self.runner.fused and not (alone and self.stats.exact == "near-tie")
 
     def _sequences(
         self, input_ids: torch.Tensor, width: int, padding: torch.Tensor | None, config: GenerationConfig,

@@ -58,11 +58,11 @@ def _shortened(forward: Any, fused: Any, number: int) -> Any:
 
     def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plan, turned = PASS.get(), kwargs.get("position_embeddings")
-        if plan is None or plan.paths is None or plan.begin is not None or args or turned is None or hidden_states.dtype is not torch.float32:
+        if plan is None or plan.paths is None or plan.begin is not None or args or turned is None or hidden_states.dtype is not fused.dtype:
             return forward(hidden_states, *args, **kwargs)
         cos, sin = (each.contiguous() for each in turned)
         hidden = hidden_states.contiguous()
-        if not isinstance(plan.cache, RowCache) or cos.dtype is not torch.float32 or cos.shape != (1, hidden.shape[1], fused.head_dim):
+        if not isinstance(plan.cache, RowCache) or cos.dtype is not fused.dtype or cos.shape != (1, hidden.shape[1], fused.head_dim):
             return forward(hidden_states, *args, **kwargs)
         query, key, value = fused.before(hidden, cos, sin)
         keys, values = plan.cache.update(key, value, number)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from ..adapter.compat import check_fit
 from ..adapter.weights import StreamAdapter
 from ..base.attention import SDPA
+from ..base.fused import unfuse_plain
 from ..base.layers import (
     CACHE,
     after_layers,
@@ -98,9 +99,10 @@ class StreamRunner:
                 mask.bias = mask.bias.new_ones(1, 1, 1, 1).expand(1, 1, columns, columns)
         else:
             self.text_config._attn_implementation = ATTENTION
+        fused = unfuse_plain(self.layers)  # a packed model's own short way does not know passes
         self._unhooked = structure_of(self.top)
         self._hook()
-        self.fused = False  # whether passes go the short way where they can
+        self.fused = fused and fuse(self.layers)  # whether passes go the short way where they can
 
     @property
     def first_top(self) -> int:
