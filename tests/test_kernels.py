@@ -21,6 +21,7 @@ import lossless
 from lossless.adapter.compat import new_adapter
 from lossless.base import kernels, panels
 from lossless.base.attention import GROUPED
+from lossless.base.fused import unfuse_plain
 from lossless.base.linears import FourBitLinear, PackedLinear, StoredLinear
 from lossless.base.loading import freeze
 from lossless.base.norms import fused
@@ -278,6 +279,7 @@ def test_a_packed_models_attention_is_the_kernel(monkeypatch: pytest.MonkeyPatch
     real = kernels.attend
     monkeypatch.setattr(kernels, "attend", lambda query, *rest: rows.append(query.shape[2]) or real(query, *rest))
     model = lossless.pack(build_tiny(seed=5, hidden=128, inner=160))  # heads of 32
+    assert unfuse_plain(model.model.layers)  # as in a model whose layers are others
     assert model.config._attn_implementation == GROUPED
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
     fast.drafting = replace(fast.drafting, adaptive=False)

@@ -65,7 +65,9 @@ def compare(arguments: argparse.Namespace) -> int:
     print(f"accelerated  {run.tokens_per_s:8.1f} tokens/s   {run.speedup:.2f} times as fast as the stock model.generate of this model")
     print(f"acceptance length {run.acceptance_length:.2f}: {run.tokens} tokens in {run.target_passes} passes after the first")
     if fast.runner is fast.reader and packed_bytes(base.model):  # neither packed in place nor with a twin, and could be
-        print("lossless: note: with --pack (lossless.pack) this model answers faster by itself, and drafts pay more; it is the reference then", file=sys.stderr)
+        print("lossless: note: with --pack (lossless.pack) this model answers faster by itself, and is the reference then", file=sys.stderr)
+    if not kernels.available() and base.model.device.type == "cpu":
+        print("lossless: note: there is no gcc on this machine; with it, passes are faster", file=sys.stderr)
     store(arguments, found)
     return _same(found)
 

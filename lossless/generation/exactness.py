@@ -144,7 +144,8 @@ def find_guarantee(runner: StreamRunner, wanted: str | None, passes: Passes, twi
     # attention that is not called through transformers' interface takes the rows of a pass together
     apart = wanted != "near-tie" and not runner.own_attention
     bits, noise, off = _compare(runner, limits if apart else None, known, passes)
-    allowed = 4 * too_far(runner.base)  # behind a long text roundings have added up
+    # behind a long text roundings have added up; in 16 bits those of prompts and of tokens may be of two kinds (base/fused.py)
+    allowed = (4 if is_fine(runner.base) else 8) * too_far(runner.base)
     if not bits and not off < allowed:  # its own cache, for example, may forget what its attention would see
         raise UsageError(
             f"{type(runner.base).__name__} cannot be accelerated: behind a text of {len(known[-1].prompt)} tokens a draft tree gives other logits "

@@ -33,6 +33,8 @@ from ..test_generate import letters as make_letters
 
 BASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: build_tiny(seed=5, hidden=64, inner=160),
+    "llama, heads of 32": lambda: build_tiny(seed=7, hidden=128, inner=160),  # which the kernels take
+    "llama, heads of 32, packed": lambda: build_tiny(seed=8, hidden=128, inner=160),
     "llama, eager": lambda: build_tiny(seed=6, attention="eager"),
     "mistral": lambda: build("mistral"),
     "qwen3": lambda: build("qwen3"),
@@ -56,6 +58,8 @@ def _tokenizer() -> Any:
 def attached(base: str, dtype: str, exact: str, schedule: str) -> AcceleratedModel:
     """A tiny model with an adapter of random numbers, near-tie where bitwise is not to be had."""
     model = BASES[base]().to(DTYPES[dtype])
+    if base.endswith("packed"):
+        lossless.pack(model)
     adapter = new_adapter(model, tiny_config()).randomize(2, 1.0)
     try:
         return accelerate(model, adapter, exact=exact, schedule=schedule)
