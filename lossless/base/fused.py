@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from . import kernels
 from .layers import CACHE
@@ -24,6 +25,7 @@ from .norms import FusedNorm
 from .panels import EIGHT_BITS, FOUR_BITS, EightBits, Panels
 
 _LANES = 16  # of the widest vectors
+_SILU = ("SiLU", "SiLUActivation")
 
 
 class _Weight(ctypes.Structure):
@@ -65,29 +67,24 @@ class FusedLayer:
     inner: int
 
     @classmethod
-    def of(cls, module: Any) -> FusedLayer | None:
-        """A decoder layer, all of whose projections and norms have stand-ins; None if it looks otherwise."""
-        attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-        named = {name for name, _ in module.named_children()}
-        if attention is None or mlp is None or named != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+    def of(cls, module: Any, dtype: torch.dtype | None = None) -> FusedLayer | None:
+        """A decoder layer, all of whose projections and norms have stand-ins; None if it looks otherwise.
+
+        dtype: of hidden states, None for that of the norms' weights.
+        """
+        if (parts := _parts(module)) is None:
             return None
-        projections: list[Any] = [getattr(attention, f"{name}_proj", None) for name in "qkvo"] + [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
-        norms = [module.input_layernorm, module.post_attention_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
-        own = {id(part) for part in (*projections, *norms)}
-        others = [part for part in (*attention.children(), *mlp.children()) if id(part) not in own]
-        act, size, scaling = getattr(mlp, "act_fn", None), getattr(attention, "head_dim", 0), getattr(attention, "scaling", None)
-        if not all(map(_is_weight, projections)) or not all(norm is None or isinstance(norm, FusedNorm) for norm in norms):
-            return None
-        if [part for part in others if part is not act] or type(act).__name__ not in ("SiLU", "SiLUActivation") or not isinstance(scaling, float):
-            return None
-        if size % (2 * _LANES) or mlp.gate_proj.out_features % _LANES or list(attention.parameters(recurse=False)) or not _sees_everything(attention):
+        projections, norms = parts
+        attention, inner = module.self_attn, projections[-1].in_features
+        size, dim = attention.head_dim, projections[0].in_features
+        if size % (2 * _LANES) or inner % _LANES or not _sees_everything(attention):
             return None
         kept: list[torch.Tensor] = []
         weights, scales = [_weight(part, kept) for part in projections], [_norm(norm, kept) for norm in norms]
-        dim, heads, kv_heads = (n for n in (projections[0].in_features, *(part.out_features // size for part in projections[:2])))
-        dtype: Any = norms[0].weight.dtype
-        told = _Layer(*weights, *scales, dtype == torch.bfloat16, dim, heads, kv_heads, size, scaling)
-        return cls(told, kept, dtype, heads, kv_heads, size, dim, mlp.gate_proj.out_features)
+        heads, kv_heads = (part.out_features // size for part in projections[:2])
+        dtype = dtype or norms[0].weight.dtype
+        told = _Layer(*weights, *scales, dtype == torch.bfloat16, dim, heads, kv_heads, size, attention.scaling)
+        return cls(told, kept, dtype, heads, kv_heads, size, dim, inner)
 
     def __deepcopy__(self, memo: Any) -> FusedLayer:
         """Itself: it does not change."""
@@ -151,12 +148,12 @@ class PlainForward:
         cache, mask, fused = kwargs.get(CACHE), kwargs.get("attention_mask"), self.fused
         turned: Any = kwargs.get("position_embeddings")
         serves = (
-            fused is not None and not args and turned is not None and hidden_states.shape[:2] == (1, 1)
+            fused is not None and not args and isinstance(cache, DynamicCache) and turned is not None and hidden_states.shape[:2] == (1, 1)
             and hidden_states.dtype is fused.dtype and turned[0].dtype is fused.dtype and turned[0].shape == (1, 1, fused.head_dim)
             and (mask is None or (mask.dtype is torch.bool and bool(mask.all()))) and not kwargs.get("output_attentions")
             and not (hidden_states.requires_grad and torch.is_grad_enabled()) and self._untouched()
         )  # fmt: skip
-        if not serves or fused is None or cache is None:
+        if not serves or fused is None or not isinstance(cache, DynamicCache):
             return self.eager(hidden_states, *args, **kwargs)
         hidden: torch.Tensor = hidden_states.contiguous()
         query, key, value = fused.before(hidden, *(each.contiguous() for each in turned))
@@ -175,10 +172,10 @@ class PlainForward:
 _ITSELF = kernels.Paths.of([[0]])
 
 
-def fuse_plain(layers: nn.ModuleList) -> bool:
+def fuse_plain(layers: nn.ModuleList, dtype: torch.dtype | None = None) -> bool:
     """Let the layers of a packed model go the short way for single tokens; False, and nothing is done, unless all of them look as if
-    they could. Undone by `unfuse_plain`."""
-    found = [None if "forward" in layer.__dict__ else FusedLayer.of(layer) for layer in layers]
+    they could. Undone by `unfuse_plain`. `dtype`: of hidden states, None for the model's own."""
+    found = [None if "forward" in layer.__dict__ else FusedLayer.of(layer, dtype) for layer in layers]
     if not all(found):
         return False
     layer: Any
@@ -193,6 +190,24 @@ def unfuse_plain(layers: nn.ModuleList) -> bool:
     for layer in found:
         del layer.forward
     return len(found) == len(layers)
+
+
+def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
+    """Of a decoder layer the projections (q, k, v, o, gate, up, down) and the norms (first, second, of queries, of keys); None if it has
+    other parts, or something listens to one of them."""
+    if {name for name, _ in module.named_children()} != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return None
+    attention, mlp = module.self_attn, module.mlp
+    projections = [getattr(attention, f"{name}_proj", None) for name in "qkvo"] + [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    norms = [module.input_layernorm, module.post_attention_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
+    if not all(map(_is_weight, projections)) or not all(norm is None or isinstance(norm, FusedNorm) for norm in norms):
+        return None
+    act, known = getattr(mlp, "act_fn", None), [*projections, *norms]
+    others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
+    heard = any(part._forward_hooks or part._forward_pre_hooks for part in (attention, mlp, *others, *filter(None, norms)))
+    if heard or any(part is not act for part in others) or type(act).__name__ not in _SILU or list(attention.parameters(recurse=False)):
+        return None
+    return (projections, norms) if isinstance(getattr(attention, "scaling", None), float) and hasattr(attention, "head_dim") else None
 
 
 def _sees_everything(attention: Any) -> bool:

@@ -54,7 +54,7 @@ def fused(module: nn.Module) -> FusedNorm | None:
     weight: Any = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or (eps := _eps(module)) is None or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
-    if weight.ndim != 1 or weight.device.type != "cpu" or weight.dtype not in _CLOSE or not kernels.available():
+    if module._forward_hooks or module._forward_pre_hooks or weight.ndim != 1 or weight.device.type != "cpu" or weight.dtype not in _CLOSE or not kernels.available():
         return None
     rows = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.01], [1.0], [30.0]])
     expected = module(rows.to(weight.dtype)).float()
