@@ -128,7 +128,7 @@ class PlainForward:
         fused: the short way, None if there is none any more (a copy that was pickled).
     """
 
-    def __init__(self, layer: nn.Module, fused: FusedLayer | None) -> None:
+    def __init__(self, layer: Any, fused: FusedLayer | None) -> None:
         self.layer, self.fused = layer, fused
         self.__signature__ = inspect.signature(self.eager)
         self._parts: list[tuple[nn.Module, str, nn.Module]] = []  # of the layer, once it is whole
@@ -157,7 +157,7 @@ class PlainForward:
             return self.eager(hidden_states, *args, **kwargs)
         hidden: torch.Tensor = hidden_states.contiguous()
         query, key, value = fused.before(hidden, *(each.contiguous() for each in turned))
-        keys, values = cache.update(key, value, self.layer.self_attn.layer_idx)  # type: ignore[union-attr]
+        keys, values = cache.update(key, value, self.layer.self_attn.layer_idx)
         return fused.behind(hidden, query, keys, values, _ITSELF)
 
     def _untouched(self) -> bool:
