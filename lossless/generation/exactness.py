@@ -23,9 +23,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..base.layers import (
-    CACHE,
     as_decoding,
-    as_generating,
     context_limit,
     input_device,
     rotary_turns,
@@ -36,7 +34,7 @@ from ..streams.cache import RowCache
 from ..streams.hooks import keeping_bits
 from ..streams.runner import StreamRunner
 from .limits import find_limits, projections
-from .trial import is_fine, too_far
+from .trial import is_fine, plain_pass, too_far
 
 EXACTNESS = ("bitwise", "near-tie", "off")
 
@@ -188,13 +186,13 @@ class _Known:
         parents = (-1, *(i - 2 if i % 3 == 1 and i > 1 else i - 1 for i in range(1, rows)))
         self.prompt, self.tree = prompt, DraftTree(tuple(i % vocab for i in range(rows)), parents)
         cache = DynamicCache(config=model.config)
-        _plain(model, prompt, cache)
+        plain_pass(model, prompt, cache)
         found, caches = [], {-1: cache}
         with as_decoding(model):
             for node, parent in enumerate(parents):
                 again = parent in parents[node + 1 :]
                 caches[node] = copy.deepcopy(caches[parent]) if again else caches.pop(parent)
-                found.append(_plain(model, [self.tree.tokens[node]], caches[node]))
+                found.append(plain_pass(model, [self.tree.tokens[node]], caches[node]))
                 if node not in parents[node + 1 :]:
                     del caches[node]
         self.alone = torch.stack(found)
@@ -247,13 +245,6 @@ def _again(runner: StreamRunner, known: list[_Known]) -> tuple[int, ...]:
 def _rounding(model: Any, logits: torch.Tensor) -> float:
     """The last bit of the largest logit: rows that kept it here will not keep it everywhere."""
     return torch.finfo(model.get_input_embeddings().weight.dtype).eps * float(logits.abs().max())
-
-
-def _plain(model: Any, ids: list[int], cache: DynamicCache) -> torch.Tensor:
-    """`[vocab]`: the base's own logits after these tokens, in one pass behind its cache."""
-    given = torch.tensor([ids], device=input_device(model))
-    told = as_generating(model, given, cache.get_seq_length())
-    return model(**told, **{CACHE: cache}, use_cache=True).logits[0, -1].float()
 
 
 def _behind(runner: StreamRunner, prompt: list[int], rows: int) -> Callable[[DraftTree, int, bool], torch.Tensor]:

@@ -1,6 +1,6 @@
 """A trial of a base: can it carry a draft tree at all?
 
-Knows: how to compare a pass over a small tree with the base's own forward, and how to say what went wrong. Does not know: how exactly
+Knows: how to compare a pass over a small tree with the base's own passes, and how to say what went wrong. Does not know: how exactly
 rows are rounded.
 """
 
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
-from ..base.layers import as_generating, input_device
+from ..base.layers import CACHE, as_decoding, as_generating, input_device
 from ..drafting.tree import DraftTree
 from ..errors import UsageError
 from ..streams.cache import RowCache
@@ -46,9 +47,16 @@ def trial(model: Any) -> Iterator[None]:
         ) from error
 
 
+def plain_pass(model: Any, ids: list[int], cache: DynamicCache) -> torch.Tensor:
+    """`[vocab]`: the base's own logits after these tokens, in one pass behind its cache."""
+    given = torch.tensor([ids], device=input_device(model))
+    told = as_generating(model, given, cache.get_seq_length())
+    return model(**told, **{CACHE: cache}, use_cache=True).logits[0, -1].float()
+
+
 @torch.no_grad()
 def check_served(runner: StreamRunner) -> None:
-    """A trial: a prompt, then a tree of two branches with streams, against the base's own forward.
+    """A trial: a prompt, then a tree of two branches with streams, against the base's own passes of one row.
 
     Raises:
         UsageError: a pass over a draft tree fails, or gives other logits.
@@ -59,20 +67,22 @@ def check_served(runner: StreamRunner) -> None:
     far = too_far(model)
     with trial(model):
         cache, device = RowCache(len(runner.layers)), input_device(model)
-        runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None)
+        runner.verify(torch.tensor([tokens[:3]], device=device), torch.arange(3, device=device)[None], None, cache, None, last_only=True)
         if not any(layer.is_initialized for layer in cache.rows):
             raise UsageError(f"{name} cannot be accelerated: it leaves no keys in a cache for later passes to look back at")
         cache.keep(range(3))
         places = torch.tensor([tree.depths], device=device) + 3
-        nodes = torch.arange(len(tree))
+        nodes = None if runner.fused else torch.arange(len(tree))  # fused layers carry no streams
         out = runner.verify(torch.tensor([tree.tokens], device=device), places, tree.mask()[None].to(device), cache, nodes)
         cache.keep([0])
         context = torch.ones(1, 1, 4, dtype=torch.bool, device=device)
         there = out.entry.device
         runner.speculate(out.entry[:, :1], places[:, :1].to(there), context.to(there), cache)
         for branch in branches:
-            text = torch.tensor([[*tokens[:3], *(tree.tokens[node] for node in branch)]], device=device)
-            plain = model(**as_generating(model, text), use_cache=False).logits[0, 3:].float()
+            own = DynamicCache(config=model.config)
+            plain_pass(model, tokens[:3], own)
+            with as_decoding(model):
+                plain = torch.stack([plain_pass(model, [tree.tokens[node]], own) for node in branch])  # [rows, vocab]
             apart = (out.logits[0, list(branch)].float() - plain).abs().max()
             off = float(apart / plain.std()) if apart else 0.0
             if not off < far:
