@@ -251,7 +251,7 @@ def test_a_projection_that_depends_on_its_rows_is_found_out() -> None:
 
     class Moody(nn.Linear):
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            return super().forward(rows) + 0.008 * (rows.numel() // self.in_features > 3)
+            return super().forward(rows) + 0.004 * (rows.numel() // self.in_features > 3)
 
     layer = tiny.model.layers[0].mlp
     moody = Moody(64, 160, bias=False)
