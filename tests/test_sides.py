@@ -86,7 +86,7 @@ def test_quantized_weights_are_not_loaded_anew_in_full(base: Base) -> None:
 def test_packed_weights_answer_with_a_model_of_their_own(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[object] = []
     monkeypatch.setattr(module, "pack", lambda model: packed.append(model) or pack(model))
-    monkeypatch.setattr(module, "packable", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(module, "packable", lambda dtype, ins: dtype == torch.float32)
     found, left_out = rivals(["packed-float32", "packed-bfloat16"], base)
     assert [side.name for side in found] == ["packed-float32"]
     assert left_out == {"packed-bfloat16": "weights of bfloat16 cannot be packed on this processor"}

@@ -30,7 +30,7 @@ import torch
 from ..base.layers import decoder_layers
 from ..base.loading import Base, load_base, precision
 from ..base.packed import pack
-from ..base.products import packable
+from ..base.linears import packable
 from ..errors import UsageError, nearest, require_one_of
 from .timing import Clock, Decoding, timed_generate
 
@@ -166,7 +166,7 @@ def _installed(module: str) -> bool:
 def _packed(name: str, base: Base, dtype: str) -> Side | str:
     if base.model.device.type != "cpu":
         return f"weights are packed for a CPU, and the model is on {base.model.device}"
-    if not packable(getattr(torch, dtype)):
+    if not packable(getattr(torch, dtype), 2):
         return f"weights of {dtype} cannot be packed on this processor"
     return Side(name, _generating(base, dtype, pack), dtype, plain=True, same_tokens=dtype == _dtype(base))
 
