@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from ..base.layers import decoder_layers
+from ..base.linears import packable
 from ..base.loading import Base, load_base, precision
 from ..base.packed import pack
-from ..base.linears import packable
 from ..errors import UsageError, nearest, require_one_of
 from .timing import Clock, Decoding, timed_generate
 
