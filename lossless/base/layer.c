@@ -25,17 +25,15 @@ struct layer {
     double scale;
 };
 
-/* Orphaned: what follows, up to `lossless_before`, is called by all threads of a parallel region. */
+/* Threads wait for each other as seldom as can be: on a busy machine each time may cost a time slice. So what is little is done by one. */
 
 /* Numbers of either kind -> float32. */
 static void widen(int64_t halves, const void *from, ptrdiff_t count, float *to) {
-#pragma omp for schedule(static)
     for (ptrdiff_t i = 0; i < count; i++) to[i] = halves ? as_float(((const uint16_t *)from)[i]) : ((const float *)from)[i];
 }
 
 /* float32 -> numbers of either kind. */
 static void narrow(int64_t halves, const float *from, ptrdiff_t count, void *to) {
-#pragma omp for schedule(static)
     for (ptrdiff_t i = 0; i < count; i++) {
         if (halves) ((uint16_t *)to)[i] = as_bfloat16(from[i]);
         else ((float *)to)[i] = from[i];
@@ -52,26 +50,29 @@ INLINE int takes_pairs(int64_t halves, const struct weight *w) {
 #endif
 }
 
-/* rows [count, ins] times a weight -> out [count, outs]. short_rows: the same rows in bfloat16, or NULL. Not waited for. */
-static void project(const struct weight *w, const float *rows, const uint16_t *short_rows, ptrdiff_t count, float *out) {
-    ptrdiff_t panels = (w->outs + PANEL - 1) / PANEL, ins = w->ins;
-#pragma omp for schedule(static) nowait
-    for (ptrdiff_t p = 0; p < panels; p++) {
-        ptrdiff_t first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
-        const float *bias = w->bias ? w->bias + first : NULL;
-        const uint32_t *numbers = w->numbers;
+/* rows [count, ins] times one panel of a weight -> out [count, outs]. short_rows: the same rows in bfloat16, or NULL. */
+static void project_panel(const struct weight *w, const float *rows, const uint16_t *short_rows, ptrdiff_t count, float *out, ptrdiff_t p) {
+    ptrdiff_t ins = w->ins, first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
+    const float *bias = w->bias ? w->bias + first : NULL;
+    const uint32_t *numbers = w->numbers;
 #define PROJECT(way, words_, scales_, rows_)                                                                                                 \
     product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), count, ins, bias, 0, out, first, w->outs, valid)
-        switch (w->kind) {
-        case FLOAT32: PROJECT(NUMBERS, ins * PANEL, NULL, rows); break;
-        case BFLOAT16:
-            if (takes_pairs(short_rows != NULL, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, short_rows);
-            else PROJECT(HALVES, ins / 2 * PANEL, NULL, rows);
-            break;
-        case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * PANEL, rows); break;
-        default: PROJECT(CODES, ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, rows);
-        }
+    switch (w->kind) {
+    case FLOAT32: PROJECT(NUMBERS, ins * PANEL, NULL, rows); break;
+    case BFLOAT16:
+        if (takes_pairs(short_rows != NULL, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, short_rows);
+        else PROJECT(HALVES, ins / 2 * PANEL, NULL, rows);
+        break;
+    case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * PANEL, rows); break;
+    default: PROJECT(CODES, ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, rows);
     }
+}
+
+/* The whole product, by all threads of a parallel region; it is not waited for. */
+static void project(const struct weight *w, const float *rows, const uint16_t *short_rows, ptrdiff_t count, float *out) {
+    ptrdiff_t panels = (w->outs + PANEL - 1) / PANEL;
+#pragma omp for schedule(static) nowait
+    for (ptrdiff_t p = 0; p < panels; p++) project_panel(w, rows, short_rows, count, out, p);
 }
 
 /* Rows for `project`, in bfloat16 if weights of the layer are multiplied so. */
@@ -123,27 +124,24 @@ void lossless_before(const struct layer *layer, const void *hidden, const void *
     float *wide = scratch, *normal = wide + rows * dim, *cosines = normal + rows * dim, *sines = cosines + rows * size;
     float *keys = sines + rows * size, *values = keys + rows * kv_heads * size;
     uint16_t *short_rows = (uint16_t *)(values + rows * kv_heads * size);
+    widen(layer->halves, hidden, rows * dim, wide);
+    widen(layer->halves, cos, rows * size, cosines);
+    widen(layer->halves, sin, rows * size, sines);
+    for (ptrdiff_t r = 0; r < rows; r++) normalize(&layer->first, wide + r * dim, dim, normal + r * dim);
+    const uint16_t *halves = shortened(layer, &layer->q, normal, rows * dim, short_rows);
 #pragma omp parallel num_threads(threads)
     {
-        widen(layer->halves, hidden, rows * dim, wide);
-        widen(layer->halves, cos, rows * size, cosines);
-        widen(layer->halves, sin, rows * size, sines);
-#pragma omp for schedule(static)
-        for (ptrdiff_t r = 0; r < rows; r++) normalize(&layer->first, wide + r * dim, dim, normal + r * dim);
-        const uint16_t *halves = shortened(layer, &layer->q, normal, rows * dim, short_rows);
         project(&layer->q, normal, halves, rows, query);
         project(&layer->k, normal, halves, rows, keys);
         project(&layer->v, normal, halves, rows, values);
-#pragma omp barrier
-#pragma omp for collapse(2) schedule(static)
-        for (ptrdiff_t r = 0; r < rows; r++)
-            for (ptrdiff_t head = 0; head < heads + kv_heads; head++) {
-                float *part = head < heads ? query + (r * heads + head) * size : keys + (r * kv_heads + head - heads) * size;
-                turn(head < heads ? &layer->of_queries : &layer->of_keys, cosines + r * size, sines + r * size, size, part);
-            }
-        narrow(layer->halves, keys, rows * kv_heads * size, key);
-        narrow(layer->halves, values, rows * kv_heads * size, value);
     }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t head = 0; head < heads + kv_heads; head++) {
+            float *part = head < heads ? query + (r * heads + head) * size : keys + (r * kv_heads + head - heads) * size;
+            turn(head < heads ? &layer->of_queries : &layer->of_keys, cosines + r * size, sines + r * size, size, part);
+        }
+    narrow(layer->halves, keys, rows * kv_heads * size, key);
+    narrow(layer->halves, values, rows * kv_heads * size, value);
 }
 
 /* query as above, and what attention is to know; hidden [rows, dim] -> out [rows, dim].
@@ -156,36 +154,37 @@ void lossless_behind(const struct layer *layer, const void *hidden, const float 
     float *asked = scratch, *found = asked + rows * heads * size, *added = found + rows * heads * size, *middle = added + rows * dim;
     float *normal = middle + rows * dim, *gate = normal + rows * dim, *up = gate + rows * inner, *rest = up + rows * inner + rows * longest;
     uint16_t *short_rows = (uint16_t *)(up + rows * inner);
-    const uint16_t *halves;
+    const uint16_t *halves = NULL;
     struct attention a = {layer->halves ? BFLOAT16 : FLOAT32, heads, layer->kv_heads, rows, size, past, depth, (float)layer->scale, keys, values,
                           {strides[0], strides[1]}, {strides[2], strides[3]}, NULL, lengths, paths};
-#pragma omp parallel num_threads(threads) private(halves)
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t head = 0; head < heads; head++)
+            memcpy(asked + (((head / group) * rows + r) * group + head % group) * size, query + (r * heads + head) * size, size * sizeof(float));
+    widen(layer->halves, hidden, rows * dim, middle);
+#pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
-        for (ptrdiff_t r = 0; r < rows; r++)
-            for (ptrdiff_t head = 0; head < heads; head++)
-                memcpy(asked + (((head / group) * rows + r) * group + head % group) * size, query + (r * heads + head) * size, size * sizeof(float));
-        widen(layer->halves, hidden, rows * dim, middle);
         attend(&a, asked, rest, found);
+#pragma omp single
         halves = shortened(layer, &layer->o, found, rows * heads * size, short_rows);
         project(&layer->o, found, halves, rows, added);
 #pragma omp barrier
-#pragma omp for schedule(static)
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            for (ptrdiff_t i = 0; i < dim; i++) middle[r * dim + i] += added[r * dim + i];
-            normalize(&layer->second, middle + r * dim, dim, normal + r * dim);
+#pragma omp single
+        {
+            for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
+            for (ptrdiff_t r = 0; r < rows; r++) normalize(&layer->second, middle + r * dim, dim, normal + r * dim);
+            halves = shortened(layer, &layer->gate, normal, rows * dim, short_rows);
         }
-        halves = shortened(layer, &layer->gate, normal, rows * dim, short_rows);
-        project(&layer->gate, normal, halves, rows, gate);
-        project(&layer->up, normal, halves, rows, up);
-#pragma omp barrier
 #pragma omp for schedule(static)
-        for (ptrdiff_t r = 0; r < rows; r++) gated(gate + r * inner, up + r * inner, inner);
+        for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
+            ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
+            project_panel(&layer->gate, normal, halves, rows, gate, p);
+            project_panel(&layer->up, normal, halves, rows, up, p);
+            for (ptrdiff_t r = 0; r < rows; r++) gated(gate + r * inner + first, up + r * inner + first, valid);
+        }
+#pragma omp single
         halves = shortened(layer, &layer->down, gate, rows * inner, short_rows);
         project(&layer->down, gate, halves, rows, added);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
-        narrow(layer->halves, middle, rows * dim, out);
     }
+    for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
+    narrow(layer->halves, middle, rows * dim, out);
 }
