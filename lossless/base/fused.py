@@ -97,7 +97,7 @@ class FusedLayer:
         query = torch.empty(rows, self.heads, self.head_dim)
         key, value = (torch.empty(rows, self.kv_heads, self.head_dim, dtype=self.dtype) for _ in range(2))
         scratch = torch.empty(rows * (3 * self.dim + 2 * self.head_dim * (1 + self.kv_heads)))
-        kernels.library().lossless_before(
+        kernels.compiled().lossless_before(
             ctypes.byref(self.layer), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(),
             scratch.data_ptr(), rows, torch.get_num_threads(),
         )  # fmt: skip
@@ -113,7 +113,7 @@ class FusedLayer:
         attending = self.heads * rows * (past + depth + self.head_dim) + threads * kernels.panel() * self.head_dim
         scratch = torch.empty(rows * (2 * mixed + 3 * self.dim + 2 * self.inner + longest) + attending)
         strides = (ctypes.c_ssize_t * 4)(key.stride(1), key.stride(2), value.stride(1), value.stride(2))
-        kernels.library().lossless_behind(
+        kernels.compiled().lossless_behind(
             ctypes.byref(self.layer), hidden.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides,
             paths.lengths.data_ptr(), paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), longest, rows, threads,
         )  # fmt: skip
@@ -145,20 +145,21 @@ class PlainForward:
         return PlainForward, (self.layer, None)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache, mask, fused = kwargs.get(CACHE), kwargs.get("attention_mask"), self.fused
-        turned: Any = kwargs.get("position_embeddings")
-        serves = (
-            fused is not None and not args and isinstance(cache, DynamicCache) and turned is not None and hidden_states.shape[:2] == (1, 1)
-            and hidden_states.dtype is fused.dtype and turned[0].dtype is fused.dtype and turned[0].shape == (1, 1, fused.head_dim)
-            and (mask is None or (mask.dtype is torch.bool and bool(mask.all()))) and not kwargs.get("output_attentions")
-            and not (hidden_states.requires_grad and torch.is_grad_enabled()) and self._untouched()
-        )  # fmt: skip
-        if not serves or fused is None or not isinstance(cache, DynamicCache):
+        cache, turned, fused = kwargs.get(CACHE), kwargs.get("position_embeddings"), self.fused
+        if args or fused is None or turned is None or not isinstance(cache, DynamicCache) or not self._serves(hidden_states, turned[0], kwargs):
             return self.eager(hidden_states, *args, **kwargs)
         hidden: torch.Tensor = hidden_states.contiguous()
         query, key, value = fused.before(hidden, *(each.contiguous() for each in turned))
         keys, values = cache.update(key, value, self.layer.self_attn.layer_idx)
         return fused.behind(hidden, query, keys, values, _ITSELF)
+
+    def _serves(self, hidden: torch.Tensor, cos: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether it is a single token that sees all that is before it, in the layer as it was."""
+        fused, mask = self.fused, kwargs.get("attention_mask")
+        fits = fused is not None and hidden.shape[:2] == (1, 1) and cos.shape == (1, 1, fused.head_dim) and hidden.dtype is cos.dtype is fused.dtype
+        seen = mask is None or (mask.dtype is torch.bool and bool(mask.all()))
+        learning = hidden.requires_grad and torch.is_grad_enabled()
+        return fits and seen and not learning and not kwargs.get("output_attentions") and self._untouched()
 
     def _untouched(self) -> bool:
         """Whether the layer has the parts that it had, and nobody listens to them."""

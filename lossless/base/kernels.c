@@ -130,31 +130,14 @@ void lossless_stored(int kind, const void *weight, const float *rows, float *out
 
 /* out[r] = rows[r] / sqrt(mean(rows[r]^2) + eps) * (weight + offset), for rows [count, dim] and a weight [dim] of one kind. */
 void lossless_norm(int kind, const void *rows, const void *weight, float offset, float eps, void *out, ptrdiff_t count, ptrdiff_t dim) {
-    ptrdiff_t whole = dim - dim % LANES;
+    float row[dim], factors[dim];
+    ptrdiff_t size = kind == BFLOAT16 ? 2 : 4;
+    widen(kind == BFLOAT16, weight, dim, factors);
+    for (ptrdiff_t i = 0; i < dim; i++) factors[i] += offset;
     for (ptrdiff_t r = 0; r < count; r++) {
-        const float *row = (const float *)rows + r * dim;
-        const uint16_t *halves = (const uint16_t *)rows + r * dim;
-        f32s squares = {}, none = {};
-        for (ptrdiff_t i = 0; i < whole; i += LANES) {
-            f32s x = kind == BFLOAT16 ? load_bfloat16(halves + i) : load(row + i);
-            squares += x * x;
-        }
-        float sum = sums(squares, none, none, none)[0];
-        for (ptrdiff_t i = whole; i < dim; i++) {
-            float x = kind == BFLOAT16 ? as_float(halves[i]) : row[i];
-            sum += x * x;
-        }
-        float scale = 1 / sqrtf(sum / dim + eps);
-        for (ptrdiff_t i = 0; i < whole; i += LANES) {
-            if (kind == BFLOAT16)
-                store_bfloat16((uint16_t *)out + r * dim + i, load_bfloat16(halves + i) * scale * (load_bfloat16((const uint16_t *)weight + i) + offset));
-            else store((float *)out + r * dim + i, load(row + i) * scale * (load((const float *)weight + i) + offset));
-        }
-        for (ptrdiff_t i = whole; i < dim; i++) {
-            if (kind == BFLOAT16)
-                ((uint16_t *)out)[r * dim + i] = as_bfloat16(as_float(halves[i]) * scale * (as_float(((const uint16_t *)weight)[i]) + offset));
-            else ((float *)out)[r * dim + i] = row[i] * scale * (((const float *)weight)[i] + offset);
-        }
+        widen(kind == BFLOAT16, (const char *)rows + r * dim * size, dim, row);
+        normalize(factors, eps, row, dim, row);
+        narrow(kind == BFLOAT16, row, dim, (char *)out + r * dim * size);
     }
 }
 

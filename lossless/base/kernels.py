@@ -46,11 +46,11 @@ _MANY = 128  # rows from which on the products of torch are faster; as many are 
 @functools.cache
 def available() -> bool:
     """Whether the kernels can be had here, and are right; compiled and tested at the first call."""
-    return library() is not None and _right()
+    return compiled() is not None and _right()
 
 
 @functools.cache
-def library() -> Any:
+def compiled() -> Any:
     """The sources, compiled for this processor; None if they cannot be."""
     command = [*shlex.split(os.environ.get("LOSSLESS_CC", "gcc")), *_FLAGS]
     if shutil.which(command[0]) is None:
@@ -109,7 +109,7 @@ def _processor() -> str:
 @functools.cache
 def panel() -> int:
     """Outputs whose weights stand in one panel."""
-    return 2 * int(library().lossless_lanes())
+    return 2 * int(compiled().lossless_lanes())
 
 
 def multiply(
@@ -123,7 +123,7 @@ def multiply(
     out = torch.empty(*before, outs, dtype=given.dtype)
     scratch = torch.empty(given.shape, dtype=torch.float32) if halves else given
     added = None if bias is None else bias.float().contiguous()
-    library().lossless_panels(
+    compiled().lossless_panels(
         kind, halves, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
         given.data_ptr(), scratch.data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
         math.prod(before), ins, outs, torch.get_num_threads(),
@@ -143,7 +143,7 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     *before, ins = rows.shape
     plain, weight = rows.float().contiguous(), weight.contiguous()
     out = torch.empty(*before, len(weight))
-    library().lossless_stored(
+    compiled().lossless_stored(
         _KINDS[weight.dtype], weight.data_ptr(), plain.data_ptr(), out.data_ptr(), math.prod(before), ins, len(weight), torch.get_num_threads()
     )
     if bias is not None:
@@ -155,7 +155,7 @@ def norm(rows: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) ->
     """`[..., dim]` / sqrt(mean of squares + eps) * (weight + offset), `weight` `[dim]` of the same dtype, float32 or bfloat16."""
     rows, weight = rows.contiguous(), weight.contiguous()
     out, dim = torch.empty_like(rows), rows.shape[-1]
-    library().lossless_norm(
+    compiled().lossless_norm(
         _KINDS[rows.dtype], rows.data_ptr(), weight.data_ptr(), offset, eps, out.data_ptr(), rows.numel() // dim, dim
     )
     return out
@@ -205,7 +205,7 @@ def attend(
     scratch = torch.empty(heads * rows * (3 * dim + past + depth) + threads * panel() * dim)
     first = None if starts is None else torch.tensor(starts, dtype=torch.int32)
     strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
-    library().lossless_attend(
+    compiled().lossless_attend(
         _KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(),
         None if first is None else first.data_ptr(),
         paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,

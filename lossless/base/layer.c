@@ -27,19 +27,6 @@ struct layer {
 
 /* Threads wait for each other as seldom as can be: on a busy machine each time may cost a time slice. So what is little is done by one. */
 
-/* Numbers of either kind -> float32. */
-static void widen(int64_t halves, const void *from, ptrdiff_t count, float *to) {
-    for (ptrdiff_t i = 0; i < count; i++) to[i] = halves ? as_float(((const uint16_t *)from)[i]) : ((const float *)from)[i];
-}
-
-/* float32 -> numbers of either kind. */
-static void narrow(int64_t halves, const float *from, ptrdiff_t count, void *to) {
-    for (ptrdiff_t i = 0; i < count; i++) {
-        if (halves) ((uint16_t *)to)[i] = as_bfloat16(from[i]);
-        else ((float *)to)[i] = from[i];
-    }
-}
-
 /* Whether a weight is multiplied with rows of bfloat16. */
 INLINE int takes_pairs(int64_t halves, const struct weight *w) {
 #if defined(__AVX512BF16__)
@@ -82,21 +69,9 @@ static const uint16_t *shortened(const struct layer *layer, const struct weight 
     return to;
 }
 
-/* out = row / sqrt(mean of squares + eps) * weight */
-static void normalize(const struct norm *norm, const float *row, ptrdiff_t dim, float *out) {
-    f32s squares = {}, none = {};
-    ptrdiff_t whole = dim - dim % LANES;
-    for (ptrdiff_t i = 0; i < whole; i += LANES) squares += load(row + i) * load(row + i);
-    float sum = sums(squares, none, none, none)[0];
-    for (ptrdiff_t i = whole; i < dim; i++) sum += row[i] * row[i];
-    float scale = 1 / sqrtf(sum / dim + (float)norm->eps);
-    for (ptrdiff_t i = 0; i < whole; i += LANES) store(out + i, load(row + i) * scale * load(norm->weight + i));
-    for (ptrdiff_t i = whole; i < dim; i++) out[i] = row[i] * scale * norm->weight[i];
-}
-
 /* A head's part of a row: normalized if there is a norm, and turned by the position; in place. */
 static void turn(const struct norm *norm, const float *cos, const float *sin, ptrdiff_t dim, float *head) {
-    if (norm->weight) normalize(norm, head, dim, head);
+    if (norm->weight) normalize(norm->weight, norm->eps, head, dim, head);
     ptrdiff_t half = dim / 2;
     for (ptrdiff_t i = 0; i < half; i++) {
         float first = head[i], second = head[i + half];
@@ -127,7 +102,7 @@ void lossless_before(const struct layer *layer, const void *hidden, const void *
     widen(layer->halves, hidden, rows * dim, wide);
     widen(layer->halves, cos, rows * size, cosines);
     widen(layer->halves, sin, rows * size, sines);
-    for (ptrdiff_t r = 0; r < rows; r++) normalize(&layer->first, wide + r * dim, dim, normal + r * dim);
+    for (ptrdiff_t r = 0; r < rows; r++) normalize(layer->first.weight, layer->first.eps, wide + r * dim, dim, normal + r * dim);
     const uint16_t *halves = shortened(layer, &layer->q, normal, rows * dim, short_rows);
 #pragma omp parallel num_threads(threads)
     {
@@ -171,7 +146,7 @@ void lossless_behind(const struct layer *layer, const void *hidden, const float 
 #pragma omp single
         {
             for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
-            for (ptrdiff_t r = 0; r < rows; r++) normalize(&layer->second, middle + r * dim, dim, normal + r * dim);
+            for (ptrdiff_t r = 0; r < rows; r++) normalize(layer->second.weight, layer->second.eps, middle + r * dim, dim, normal + r * dim);
             halves = shortened(layer, &layer->gate, normal, rows * dim, short_rows);
         }
 #pragma omp for schedule(static)

@@ -97,3 +97,28 @@ INLINE f32s exponential(f32s x) {
     found = found * rest * rest + rest + 1.0f;
     return found * (f32s)((__builtin_convertvector(turns, i32s) + 127) << 23);
 }
+
+/* Numbers of either kind -> float32. */
+INLINE void widen(int halves, const void *from, ptrdiff_t count, float *to) {
+    for (ptrdiff_t i = 0; i < count; i++) to[i] = halves ? as_float(((const uint16_t *)from)[i]) : ((const float *)from)[i];
+}
+
+/* float32 -> numbers of either kind. */
+INLINE void narrow(int halves, const float *from, ptrdiff_t count, void *to) {
+    for (ptrdiff_t i = 0; i < count; i++) {
+        if (halves) ((uint16_t *)to)[i] = as_bfloat16(from[i]);
+        else ((float *)to)[i] = from[i];
+    }
+}
+
+/* out = row / sqrt(mean of squares + eps) * weight */
+INLINE void normalize(const float *weight, float eps, const float *row, ptrdiff_t dim, float *out) {
+    f32s squares = {}, none = {};
+    ptrdiff_t whole = dim - dim % LANES;
+    for (ptrdiff_t i = 0; i < whole; i += LANES) squares += load(row + i) * load(row + i);
+    float sum = sums(squares, none, none, none)[0];
+    for (ptrdiff_t i = whole; i < dim; i++) sum += row[i] * row[i];
+    float scale = 1 / sqrtf(sum / dim + eps);
+    for (ptrdiff_t i = 0; i < whole; i += LANES) store(out + i, load(row + i) * scale * load(weight + i));
+    for (ptrdiff_t i = whole; i < dim; i++) out[i] = row[i] * scale * weight[i];
+}
