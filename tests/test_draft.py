@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from lossless.adapter.compat import new_adapter
+from lossless.adapter.weights import Transition
+from lossless.base import kernels
+from lossless.base.drafts import likeliest
+from lossless.base.linears import draft_linear
 from lossless.drafting.ngram import NGramCache
 from lossless.drafting.tree import DraftTree
 from lossless.generation.model import AcceleratedModel, accelerate
@@ -50,3 +56,58 @@ def test_memory_goes_on_where_streams_end(fast: AcceleratedModel) -> None:
     [tree] = fast.drafter.trees(torch.randn(1, 4, 32), [18], 12, [ngrams])
     assert max(tree.depths) > fast.adapter.config.num_streams
     assert (18, 11, 12, 13, 14, 15, 16) in paths(tree)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("rows", [1, 5, 13])
+def test_a_level_in_c_is_that_of_the_transition_head(rows: int, scale: float) -> None:
+    transition, head = Transition(48, 32, 4), draft_linear(torch.randn(80, 48), None)
+    torch.nn.init.normal_(transition.out)
+    transition.cheapen()
+    r, heard = torch.randn(rows, 32), torch.randn(rows, 32)
+    embedding, stream = torch.randn(2, rows, 48)
+    fused = transition.fused(head, scale)
+    assert fused is not None
+    with torch.no_grad():
+        expected = transition.advance(r, embedding, heard)
+        logits = scale * head(transition.adjust(stream, expected))
+    found, drawn = fused(r, embedding, heard, stream)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert (drawn - logits).abs().max() < 0.03 * logits.std()  # a number may be rounded to another byte
+
+
+def test_a_level_is_in_c_only_where_its_products_are() -> None:
+    transition = Transition(48, 24, 4)
+    assert transition.fused(draft_linear(torch.randn(80, 48), None), 1.0) is None  # it learns
+    transition.cheapen()
+    assert transition.fused(draft_linear(torch.randn(80, 48), None), 1.0) is None  # a rank that vectors do not fit
+
+
+@pytest.mark.parametrize("vocab", [80, 1001])
+def test_the_likeliest_tokens_are_those_of_torch(vocab: int) -> None:
+    logits = 3 * torch.randn(5, vocab)
+    logits[1, 7:] = -torch.inf
+    top = logits.log_softmax(-1).topk(8)
+    numbers, scores = likeliest(logits, 8)
+    torch.testing.assert_close(scores[:, :7], top.values[:, :7])
+    assert torch.equal(numbers[:, :7].long(), top.indices[:, :7])
+    assert scores[1, 7] == -torch.inf
+
+
+def test_rows_of_what_is_no_number_draft_nothing() -> None:
+    _, scores = likeliest(torch.full((2, 80), torch.nan), 4)
+    assert not (scores > -torch.inf).any()
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+def test_trees_are_the_same_with_levels_in_c(tiny: LlamaForCausalLM) -> None:
+    adapter = new_adapter(tiny, tiny_config(transition_rank=16, draft_vocab_size=80), draft_ids=torch.arange(10, 90))
+    fast = accelerate(tiny, adapter.randomize(1))
+    streams, roots, ngrams = torch.randn(2, 4, 32), [5, 9], [None, None]
+    assert fast.drafter._fused is not None
+    found = fast.drafter.trees(streams, roots, 12, ngrams)
+    fast.drafter._fused = None
+    expected = fast.drafter.trees(streams, roots, 12, ngrams)
+    shared = [len(paths(a) & paths(b)) for a, b in zip(found, expected, strict=True)]
+    assert min(shared) >= 10  # of 12; a number that is rounded to another byte may exchange two that are about as likely

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from ..base.drafts import FusedLevel
 from ..base.fingerprint import fingerprint_differences
 from ..base.linears import draft_linear
 from ..errors import UsageError
@@ -104,6 +105,10 @@ class Transition(nn.Module):
         """From now on with the cheapest products there are; the weights learn no more."""
         self._cheap = {name: draft_linear(getattr(self, name), None) for name in ("start", "recur", "token", "stream", "out")}
 
+    def fused(self, head: Any, scale: float) -> FusedLevel | None:
+        """`advance`, `adjust` and the head in one, where the cheapest products allow it; scale: of the logits."""
+        return FusedLevel.of([*map(self._cheap.get, ("recur", "token", "out")), head], scale)
+
     def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A weight times x."""
         return self._cheap[name](x) if self._cheap else _linear(x, getattr(self, name))
@@ -126,6 +131,9 @@ class NoTransition(nn.Module):
 
     def cheapen(self) -> None:
         pass
+
+    def fused(self, head: Any, scale: float) -> FusedLevel | None:
+        return None
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

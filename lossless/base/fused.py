@@ -20,19 +20,11 @@ from transformers.cache_utils import DynamicCache
 
 from . import kernels
 from .layers import CACHE
-from .linears import FourBitLinear, Int8Linear, PackedLinear
 from .norms import FusedNorm
-from .panels import EIGHT_BITS, FOUR_BITS, EightBits, Panels
+from .projections import Weight, multipliable
 
 _LANES = 16  # of the widest vectors
 _SILU = ("SiLU", "SiLUActivation")
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("kind", "ins", "outs")), ("numbers", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("scales", "code", "bias")),
-    ]  # fmt: skip
 
 
 class _Norm(ctypes.Structure):
@@ -41,7 +33,7 @@ class _Norm(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, _Norm) for name in ("first", "second", "of_queries", "of_keys")),
         *((name, ctypes.c_int64) for name in ("halves", "dim", "heads", "kv_heads", "head_dim")), ("scale", ctypes.c_double),
     ]  # fmt: skip
@@ -80,7 +72,7 @@ class FusedLayer:
         if size % (2 * _LANES) or inner % _LANES or not _sees_everything(attention):
             return None
         kept: list[torch.Tensor] = []
-        weights, scales = [_weight(part, kept) for part in projections], [_norm(norm, kept) for norm in norms]
+        weights, scales = [Weight.of(part, kept) for part in projections], [_norm(norm, kept) for norm in norms]
         heads, kv_heads = (part.out_features // size for part in projections[:2])
         dtype = dtype or norms[0].weight.dtype
         told = _Layer(*weights, *scales, dtype == torch.bfloat16, dim, heads, kv_heads, size, attention.scaling)
@@ -201,7 +193,7 @@ def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
     attention, mlp = module.self_attn, module.mlp
     projections = [getattr(attention, f"{name}_proj", None) for name in "qkvo"] + [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
     norms = [module.input_layernorm, module.post_attention_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
-    if not all(map(_is_weight, projections)) or not all(norm is None or isinstance(norm, FusedNorm) for norm in norms):
+    if not multipliable(projections) or not all(norm is None or isinstance(norm, FusedNorm) for norm in norms):
         return None
     act, known = getattr(mlp, "act_fn", None), [*projections, *norms]
     others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
@@ -220,23 +212,6 @@ def _sees_everything(attention: Any) -> bool:
     if kinds or hasattr(attention, "sliding_window"):
         return getattr(attention, "sliding_window", None) is None
     return getattr(config, "sliding_window", None) is None and getattr(config, "attention_chunk_size", None) is None
-
-
-def _is_weight(part: Any) -> bool:
-    return isinstance(part, FourBitLinear) or (isinstance(part, PackedLinear | Int8Linear) and isinstance(part.packed, Panels | EightBits))
-
-
-def _weight(part: Any, kept: list[torch.Tensor]) -> _Weight:
-    if isinstance(part, FourBitLinear):
-        kind, tensors = FOUR_BITS, [part.four_bits.numbers, part.four_bits.scales, part.four_bits.code]
-    elif isinstance(part.packed, EightBits):
-        kind, tensors = EIGHT_BITS, [part.packed.numbers, part.packed.scales]
-    else:
-        kind, tensors = part.packed.kind, [part.packed.numbers]
-    bias = None if part.bias is None else part.bias.detach().float().contiguous()
-    kept += [*tensors, *([] if bias is None else [bias])]
-    pointers = [tensor.data_ptr() for tensor in tensors] + [None] * (3 - len(tensors))
-    return _Weight(kind, part.in_features, part.out_features, *pointers, None if bias is None else bias.data_ptr())
 
 
 def _norm(norm: FusedNorm | None, kept: list[torch.Tensor]) -> _Norm:

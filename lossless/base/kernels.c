@@ -15,7 +15,7 @@
 
 /* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
 
-   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16. bias: [outs] or NULL. ins is even for
+   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16, and [count, 1 + ins / 4] for EIGHT_BITS. bias: [outs] or NULL. ins is even for
    BFLOAT16, a multiple of BLOCK for FOUR_BITS, of 4 for EIGHT_BITS. */
 void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
                      const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
@@ -24,30 +24,28 @@ void lossless_panels(int kind, int halves, const uint32_t *weight, const float *
 #if defined(__AVX512BF16__)
     if (halves && kind == BFLOAT16) way = PAIRS;
 #endif
-#pragma omp parallel num_threads(threads)
-    {
-        const void *from = rows;
-        if (halves && way != PAIRS) {
-#pragma omp for schedule(static)
-            for (ptrdiff_t i = 0; i < count * ins; i++) {
-                uint32_t bits = (uint32_t)((const uint16_t *)rows)[i] << 16;
-                memcpy(scratch + i, &bits, 4);
-            }
-            from = scratch;
-        }
-#pragma omp for schedule(static)
-        for (ptrdiff_t p = 0; p < panels; p++) {
-            ptrdiff_t first = p * PANEL, valid = outs - first < PANEL ? outs - first : PANEL;
-            const float *biases = bias ? bias + first : NULL;
-#define WAY(way_, words_, scales_)                                                                                                     \
-    case way_: product(way_, weight + p * (words_), scales_, code, from, count, ins, biases, halves, out, first, outs, valid); break;
-            switch (way) {
-                WAY(NUMBERS, ins * PANEL, NULL)
-                WAY(HALVES, ins / 2 * PANEL, NULL)
-                WAY(CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
-                WAY(BYTES, ins / 4 * PANEL, scales + p * PANEL)
-                WAY(PAIRS, ins / 2 * PANEL, NULL)
-            }
+    const void *from = rows;
+    if (halves && way != PAIRS) {
+        widen(1, rows, count * ins, scratch);
+        from = scratch, scratch += count * ins;
+    }
+    const float *row_scales = scratch;
+    if (way == BYTES) {
+        to_bytes(from, count, ins, (uint8_t *)(scratch + count), scratch);
+        from = scratch + count;
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (ptrdiff_t p = 0; p < panels; p++) {
+        ptrdiff_t first = p * PANEL, valid = outs - first < PANEL ? outs - first : PANEL;
+        const float *biases = bias ? bias + first : NULL;
+#define WAY(way_, words_, scales_)                                                                                                         \
+    case way_: product(way_, weight + p * (words_), scales_, code, from, row_scales, count, ins, biases, halves, out, first, outs, valid); break;
+        switch (way) {
+            WAY(NUMBERS, ins * PANEL, NULL)
+            WAY(HALVES, ins / 2 * PANEL, NULL)
+            WAY(CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
+            WAY(BYTES, ins / 4 * PANEL, scales + p * 2 * PANEL)
+            WAY(PAIRS, ins / 2 * PANEL, NULL)
         }
     }
 }

@@ -1,6 +1,6 @@
 """Products of rows with a weight, and attention of a few rows, in C of our own.
 
-Knows: how kernels.c and layer.c are compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know:
+Knows: how kernels.c, layer.c and drafts.c are compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know:
 modules, models, or trees. Where there is no gcc, or where what it makes is wrong, `available()` is False and nothing else here may be
 called. `$LOSSLESS_CC` names another compiler, with flags if need be; empty, none is used.
 
@@ -34,10 +34,11 @@ from torch.nn import functional as F
 
 from ..storage import cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "kernels.c", "layer.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "kernels.c", "layer.c", "drafts.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS = range(4)  # as vectors.h has them
+_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
 _LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
 _MANY = 128  # rows from which on the products of torch are faster; as many are read of prompts, not of trees
@@ -92,8 +93,10 @@ def _declared(library: Any) -> Any:
     library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
     library.lossless_before.argtypes = [*[pointer] * 8, size, number]
     library.lossless_behind.argtypes = [*[pointer] * 8, size, size, pointer, pointer, size, size, number]
-    for function in (library.lossless_before, library.lossless_behind, library.lossless_norm, library.lossless_stored, library.lossless_panels, library.lossless_attend):
-        function.restype = None
+    library.lossless_level.argtypes = [*[pointer] * 8, size, number]
+    library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
+    for name in ("before", "behind", "norm", "stored", "panels", "attend", "level", "likeliest"):
+        getattr(library, f"lossless_{name}").restype = None
     return library
 
 
@@ -121,7 +124,7 @@ def multiply(
     halves = rows.dtype is torch.bfloat16
     given = (rows if halves or rows.dtype is torch.float32 else rows.float()).contiguous()
     out = torch.empty(*before, outs, dtype=given.dtype)
-    scratch = torch.empty(given.shape, dtype=torch.float32) if halves else given
+    scratch = torch.empty(math.prod(before) * (2 * ins + 1) if halves or kind == EIGHT_BITS else 0)
     added = None if bias is None else bias.float().contiguous()
     compiled().lossless_panels(
         kind, halves, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),

@@ -5,12 +5,7 @@
    bits that it has by itself. */
 
 #include "attention.h"
-
-struct weight { /* of a projection, in panels */
-    int64_t kind, ins, outs;
-    const void *numbers;
-    const float *scales, *code, *bias;
-};
+#include "projections.h"
 
 struct norm {
     const float *weight; /* NULL: there is none */
@@ -27,48 +22,6 @@ struct layer {
 
 /* Threads wait for each other as seldom as can be: on a busy machine each time may cost a time slice. So what is little is done by one. */
 
-/* Whether a weight is multiplied with rows of bfloat16. */
-INLINE int takes_pairs(int64_t halves, const struct weight *w) {
-#if defined(__AVX512BF16__)
-    return halves && w->kind == BFLOAT16;
-#else
-    (void)halves, (void)w;
-    return 0;
-#endif
-}
-
-/* rows [count, ins] times one panel of a weight -> out [count, outs]. short_rows: the same rows in bfloat16, or NULL. */
-static void project_panel(const struct weight *w, const float *rows, const uint16_t *short_rows, ptrdiff_t count, float *out, ptrdiff_t p) {
-    ptrdiff_t ins = w->ins, first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
-    const float *bias = w->bias ? w->bias + first : NULL;
-    const uint32_t *numbers = w->numbers;
-#define PROJECT(way, words_, scales_, rows_)                                                                                                 \
-    product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), count, ins, bias, 0, out, first, w->outs, valid)
-    switch (w->kind) {
-    case FLOAT32: PROJECT(NUMBERS, ins * PANEL, NULL, rows); break;
-    case BFLOAT16:
-        if (takes_pairs(short_rows != NULL, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, short_rows);
-        else PROJECT(HALVES, ins / 2 * PANEL, NULL, rows);
-        break;
-    case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * PANEL, rows); break;
-    default: PROJECT(CODES, ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, rows);
-    }
-}
-
-/* The whole product, by all threads of a parallel region; it is not waited for. */
-static void project(const struct weight *w, const float *rows, const uint16_t *short_rows, ptrdiff_t count, float *out) {
-    ptrdiff_t panels = (w->outs + PANEL - 1) / PANEL;
-#pragma omp for schedule(static) nowait
-    for (ptrdiff_t p = 0; p < panels; p++) project_panel(w, rows, short_rows, count, out, p);
-}
-
-/* Rows for `project`, in bfloat16 if weights of the layer are multiplied so. */
-static const uint16_t *shortened(const struct layer *layer, const struct weight *w, const float *rows, ptrdiff_t count, uint16_t *to) {
-    if (!takes_pairs(layer->halves, w)) return NULL;
-    narrow(1, rows, count, to);
-    return to;
-}
-
 /* A head's part of a row: normalized if there is a norm, and turned by the position; in place. */
 static void turn(const struct norm *norm, const float *cos, const float *sin, ptrdiff_t dim, float *head) {
     if (norm->weight) normalize(norm->weight, norm->eps, head, dim, head);
@@ -80,15 +33,9 @@ static void turn(const struct norm *norm, const float *cos, const float *sin, pt
     }
 }
 
-INLINE f32s absolute(f32s x) { return (f32s)((u32s)x & 0x7fffffffu); }
-
 /* gate / (1 + e^-gate) * up, in place of gate */
 static void gated(float *gate, const float *up, ptrdiff_t count) {
-    for (ptrdiff_t i = 0; i < count; i += LANES) {
-        f32s x = load(gate + i), small = exponential(-absolute(x));
-        f32s top = (f32s)(((u32s)(x < 0) & (u32s)small) | (~(u32s)(x < 0) & (u32s)(small - small + 1)));
-        store(gate + i, x * (top / (1 + small)) * load(up + i));
-    }
+    for (ptrdiff_t i = 0; i < count; i += LANES) store(gate + i, silu(load(gate + i)) * load(up + i));
 }
 
 /* hidden [rows, dim]; cos, sin [rows, head_dim] -> query [rows, heads, head_dim] in float32; key, value [rows, kv_heads, head_dim].
@@ -98,17 +45,16 @@ void lossless_before(const struct layer *layer, const void *hidden, const void *
     ptrdiff_t dim = layer->dim, heads = layer->heads, kv_heads = layer->kv_heads, size = layer->head_dim;
     float *wide = scratch, *normal = wide + rows * dim, *cosines = normal + rows * dim, *sines = cosines + rows * size;
     float *keys = sines + rows * size, *values = keys + rows * kv_heads * size;
-    uint16_t *short_rows = (uint16_t *)(values + rows * kv_heads * size);
     widen(layer->halves, hidden, rows * dim, wide);
     widen(layer->halves, cos, rows * size, cosines);
     widen(layer->halves, sin, rows * size, sines);
     for (ptrdiff_t r = 0; r < rows; r++) normalize(layer->first.weight, layer->first.eps, wide + r * dim, dim, normal + r * dim);
-    const uint16_t *halves = shortened(layer, &layer->q, normal, rows * dim, short_rows);
+    struct rows given = ready(layer->halves, &layer->q, normal, rows, values + rows * kv_heads * size);
 #pragma omp parallel num_threads(threads)
     {
-        project(&layer->q, normal, halves, rows, query);
-        project(&layer->k, normal, halves, rows, keys);
-        project(&layer->v, normal, halves, rows, values);
+        project(&layer->q, &given, rows, query);
+        project(&layer->k, &given, rows, keys);
+        project(&layer->v, &given, rows, values);
     }
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t head = 0; head < heads + kv_heads; head++) {
@@ -128,8 +74,8 @@ void lossless_behind(const struct layer *layer, const void *hidden, const float 
     ptrdiff_t dim = layer->dim, heads = layer->heads, size = layer->head_dim, inner = layer->gate.outs, group = heads / layer->kv_heads;
     float *asked = scratch, *found = asked + rows * heads * size, *added = found + rows * heads * size, *middle = added + rows * dim;
     float *normal = middle + rows * dim, *gate = normal + rows * dim, *up = gate + rows * inner, *rest = up + rows * inner + rows * longest;
-    uint16_t *short_rows = (uint16_t *)(up + rows * inner);
-    const uint16_t *halves = NULL;
+    float *shorter = up + rows * inner;
+    struct rows given;
     struct attention a = {layer->halves ? BFLOAT16 : FLOAT32, heads, layer->kv_heads, rows, size, past, depth, (float)layer->scale, keys, values,
                           {strides[0], strides[1]}, {strides[2], strides[3]}, NULL, lengths, paths};
     for (ptrdiff_t r = 0; r < rows; r++)
@@ -140,25 +86,25 @@ void lossless_behind(const struct layer *layer, const void *hidden, const float 
     {
         attend(&a, asked, rest, found);
 #pragma omp single
-        halves = shortened(layer, &layer->o, found, rows * heads * size, short_rows);
-        project(&layer->o, found, halves, rows, added);
+        given = ready(layer->halves, &layer->o, found, rows, shorter);
+        project(&layer->o, &given, rows, added);
 #pragma omp barrier
 #pragma omp single
         {
             for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
             for (ptrdiff_t r = 0; r < rows; r++) normalize(layer->second.weight, layer->second.eps, middle + r * dim, dim, normal + r * dim);
-            halves = shortened(layer, &layer->gate, normal, rows * dim, short_rows);
+            given = ready(layer->halves, &layer->gate, normal, rows, shorter);
         }
 #pragma omp for schedule(static)
         for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
             ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
-            project_panel(&layer->gate, normal, halves, rows, gate, p);
-            project_panel(&layer->up, normal, halves, rows, up, p);
+            project_panel(&layer->gate, &given, rows, gate, p);
+            project_panel(&layer->up, &given, rows, up, p);
             for (ptrdiff_t r = 0; r < rows; r++) gated(gate + r * inner + first, up + r * inner + first, valid);
         }
 #pragma omp single
-        halves = shortened(layer, &layer->down, gate, rows * inner, short_rows);
-        project(&layer->down, gate, halves, rows, added);
+        given = ready(layer->halves, &layer->down, gate, rows, shorter);
+        project(&layer->down, &given, rows, added);
     }
     for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
     narrow(layer->halves, middle, rows * dim, out);

@@ -229,14 +229,12 @@ class Int8Linear(nn.Module):
     Args:
         weight: `[out, in]`, dense; it is not kept.
         bias: `[out]` or None.
-        for_layer: it is part of a decoder layer, which takes panels (base/fused.py). Else torch's product is the faster one for many outputs.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, for_layer: bool = False) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        in_panels = panels.eight_bits_available(self.in_features) and (for_layer or not products.int8_packable())
-        layout = panels.EightBits if in_panels else products.EightBits
+        layout = panels.EightBits if panels.eight_bits_available(self.in_features) else products.EightBits
         self.packed: panels.EightBits | products.EightBits = layout.of(weight)
         self.bias = None if bias is None else bias.detach().float()
 
@@ -260,14 +258,10 @@ def draft_itemsize(device: torch.device, dtype: torch.dtype) -> int:
     return 1 if device.type == "cpu" and eight_bits_packable(4) else dtype.itemsize
 
 
-def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None, for_layer: bool = False) -> nn.Module:
-    """The cheapest product with this weight that is to be had here, for drafts: they cost time if they are wrong, never a token.
-
-    Args:
-        for_layer: the weight is that of a decoder layer's projection.
-    """
+def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """The cheapest product with this weight that is to be had here, for drafts: they cost time if they are wrong, never a token."""
     if weight.device.type == "cpu" and eight_bits_packable(weight.shape[1]):
-        return Int8Linear(weight, bias, for_layer)
+        return Int8Linear(weight, bias)
     if weight.device.type == "cpu" and packable(weight.dtype, weight.shape[1]):
         return PackedLinear(weight, bias)
     plain: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

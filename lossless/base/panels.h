@@ -9,11 +9,14 @@
        BFLOAT16   [panels, ins / 2, PANEL]             two inputs in a word, the first in its low half
        FOUR_BITS  [panels, ins / 4, LANES]             four inputs in a word, a byte each, of it the first of a pair in the low half;
                   scales [panels, ins / 64, PANEL]     and `code`, 16 numbers that the four bits stand for
-       EIGHT_BITS [panels, ins / 4, PANEL]             four inputs in a word, a byte each; scales [panels, PANEL] */
+       EIGHT_BITS [panels, ins / 4, PANEL]             four inputs in a word, a byte each; scales [panels, 2, PANEL]: of each output what
+                                                       its sum is multiplied with, and the sum of its weights, a whole number
+
+   Rows for EIGHT_BITS are rounded to bytes, too: such products are for drafts. */
 
 #pragma once
 #include "vectors.h"
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +31,14 @@
 
 /* How rows are multiplied with a panel. PAIRS: rows of bfloat16, two inputs at a time, where the processor can. */
 enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS };
+
+/* Bytes of a row lie between 0 and 2 * MIDDLE - 1, MIDDLE stands for 0. Without the instruction for it, two products are added in 16
+   bits, for which eight bits would be too many. */
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define MIDDLE 128
+#else
+#define MIDDLE 64
+#endif
 
 INLINE u32s words(const uint32_t *at) {
     __builtin_prefetch(at + AHEAD);
@@ -60,9 +71,36 @@ INLINE f32s decoded(struct code code, u32s numbers) {
 #endif
 }
 
-/* The sums of `count` rows, which is known where this is compiled, with one panel. */
-INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows_, ptrdiff_t ins, int count,
-                     f32s (*out)[2]) {
+/* sum + four bytes of a row, in every lane, times four weights of each lane */
+INLINE i32s dot(i32s sum, u32s bytes, u32s weights) {
+#if defined(__AVX512VNNI__) && LANES == 16
+    return (i32s)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)weights);
+#elif defined(__AVX512BW__) && LANES == 16
+    return sum + (i32s)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)bytes, (__m512i)weights), _mm512_set1_epi16(1));
+#elif defined(__AVXVNNI__)
+    return (i32s)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weights);
+#elif defined(__AVX2__) && LANES == 8
+    return sum + (i32s)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)bytes, (__m256i)weights), _mm256_set1_epi16(1));
+#else
+    UNROLL for (int j = 0; j < 4; j++) sum += ((i32s)weights << (24 - 8 * j) >> 24) * (i32s)(bytes >> (8 * j) & 255);
+    return sum;
+#endif
+}
+
+/* Rows [count, ins] for EIGHT_BITS: bytes, and of each row what they are to be multiplied with. */
+static void to_bytes(const float *rows, ptrdiff_t count, ptrdiff_t ins, uint8_t *bytes, float *scales) {
+    for (ptrdiff_t r = 0; r < count; r++, rows += ins, bytes += ins) {
+        float most = 1e-30f;
+        for (ptrdiff_t i = 0; i < ins; i++) most = fabsf(rows[i]) > most ? fabsf(rows[i]) : most;
+        float scale = (MIDDLE - 1) / most;
+        scales[r] = 1 / scale;
+        for (ptrdiff_t i = 0; i < ins; i++) bytes[i] = (uint8_t)(rows[i] * scale + (MIDDLE + 0.5f));
+    }
+}
+
+/* The sums of `count` rows, which is known where this is compiled, with one panel. row_scales: of rows in bytes. */
+INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows_, const float *row_scales,
+                     ptrdiff_t ins, int count, f32s (*out)[2]) {
     const float *rows = rows_;
     f32s sums[ROWS][2] = {}; /* of its own, so that they stay in registers */
     if (way == NUMBERS)
@@ -86,13 +124,25 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             }
         }
     }
-    if (way == BYTES)
+    if (way == BYTES) {
+        const uint8_t *bytes = rows_;
+        i32s dots[ROWS][2] = {};
         for (ptrdiff_t i = 0; i < ins; i += 4, panel += PANEL) {
-            i32s first = (i32s)words(panel), second = (i32s)words(panel + LANES);
-            UNROLL for (int j = 0; j < 4; j++)
-                add(sums, __builtin_convertvector(first << (24 - 8 * j) >> 24, f32s), __builtin_convertvector(second << (24 - 8 * j) >> 24, f32s),
-                    rows + i + j, ins, count);
+            u32s first = words(panel), second = words(panel + LANES);
+            UNROLL for (int r = 0; r < count; r++) {
+                uint32_t four;
+                memcpy(&four, bytes + r * ins + i, 4);
+                u32s row = four - (u32s){};
+                dots[r][0] = dot(dots[r][0], row, first);
+                dots[r][1] = dot(dots[r][1], row, second);
+            }
         }
+        i32s first = (i32s)load(scales + PANEL) * MIDDLE, second = (i32s)load(scales + PANEL + LANES) * MIDDLE;
+        UNROLL for (int r = 0; r < count; r++) {
+            sums[r][0] = __builtin_convertvector(dots[r][0] - first, f32s) * load(scales) * row_scales[r];
+            sums[r][1] = __builtin_convertvector(dots[r][1] - second, f32s) * load(scales + LANES) * row_scales[r];
+        }
+    }
 #if defined(__AVX512BF16__)
     if (way == PAIRS) {
         const uint16_t *halves = rows_;
@@ -108,12 +158,7 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
         }
     }
 #endif
-    f32s first = {}, second = {};
-    if (way == BYTES) first = load(scales), second = load(scales + LANES);
-    UNROLL for (int r = 0; r < count; r++) {
-        out[r][0] = way == BYTES ? sums[r][0] * first : sums[r][0];
-        out[r][1] = way == BYTES ? sums[r][1] * second : sums[r][1];
-    }
+    memcpy(out, sums, count * sizeof *sums);
 }
 
 /* The sums of a row, with a bias, to where they belong: `valid` outputs of them are asked for. */
@@ -137,14 +182,14 @@ INLINE void finish(const f32s *sums, const float *bias, int halves, void *out, p
 }
 
 /* All rows with one panel. */
-INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows, ptrdiff_t count,
-                    ptrdiff_t ins, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
-    ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == PAIRS ? 2 : 4; /* about equal parts */
+INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows,
+                    const float *row_scales, ptrdiff_t count, ptrdiff_t ins, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
+    ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == BYTES ? 1 : way == PAIRS ? 2 : 4; /* about equal parts */
     for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
         const void *from = rows + r * ins * size;
         f32s sums[ROWS][2];
         some = (count - r + parts - 1) / parts;
-#define CASE(n) case n: multiply(way, panel, scales, table, from, ins, n, sums); break;
+#define CASE(n) case n: multiply(way, panel, scales, table, from, row_scales + r, ins, n, sums); break;
         switch (some) {
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if ROWS > 6

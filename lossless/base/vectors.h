@@ -83,7 +83,7 @@ INLINE f32x4 sums(f32s first, f32s second, f32s third, f32s fourth) {
 /* e^x for x <= 0, to about one part in ten million. */
 INLINE f32s exponential(f32s x) {
     const float magic = 12582912.0f; /* what is added to it is rounded to a whole number */
-    f32s least = x - x - 87.0f;
+    f32s least = (f32s){} - 87.0f;
     i32s more = x > least;
     x = (f32s)(((i32s)x & more) | ((i32s)least & ~more));
     f32s turns = (x * 1.44269504f + magic) - magic;
@@ -96,6 +96,13 @@ INLINE f32s exponential(f32s x) {
     found = found * rest + 5.0e-1f;
     found = found * rest * rest + rest + 1.0f;
     return found * (f32s)((__builtin_convertvector(turns, i32s) + 127) << 23);
+}
+
+/* x / (1 + e^-x) */
+INLINE f32s silu(f32s x) {
+    u32s below = (u32s)(x < 0);
+    f32s small = exponential(-(f32s)((u32s)x & 0x7fffffffu)), one = small - small + 1;
+    return x * ((f32s)((below & (u32s)small) | (~below & (u32s)one)) / (1 + small));
 }
 
 /* Numbers of either kind -> float32. */
@@ -111,7 +118,7 @@ INLINE void narrow(int halves, const float *from, ptrdiff_t count, void *to) {
     }
 }
 
-/* out = row / sqrt(mean of squares + eps) * weight */
+/* out = row / sqrt(mean of squares + eps) * weight, which may be NULL */
 INLINE void normalize(const float *weight, float eps, const float *row, ptrdiff_t dim, float *out) {
     f32s squares = {}, none = {};
     ptrdiff_t whole = dim - dim % LANES;
@@ -119,6 +126,6 @@ INLINE void normalize(const float *weight, float eps, const float *row, ptrdiff_
     float sum = sums(squares, none, none, none)[0];
     for (ptrdiff_t i = whole; i < dim; i++) sum += row[i] * row[i];
     float scale = 1 / sqrtf(sum / dim + eps);
-    for (ptrdiff_t i = 0; i < whole; i += LANES) store(out + i, load(row + i) * scale * load(weight + i));
-    for (ptrdiff_t i = whole; i < dim; i++) out[i] = row[i] * scale * weight[i];
+    for (ptrdiff_t i = 0; i < whole; i += LANES) store(out + i, weight ? load(row + i) * scale * load(weight + i) : load(row + i) * scale);
+    for (ptrdiff_t i = whole; i < dim; i++) out[i] = weight ? row[i] * scale * weight[i] : row[i] * scale;
 }

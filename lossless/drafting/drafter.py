@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapter.weights import StreamAdapter
+from ..base.drafts import likeliest
 from ..base.linears import Int8Linear, draft_linear
 from .builder import TreeBuilder
 from .costs import CostCurve
@@ -46,6 +47,7 @@ class Drafter:
         learning = any(parameter.requires_grad for parameter in adapter.parameters())
         if self._rows is not None and not learning:  # drafts need no bits
             self._head, self._rows = draft_linear(self._rows, None), None
+        self._fused = None if self._head is None else adapter.transition.fused(self._head, scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., draft vocabulary]`, in float32."""
@@ -115,15 +117,20 @@ class Drafter:
 
     def _grow(self, builders: list[TreeBuilder], streams: torch.Tensor, roots: Sequence[int], noise_bias: NoiseBias | None) -> None:
         """Levels of drafts, as many as there are streams or are worth it; one product for all nodes of a level."""
-        transition, device = self.adapter.transition, streams.device
+        transition, device, fused = self.adapter.transition, streams.device, self._fused
+        streams = streams if fused is None else streams.float()
         tokens = torch.tensor(roots, device=device)
         r, heard = transition.begin(streams[:, 0]), transition.hear(streams)  # [frontier of all sequences, rank], [batch, gamma, rank]
         owner = torch.arange(len(roots), device=device)  # whose each row of the frontier is
         for j in range(self.adapter.config.num_streams):
             if not any(builder.worth_a_level() for builder in builders):
                 break
-            r = transition.advance(r, self.embed(tokens).to(streams.dtype), heard[owner, j])
-            logits = self.logits(transition.adjust(streams[owner, j], r))  # [frontier, draft vocabulary]
+            told = self.embed(tokens).to(streams.dtype)
+            if fused is not None:
+                r, logits = fused(r, told, heard[owner, j], streams[owner, j])
+            else:
+                r = transition.advance(r, told, heard[owner, j])
+                logits = self.logits(transition.adjust(streams[owner, j], r))  # [frontier, draft vocabulary]
             if noise_bias is not None:
                 logits = noise_bias.perturb(logits, owner, j, self.adapter.draft_ids)
             likely = iter(self._likely(logits))
@@ -140,7 +147,5 @@ class Drafter:
 
     def _likely(self, logits: torch.Tensor) -> list[dict[int, float]]:
         """The best tokens of each row of `[rows, draft vocabulary]`, with their log probabilities."""
-        # the normalizer first: a full log-softmax would write the whole vocabulary once more
-        top = logits.topk(min(self.adapter.config.drafting.tree_top_k, logits.shape[1]), dim=-1)
-        scores = (top.values - logits.logsumexp(-1, keepdim=True)).clamp_max(0.0).tolist()
-        return [dict(zip(*row, strict=True)) for row in zip(self.token_ids(top.indices).tolist(), scores, strict=True)]
+        numbers, scores = likeliest(logits, min(self.adapter.config.drafting.tree_top_k, logits.shape[1]))
+        return [dict(zip(*row, strict=True)) for row in zip(self.token_ids(numbers).tolist(), scores.tolist(), strict=True)]

@@ -45,6 +45,6 @@ def stream_layers(top: nn.ModuleList, adapter: StreamAdapter, base_bytes: int) -
     for name, low_rank in adapter.adapters():
         weight, bias = dense(projections[name])  # type: ignore[misc]
         parent, _, own = name.rpartition(".")
-        setattr(layers.get_submodule(parent), own, draft_linear(low_rank.merged_into(weight), bias, for_layer=True))
+        setattr(layers.get_submodule(parent), own, draft_linear(low_rank.merged_into(weight), bias))
     turn_values(layers, adapter)
     return layers

@@ -1,0 +1,66 @@
+/* What a draft tree is drawn from: one level of a recurrent head over streams, and the likeliest tokens of rows of logits (drafts.py). */
+
+#include "projections.h"
+
+struct recurrent {
+    struct weight recur, token, out, head;
+    double scale; /* of the logits */
+};
+
+/* next = silu(recur r + token N(embedding) + heard), logits = scale * head(stream + out next), N the RMS norm without a weight.
+
+   r, heard, next [rows, rank]; embedding, stream [rows, dim]; logits [rows, vocab]. scratch: [rows, 4 * dim + 3 * rank + 2]. */
+void lossless_level(const struct recurrent *by, const float *r, const float *embedding, const float *heard, const float *stream, float *next,
+                    float *logits, float *scratch, ptrdiff_t rows, int threads) {
+    ptrdiff_t dim = by->token.ins, rank = by->recur.ins;
+    float *normal = scratch, *told = normal + rows * dim, *read = told + rows * rank, *first = read + rows * dim, *second = first + rows * (rank + 1);
+    for (ptrdiff_t n = 0; n < rows; n++) normalize(NULL, 1e-6f, embedding + n * dim, dim, normal + n * dim);
+    struct rows path = ready(0, &by->recur, r, rows, first), token = ready(0, &by->token, normal, rows, second);
+#pragma omp parallel num_threads(threads)
+    {
+        project(&by->recur, &path, rows, next);
+        project(&by->token, &token, rows, told);
+#pragma omp barrier
+#pragma omp single
+        {
+            for (ptrdiff_t i = 0; i < rows * rank; i += LANES) store(next + i, silu(load(next + i) + load(told + i) + load(heard + i)));
+            path = ready(0, &by->out, next, rows, first);
+        }
+        project(&by->out, &path, rows, read);
+#pragma omp barrier
+#pragma omp single
+        {
+            for (ptrdiff_t i = 0; i < rows * dim; i++) read[i] = (read[i] + stream[i]) * (float)by->scale;
+            token = ready(0, &by->head, read, rows, second);
+        }
+        project(&by->head, &token, rows, logits);
+    }
+}
+
+/* The `count` largest of each row of logits [rows, vocab], largest first, and their logarithmic probabilities -> numbers, scores
+   [rows, count]; vocab a multiple of LANES. What is not a number is never among them: then numbers are 0 and scores -INFINITY. */
+void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, ptrdiff_t count, int32_t *numbers, float *scores, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const float *row = logits + r * vocab;
+        int32_t *best = numbers + r * count;
+        float *score = scores + r * count;
+        for (ptrdiff_t k = 0; k < count; k++) best[k] = 0, score[k] = -INFINITY;
+        for (ptrdiff_t i = 0; i < vocab; i += LANES) {
+            i32s above = load(row + i) > score[count - 1];
+            int32_t any = 0;
+            UNROLL for (int lane = 0; lane < LANES; lane++) any |= above[lane];
+            if (!any) continue;
+            for (ptrdiff_t j = i; j < i + LANES; j++) {
+                if (!(row[j] > score[count - 1])) continue;
+                ptrdiff_t k = count - 1;
+                for (; k > 0 && row[j] > score[k - 1]; k--) score[k] = score[k - 1], best[k] = best[k - 1];
+                score[k] = row[j], best[k] = (int32_t)j;
+            }
+        }
+        f32s total = {}, none = {};
+        for (ptrdiff_t i = 0; i < vocab; i += LANES) total += exponential(load(row + i) - score[0]);
+        float sum = logf(sums(total, none, none, none)[0]), most = score[0];
+        for (ptrdiff_t k = 0; k < count; k++) score[k] -= most + sum;
+    }
+}

@@ -1,0 +1,49 @@
+"""Weights of modules as C is told of them (projections.h).
+
+Knows: which modules have weights in panels, and where those stand. Does not know: what is computed of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .kernels import EIGHT_BITS, FOUR_BITS
+from .linears import FourBitLinear, Int8Linear, PackedLinear
+from .panels import EightBits, Panels
+
+
+class Weight(ctypes.Structure):
+    """A weight, and its bias."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "ins", "outs")), ("numbers", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("scales", "code", "bias")),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, part: Any, kept: list[torch.Tensor]) -> Weight:
+        """That of a module which is `multipliable`. To `kept` go the tensors that it points to."""
+        if isinstance(part, FourBitLinear):
+            kind, tensors = FOUR_BITS, [part.four_bits.numbers, part.four_bits.scales, part.four_bits.code]
+        elif isinstance(part.packed, EightBits):
+            kind, tensors = EIGHT_BITS, [part.packed.numbers, part.packed.scales]
+        else:
+            kind, tensors = part.packed.kind, [part.packed.numbers]
+        bias = None if part.bias is None else part.bias.detach().float().contiguous()
+        kept += [*tensors, *([] if bias is None else [bias])]
+        pointers = [tensor.data_ptr() for tensor in tensors] + [None] * (3 - len(tensors))
+        return cls(kind, part.in_features, part.out_features, *pointers, None if bias is None else bias.data_ptr())
+
+
+def multipliable(parts: Sequence[Any]) -> bool:
+    """Whether these modules have weights that C multiplies with the same rows: in panels, and all or none of them rounded to 8 bits."""
+    rounded = [isinstance(getattr(part, "packed", None), EightBits) for part in parts]
+    return all(map(_in_panels, parts)) and len(set(rounded)) == 1
+
+
+def _in_panels(part: Any) -> bool:
+    return isinstance(part, FourBitLinear) or (isinstance(part, PackedLinear | Int8Linear) and isinstance(part.packed, Panels | EightBits))
