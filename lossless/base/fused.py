@@ -1,4 +1,4 @@
-"""Decoder layers in two calls of C (layer.c), where eager ones take some forty.
+"""Decoder layers in two calls of C (layer.c), where eager ones take some forty, and several of them in one.
 
 Knows: which layers are a norm, attention with rotary embedding, a norm and a gated MLP, each added to what came in, how their parts are
 handed to C, and how a packed model's own layers go this way for single tokens. Does not know: passes over trees (streams/fusing.py).
@@ -11,6 +11,7 @@ import copy
 import ctypes
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ class FusedLayer:
         rows = hidden.shape[1]
         query = torch.empty(rows, self.heads, self.head_dim)
         key, value = (torch.empty(rows, self.kv_heads, self.head_dim, dtype=self.dtype) for _ in range(2))
-        scratch = torch.empty(rows * (3 * self.dim + 2 * self.head_dim * (1 + self.kv_heads)))
+        scratch = torch.empty(self.scratch_before(rows))
         kernels.compiled().lossless_before(
             ctypes.byref(self.layer), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(),
             scratch.data_ptr(), rows, torch.get_num_threads(),
@@ -100,14 +101,61 @@ class FusedLayer:
         -> `[1, rows, dim]`."""
         rows, threads, depth = hidden.shape[1], torch.get_num_threads(), paths.rows.shape[1]
         past, out = key.shape[2] - rows, torch.empty_like(hidden)
-        mixed = self.heads * self.head_dim
-        longest = max(mixed, self.dim, self.inner)
-        attending = self.heads * rows * (past + depth + self.head_dim) + threads * kernels.panel() * self.head_dim
-        scratch = torch.empty(rows * (2 * mixed + 3 * self.dim + 2 * self.inner + longest) + attending)
+        scratch = torch.empty(self.scratch_behind(rows, past + depth, threads))
         strides = (ctypes.c_ssize_t * 4)(key.stride(1), key.stride(2), value.stride(1), value.stride(2))
         kernels.compiled().lossless_behind(
             ctypes.byref(self.layer), hidden.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides,
-            paths.lengths.data_ptr(), paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), longest, rows, threads,
+            paths.lengths.data_ptr(), paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), self.longest, rows, threads,
+        )  # fmt: skip
+        return out
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        return self.dtype, self.dim, self.heads, self.kv_heads, self.head_dim, self.inner
+
+    @property
+    def longest(self) -> int:
+        """The widest rows that a projection is given."""
+        return max(self.heads * self.head_dim, self.dim, self.inner)
+
+    def scratch_before(self, rows: int) -> int:
+        """Numbers that `before` needs."""
+        return rows * (3 * self.dim + 2 * self.head_dim * (1 + self.kv_heads))
+
+    def scratch_behind(self, rows: int, keys: int, threads: int) -> int:
+        """Numbers that `behind` needs if a row sees so many keys at most."""
+        attending = self.heads * rows * (keys + self.head_dim) + threads * kernels.panel() * self.head_dim
+        return rows * (2 * self.heads * self.head_dim + 3 * self.dim + 2 * self.inner + self.longest) + attending
+
+
+class _Kept(ctypes.Structure):
+    _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("capacity", ctypes.c_int64)]
+
+
+class FusedLayers:
+    """Decoder layers of the same sizes, each of which is given what the one before it gave."""
+
+    def __init__(self, layers: Sequence[FusedLayer]) -> None:
+        self.layers, self.like = list(layers), layers[0]
+        self._told = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(layer.layer) for layer in layers))
+
+    def __call__(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], past: int,
+        paths: kernels.Paths,
+    ) -> torch.Tensor:  # fmt: skip
+        """`[1, rows, dim]`, `[1, rows, head_dim]` twice -> `[1, rows, dim]`.
+
+        kept: of each layer keys and values, `[1, kv_heads, capacity, head_dim]`, contiguous; those of these rows are written behind
+            `past` others.
+        """
+        like, rows, depth, threads = self.like, hidden.shape[1], paths.rows.shape[1], torch.get_num_threads()
+        stores = (_Kept * len(kept))(*(_Kept(key.data_ptr(), value.data_ptr(), key.shape[2]) for key, value in kept))
+        own = rows * like.head_dim * (like.heads + 2 * like.kv_heads)
+        out = torch.empty_like(hidden)
+        scratch = torch.empty(own + max(like.scratch_before(rows), like.scratch_behind(rows, past + depth, threads)))
+        kernels.compiled().lossless_layers(
+            self._told, stores, len(kept), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), paths.lengths.data_ptr(),
+            paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), like.longest, rows, threads,
         )  # fmt: skip
         return out
 

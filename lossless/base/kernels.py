@@ -93,9 +93,10 @@ def _declared(library: Any) -> Any:
     library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
     library.lossless_before.argtypes = [*[pointer] * 8, size, number]
     library.lossless_behind.argtypes = [*[pointer] * 8, size, size, pointer, pointer, size, size, number]
+    library.lossless_layers.argtypes = [*[pointer] * 2, size, *[pointer] * 5, size, size, pointer, pointer, size, size, number]
     library.lossless_level.argtypes = [*[pointer] * 8, size, number]
     library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
-    for name in ("before", "behind", "norm", "stored", "panels", "attend", "level", "likeliest"):
+    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest"):
         getattr(library, f"lossless_{name}").restype = None
     return library
 

@@ -1,5 +1,5 @@
-/* A decoder layer of a few rows in two calls, before and behind the cache (layer.py): norm, projections and rotary embedding; attention,
-   residual, norm and MLP.
+/* A decoder layer of a few rows in two calls, before and behind the cache (fused.py): norm, projections and rotary embedding; attention,
+   residual, norm and MLP. And layers one behind the other in one call.
 
    Rows are float32 inside. What comes in and goes out, and keys and values, are float32 or bfloat16. Like everything here, a row has the
    bits that it has by itself. */
@@ -108,4 +108,33 @@ void lossless_behind(const struct layer *layer, const void *hidden, const float 
     }
     for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
     narrow(layer->halves, middle, rows * dim, out);
+}
+
+/* Where a layer's keys and values are kept: [kv_heads, capacity, head_dim] each. */
+struct kept {
+    void *keys, *values;
+    int64_t capacity;
+};
+
+/* `count` layers of the same sizes, each of which is given what the one before it gave: hidden [rows, dim] -> out [rows, dim]. Keys and
+   values of the rows are written behind `past` others. scratch:
+   [rows, heads * head_dim + 2 * kv_heads * head_dim], and behind it what either call takes. */
+void lossless_layers(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const void *hidden, const void *cos,
+                     const void *sin, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past, void *out,
+                     float *scratch, ptrdiff_t longest, ptrdiff_t rows, int threads) {
+    ptrdiff_t heads = layers[0]->heads, kv_heads = layers[0]->kv_heads, size = layers[0]->head_dim, bytes = size * (layers[0]->halves ? 2 : 4);
+    float *query = scratch, *rest = query + rows * heads * size + rows * kv_heads * size * 2;
+    char *key = (char *)(query + rows * heads * size), *value = key + rows * kv_heads * bytes;
+    for (ptrdiff_t i = 0; i < count; i++, hidden = out) {
+        char *keys = kept[i].keys, *values = kept[i].values;
+        ptrdiff_t strides[4] = {kept[i].capacity * size, size, kept[i].capacity * size, size};
+        lossless_before(layers[i], hidden, cos, sin, query, key, value, rest, rows, threads);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (ptrdiff_t head = 0; head < kv_heads; head++) {
+                ptrdiff_t to = (head * kept[i].capacity + past + r) * bytes, from = (r * kv_heads + head) * bytes;
+                memcpy(keys + to, key + from, bytes);
+                memcpy(values + to, value + from, bytes);
+            }
+        lossless_behind(layers[i], hidden, query, keys, values, strides, lengths, paths, depth, past, out, rest, longest, rows, threads);
+    }
 }

@@ -90,8 +90,15 @@ INLINE i32s dot(i32s sum, u32s bytes, u32s weights) {
 /* Rows [count, ins] for EIGHT_BITS: bytes, and of each row what they are to be multiplied with. */
 static void to_bytes(const float *rows, ptrdiff_t count, ptrdiff_t ins, uint8_t *bytes, float *scales) {
     for (ptrdiff_t r = 0; r < count; r++, rows += ins, bytes += ins) {
+        f32s lanes = {};
+        ptrdiff_t whole = ins - ins % LANES;
+        for (ptrdiff_t i = 0; i < whole; i += LANES) {
+            u32s size = (u32s)load(rows + i) & 0x7fffffffu, more = (u32s)((f32s)size > lanes);
+            lanes = (f32s)((size & more) | ((u32s)lanes & ~more));
+        }
         float most = 1e-30f;
-        for (ptrdiff_t i = 0; i < ins; i++) most = fabsf(rows[i]) > most ? fabsf(rows[i]) : most;
+        for (int lane = 0; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
+        for (ptrdiff_t i = whole; i < ins; i++) most = fabsf(rows[i]) > most ? fabsf(rows[i]) : most;
         float scale = (MIDDLE - 1) / most;
         scales[r] = 1 / scale;
         for (ptrdiff_t i = 0; i < ins; i++) bytes[i] = (uint8_t)(rows[i] * scale + (MIDDLE + 0.5f));

@@ -106,7 +106,7 @@ class RowCache(Cache):
 
     def __init__(self, num_layers: int, capacity: int = _BLOCK, padding: torch.Tensor | None = None, keep_from: int = 0) -> None:
         self.rows = [(RowLayer if number >= keep_from else _PassingLayer)(capacity) for number in range(num_layers)]
-        self.padding = padding
+        self.padding, self.keep_from = padding, keep_from
         self._ends: list[int] | None = None  # of each sequence; None while all end at `length`
         super().__init__(layers=list(self.rows))
 
@@ -131,6 +131,20 @@ class RowCache(Cache):
         """`[batch or 1, length]`: where in its text each column stands (padding before it: below 0)."""
         columns = torch.arange(self.length)[None]
         return columns if self.padding is None else columns - self.padding.sum(1, keepdim=True).cpu()
+
+    def room(self, numbers: Sequence[int], rows: int, like: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of these layers, `[1, kv_heads, capacity, head_dim]`, with room for so many rows behind the certain ones.
+
+        like: `[1, kv_heads, any, head_dim]`, what keys are if the cache has none yet.
+        """
+        found = []
+        for number in numbers:
+            layer = self.rows[number]
+            layer.reserve(layer.length + rows)
+            if not layer.is_initialized:
+                layer.lazy_initialization(like, like)
+            found.append((layer.keys, layer.values))
+        return found
 
     def keep(self, rows: Sequence[int]) -> None:
         """Accept these provisional rows (counted from `length`) of every sequence, in the order given."""

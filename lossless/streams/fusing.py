@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.fused import FusedLayer
+from ..base.fused import FusedLayer, FusedLayers
 from ..base.layers import input_device
 from .cache import RowCache
-from .passes import PASS
+from .passes import PASS, Pass
 
 _SAME = 1e-3  # of the spread of logits: further off, a layer computes something else
 
@@ -25,7 +25,7 @@ def fuse_passes(runner: Any) -> None:
 
     Nobody but the runner may call its layers: those of a twin.
     """
-    if not fuse(runner.layers):
+    if not fuse(runner.layers, runner.first_top):
         return
     device, cache, found = input_device(runner.model), RowCache(len(runner.layers)), []
     ids = torch.tensor([[1 + 3 * i % (runner.text_config.vocab_size - 1) for i in range(7)]], device=device)
@@ -41,31 +41,61 @@ def fuse_passes(runner: Any) -> None:
             layer.__dict__.pop("forward", None)
 
 
-def fuse(layers: nn.ModuleList) -> bool:
+def fuse(layers: nn.ModuleList, first_top: int = 0) -> bool:
     """From now on these layers, which nobody else may call, go the short way where they can; False, and nothing is done, unless all of
-    them look as if they could."""
+    them look as if they could.
+
+    The first of them does the work of all, and so does the one of this number, whose input is asked for, for those from it on.
+    """
     found = [FusedLayer.of(layer) for layer in layers]
-    if not all(found):
+    fused = [each for each in found if each is not None]
+    if len(fused) < len(layers) or len({each.sizes for each in fused}) != 1:
         return False
+    numbers: list[Any] = [layer.self_attn.layer_idx for layer in layers]  # type: ignore[union-attr]
     layer: Any
-    for layer, fused in zip(layers, found, strict=True):
-        layer.forward = _shortened(layer.forward, fused, layer.self_attn.layer_idx)
+    for number, layer in enumerate(layers):
+        run, end = None, first_top if number < first_top else len(layers)
+        if number in (0, first_top):
+            run = _Run(FusedLayers(fused[number:end]), numbers[number:end], end)
+        layer.forward = _shortened(layer.forward, number, run)
     return True
 
 
-def _shortened(forward: Any, fused: Any, number: int) -> Any:
-    """A layer's forward, by its fused one if the pass is such that it serves."""
+class _Run:
+    """Layers that are done by the first of them; numbers: theirs in the cache; end: of the list that they stand in, the one behind them."""
 
-    def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        plan, turned = PASS.get(), kwargs.get("position_embeddings")
-        if plan is None or plan.paths is None or plan.begin is not None or args or turned is None or hidden_states.dtype is not fused.dtype:
-            return forward(hidden_states, *args, **kwargs)
+    def __init__(self, layers: FusedLayers, numbers: list[int], end: int) -> None:
+        self.layers, self.numbers, self.end = layers, numbers, end
+        like = layers.like
+        self._like = torch.empty(1, like.kv_heads, 0, like.head_dim, dtype=like.dtype)
+
+    def serves(self, plan: Pass | None, hidden: torch.Tensor, turned: Any) -> bool:
+        """Whether a pass is such that they can be."""
+        if plan is None or plan.paths is None or plan.begin is not None or turned is None or not isinstance(plan.cache, RowCache):
+            return False
+        like, (cos, _) = self.layers.like, turned
+        fits = hidden.dtype is cos.dtype is like.dtype and cos.shape == (1, hidden.shape[1], like.head_dim)
+        return fits and plan.cache.keep_from <= self.numbers[0]
+
+    def __call__(self, plan: Any, hidden: torch.Tensor, turned: Any) -> torch.Tensor:
         cos, sin = (each.contiguous() for each in turned)
-        hidden = hidden_states.contiguous()
-        if not isinstance(plan.cache, RowCache) or cos.dtype is not fused.dtype or cos.shape != (1, hidden.shape[1], fused.head_dim):
-            return forward(hidden_states, *args, **kwargs)
-        query, key, value = fused.before(hidden, cos, sin)
-        keys, values = plan.cache.update(key, value, number)
-        return fused.behind(hidden, query, keys, values, plan.paths.tensors)
+        kept = plan.cache.room(self.numbers, hidden.shape[1], self._like)
+        return self.layers(hidden.contiguous(), cos, sin, kept, plan.cache.length, plan.paths.tensors)
 
-    return run
+
+def _shortened(forward: Any, number: int, run: _Run | None) -> Any:
+    """A layer's forward: with those behind it if the pass is such that they can be done so, or nothing if they were.
+
+    run: None if it is not the first.
+    """
+
+    def short(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        plan, turned = PASS.get(), kwargs.get("position_embeddings")
+        if plan is not None and number < plan.done:
+            return hidden_states
+        if run is None or args or not run.serves(plan, hidden_states, turned):
+            return forward(hidden_states, *args, **kwargs)
+        plan.done = run.end  # type: ignore[union-attr]
+        return run(plan, hidden_states, turned)
+
+    return short

@@ -102,7 +102,7 @@ class StreamRunner:
         fused = unfuse_plain(self.layers)  # a packed model's own short way does not know passes
         self._unhooked = structure_of(self.top)
         self._hook()
-        self.fused = fused and fuse(self.layers)  # whether passes go the short way where they can
+        self.fused = fused and fuse(self.layers, self.first_top)  # whether passes go the short way where they can
 
     @property
     def first_top(self) -> int:
@@ -275,8 +275,8 @@ class StreamRunner:
         def through_the_layers() -> torch.Tensor:
             hidden = self.adapter.start_streams(entry, told)
             for number, layer in enumerate(self.stream_layers, self.first_top):
-                if number not in self._calls:
-                    continue  # a layer that the base itself passes over
+                if number not in self._calls or plan.done:
+                    continue  # a layer that the base itself passes over, or that was done by one before it
                 hidden = layer(hidden, **self._calls.filled(number, plan, hidden))
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             return hidden
