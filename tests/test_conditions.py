@@ -26,7 +26,7 @@ def probed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[Any]:
     found: list[Any] = []
     real = module.find_guarantee
     monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(module, "find_guarantee", lambda reader, wanted, passes, twin: found.append(passes) or real(reader, wanted, passes, twin))
+    monkeypatch.setattr(module, "find_guarantee", lambda reader, wanted, passes, *rest: found.append(passes) or real(reader, wanted, passes, *rest))
     return found
 
 

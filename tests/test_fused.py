@@ -170,7 +170,8 @@ def test_streams_that_run_alone_go_the_short_way_too(monkeypatch: pytest.MonkeyP
     model, calls = made(*SERVED["llama"]), []
     adapter = new_adapter(model, tiny_config()).randomize(2).copy_as(torch.device("cpu"), torch.float32)  # which learns no more
     fast, slow = (StreamRunner(model, adapter, packed_twin(model)) for _ in range(2))
-    fusing.fuse_passes(fast)
+    fusing.fuse_streams(fast)
+    assert fast.fused_streams
     real = FusedLayers.__call__
     monkeypatch.setattr(FusedLayers, "__call__", lambda self, hidden, *rest: calls.append(hidden.shape[1]) or real(self, hidden, *rest))
     found = []
@@ -194,8 +195,18 @@ def test_streams_that_run_alone_go_the_short_way_too(monkeypatch: pytest.MonkeyP
 def test_adapters_that_learn_are_not_passed_over() -> None:
     model = made(*SERVED["llama"])
     runner = StreamRunner(model, new_adapter(model, tiny_config()).randomize(2), packed_twin(model))
-    fusing.fuse_passes(runner)
-    assert runner.fused
+    fusing.fuse_streams(runner)
+    assert not runner.fused_streams
+    assert not any("forward" in layer.__dict__ for layer in runner.stream_layers)
+
+
+@pytest.mark.parametrize("family", COMPUTES_OTHERWISE)
+def test_streams_of_layers_that_compute_otherwise_go_through_them(family: str) -> None:
+    model = made(*COMPUTES_OTHERWISE[family])
+    adapter = new_adapter(model, tiny_config()).randomize(2).copy_as(torch.device("cpu"), torch.float32)
+    runner = StreamRunner(model, adapter)
+    fusing.fuse_streams(runner)
+    assert not runner.fused_streams
     assert not any("forward" in layer.__dict__ for layer in runner.stream_layers)
 
 

@@ -348,5 +348,5 @@ def test_without_a_compiler_there_are_none_and_the_rest_serves(afresh: Path, com
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "linear", lambda rows, *_: rows.new_zeros(len(rows), 70))
     assert not kernels._right()
-    monkeypatch.setattr(kernels, "multiply", lambda kind, weight, outs, rows, *_: rows.new_zeros(len(rows), outs))
+    monkeypatch.setattr(kernels, "multiply", lambda kind, weight, outs, rows, *_, **__: rows.new_zeros(len(rows), outs))
     assert not panels._right.__wrapped__()

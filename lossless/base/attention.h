@@ -64,7 +64,7 @@ static void attend(const struct attention *a, const float *asked, float *scratch
             ptrdiff_t first = b * PANEL, count = past - first < PANEL ? past - first : PANEL;
             if (count < PANEL) memset(own, 0, PANEL * dim * sizeof(float));
             for (ptrdiff_t j = 0; j < count; j++) lay_key(a, key_at(a, kv, first + j), own, j);
-            product(NUMBERS, (const uint32_t *)own, NULL, NULL, (const char *)(asked + kv * each * dim), NULL, each, dim, NULL, 0,
+            product(NUMBERS, (const uint32_t *)own, NULL, NULL, (const char *)(asked + kv * each * dim), NULL, each, dim, dim, NULL, 0,
                     scores + kv * each * width, first, width, count);
         }
 #pragma omp for collapse(2) schedule(static)
@@ -74,7 +74,7 @@ static void attend(const struct attention *a, const float *asked, float *scratch
                 ptrdiff_t count = a->lengths[r] - first < PANEL ? a->lengths[r] - first : PANEL;
                 memset(own, 0, PANEL * dim * sizeof(float));
                 for (ptrdiff_t j = 0; j < count; j++) lay_key(a, key_at(a, kv, past + a->paths[r * a->depth + first + j]), own, j);
-                product(NUMBERS, (const uint32_t *)own, NULL, NULL, (const char *)(asked + (kv * rows + r) * group * dim), NULL, group, dim, NULL, 0,
+                product(NUMBERS, (const uint32_t *)own, NULL, NULL, (const char *)(asked + (kv * rows + r) * group * dim), NULL, group, dim, dim, NULL, 0,
                         scores + (kv * rows + r) * group * width, past + first, width, count);
             }
     /* 2. softmax, lane by lane from the first key that is seen */

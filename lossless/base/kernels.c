@@ -16,9 +16,9 @@
 /* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
 
    halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16, and [count, 1 + ins / 4] for EIGHT_BITS. bias: [outs] or NULL. ins is even for
-   BFLOAT16, a multiple of BLOCK for FOUR_BITS, of 4 for EIGHT_BITS. */
+   BFLOAT16, and so is `chunk` (panels.h); ins is a multiple of BLOCK for FOUR_BITS, of 4 for EIGHT_BITS. */
 void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
-                     const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
+                     const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, ptrdiff_t chunk, int threads) {
     ptrdiff_t panels = (outs + PANEL - 1) / PANEL;
     enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : kind == FOUR_BITS ? CODES : BYTES;
 #if defined(__AVX512BF16__)
@@ -39,7 +39,7 @@ void lossless_panels(int kind, int halves, const uint32_t *weight, const float *
         ptrdiff_t first = p * PANEL, valid = outs - first < PANEL ? outs - first : PANEL;
         const float *biases = bias ? bias + first : NULL;
 #define WAY(way_, words_, scales_)                                                                                                         \
-    case way_: product(way_, weight + p * (words_), scales_, code, from, row_scales, count, ins, biases, halves, out, first, outs, valid); break;
+    case way_: product(way_, weight + p * (words_), scales_, code, from, row_scales, count, ins, chunk, biases, halves, out, first, outs, valid); break;
         switch (way) {
             WAY(NUMBERS, ins * PANEL, NULL)
             WAY(HALVES, ins / 2 * PANEL, NULL)
@@ -51,6 +51,14 @@ void lossless_panels(int kind, int halves, const uint32_t *weight, const float *
 }
 
 int lossless_lanes(void) { return LANES; }
+
+int lossless_pairs(void) {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 /* out[r][0..3] = rows[r] . weights[0..3], for `count` rows, which is known where this is compiled. */
 INLINE void tile(const float *weights, const float *rows, ptrdiff_t ins, int count, float *out, ptrdiff_t outs, int valid) {

@@ -88,7 +88,7 @@ def _load(command: list[str], name: str) -> Any:
 def _declared(library: Any) -> Any:
     pointer, size, number = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
     library.lossless_stored.argtypes = [number, *[pointer] * 3, *[size] * 3, number]
-    library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 3, number]
+    library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 4, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
     library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
     library.lossless_before.argtypes = [*[pointer] * 8, size, number]
@@ -118,9 +118,12 @@ def panel() -> int:
 
 def multiply(
     kind: int, weight: torch.Tensor, outs: int, rows: torch.Tensor, bias: torch.Tensor | None,
-    scales: torch.Tensor | None = None, code: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None, code: torch.Tensor | None = None, chunk: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`[..., in]` times a weight in panels of this kind (panels.h) -> `[..., out]`, in the dtype of the rows. No gradient flows."""
+    """`[..., in]` times a weight in panels of this kind (panels.h) -> `[..., out]`, in the dtype of the rows. No gradient flows.
+
+    chunk: inputs that are added up by themselves, where rows and weights are multiplied as pairs of bfloat16; None for all of them.
+    """
     *before, ins = rows.shape
     halves = rows.dtype is torch.bfloat16
     given = (rows if halves or rows.dtype is torch.float32 else rows.float()).contiguous()
@@ -130,7 +133,7 @@ def multiply(
     compiled().lossless_panels(
         kind, halves, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
         given.data_ptr(), scratch.data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
-        math.prod(before), ins, outs, torch.get_num_threads(),
+        math.prod(before), ins, outs, chunk or ins, torch.get_num_threads(),
     )  # fmt: skip
     return out if out.dtype is rows.dtype else out.to(rows.dtype)
 

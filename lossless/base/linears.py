@@ -12,6 +12,7 @@ of their modules are to be replaced (base/packed.py).
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -28,6 +29,9 @@ def packable(dtype: torch.dtype, ins: int) -> bool:
     return panels.available(dtype, ins) or products.packable(dtype)
 
 
+Layout = Callable[[torch.Tensor], panels.Panels | products.Packed]  # of a weight `[out, in]`
+
+
 def _packed(weight: torch.Tensor) -> panels.Panels | products.Packed:
     """A weight `[out, in]` in the layout whose products are the fastest here."""
     if panels.available(weight.dtype, weight.shape[1]) and not (weight.dtype == torch.bfloat16 and products.has_tiles()):
@@ -42,13 +46,14 @@ class PackedLinear(nn.Module):
         weight: `[out, in]`, dense; it is not kept.
         bias: `[out]` or None.
         origin: the class that it stands in for.
+        layout: packs the weight; None: in the way that is the fastest here.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, origin: type = nn.Linear) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, origin: type = nn.Linear, layout: Layout | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.origin = origin
-        self.packed, self.dtype = _packed(weight), weight.dtype
+        self.origin, self.layout = origin, layout or _packed
+        self.packed, self.dtype = self.layout(weight), weight.dtype
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
@@ -83,7 +88,7 @@ class PackedLinear(nn.Module):
         """Another module with the same packed weight: hooks of the one are not hooks of the other."""
         other = type(self).__new__(type(self))
         nn.Module.__init__(other)
-        for name in ("in_features", "out_features", "packed", "dtype", "bias", "origin"):
+        for name in ("in_features", "out_features", "packed", "dtype", "bias", "origin", "layout"):
             setattr(other, name, getattr(self, name))
         return other.train(self.training)
 
@@ -99,7 +104,7 @@ class PackedLinear(nn.Module):
         return {**self.__dict__, "packed": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "packed": _packed(state["packed"])})
+        super().__setstate__({**state, "packed": state["layout"](state["packed"])})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         _stays(fn, self.dtype, convertible=False)

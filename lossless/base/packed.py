@@ -33,7 +33,7 @@ from .norms import FusedNorm, fused
 from .processes import free_memory
 from .structure import structure_of
 
-_TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much
+TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much
 _SAME = 1e-3  # of the spread of logits: further off, a layer computes something else
 _STANDING_IN = (PackedLinear, StoredLinear, FourBitLinear, FusedNorm)
 
@@ -73,7 +73,7 @@ def _is_four_bit(module: nn.Module) -> bool:
     return state is not None and state.blocksize == 64 and state.shape[1] % 64 == 0
 
 
-def _stand_in(module: Any) -> type | None:
+def stand_in(module: Any) -> type | None:
     """What may stand in for a module here, or None: it stays as it is."""
     heard = module._forward_hooks or module._forward_pre_hooks  # somebody's own: they would be lost
     dtype = None if heard or isinstance(module, _STANDING_IN) else product_dtype(module)
@@ -101,15 +101,15 @@ def _replace(model: nn.Module, kinds: dict[str, type]) -> None:
         else:
             weight, bias = dense(module)  # type: ignore[misc]
             made = PackedLinear(weight, bias, type(module))
-        _put(model, name, made.train(module.training))
+        put(model, name, made.train(module.training))
     for name, module in list(model.named_modules()):
         if (norm := fused(module)) is not None:
-            _put(model, name, norm.train(module.training))
+            put(model, name, norm.train(module.training))
 
 
 def _stand_ins(model: nn.Module) -> dict[str, type]:
     """What may stand in for each module, by name."""
-    found = ((name, _stand_in(module)) for name, module in model.named_modules())
+    found = ((name, stand_in(module)) for name, module in model.named_modules())
     return {name: kind for name, kind in found if kind is not None}
 
 
@@ -133,7 +133,8 @@ def _packed_itemsize(module: Any) -> int:
     return panels.itemsize(module.weight) if known else dtype.itemsize
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Another module in the place of the one of this name."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, module)
 
@@ -194,7 +195,7 @@ def unpack(model: Any) -> Any:
         unfuse_plain(decoder_layers(model))
     for name, module in list(model.named_modules()):
         if isinstance(module, _STANDING_IN):
-            _put(model, name, module.original().train(module.training))
+            put(model, name, module.original().train(module.training))
     model.tie_weights()
     if model.config.get_text_config()._attn_implementation == GROUPED:
         model.set_attn_implementation("sdpa")
@@ -231,7 +232,7 @@ def packed_twin(model: Any) -> Any | None:
     Where there is no memory for packed copies, kernels of ours take the weights as they are.
     """
     kinds = _stand_ins(model)
-    if packed_bytes(model, kinds) > _TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
+    if packed_bytes(model, kinds) > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
         kinds = {name: kind for name, kind in kinds.items() if kind is not PackedLinear}
         kinds |= {name: StoredLinear for name, module in model.named_modules() if _storable(module)}
     if not kinds:

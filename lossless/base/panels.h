@@ -46,9 +46,9 @@ INLINE u32s words(const uint32_t *at) {
 }
 
 /* sums[r] += weights * rows[r][i], for both halves of a panel */
-INLINE void add(f32s (*sums)[2], f32s first, f32s second, const float *rows, ptrdiff_t ins, int count) {
+INLINE void add(f32s (*sums)[2], f32s first, f32s second, const float *rows, ptrdiff_t stride, int count) {
     UNROLL for (int r = 0; r < count; r++) {
-        float row = rows[r * ins];
+        float row = rows[r * stride];
         sums[r][0] += first * row;
         sums[r][1] += second * row;
     }
@@ -105,19 +105,20 @@ static void to_bytes(const float *rows, ptrdiff_t count, ptrdiff_t ins, uint8_t 
     }
 }
 
-/* The sums of `count` rows, which is known where this is compiled, with one panel. row_scales: of rows in bytes. */
+/* The sums of `count` rows, which is known where this is compiled, with one panel. row_scales: of rows in bytes. Rows stand `stride`
+   numbers apart. */
 INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows_, const float *row_scales,
-                     ptrdiff_t ins, int count, f32s (*out)[2]) {
+                     ptrdiff_t ins, ptrdiff_t stride, int count, f32s (*out)[2]) {
     const float *rows = rows_;
     f32s sums[ROWS][2] = {}; /* of its own, so that they stay in registers */
     if (way == NUMBERS)
         for (ptrdiff_t i = 0; i < ins; i++, panel += PANEL)
-            add(sums, (f32s)words(panel), (f32s)words(panel + LANES), rows + i, ins, count);
+            add(sums, (f32s)words(panel), (f32s)words(panel + LANES), rows + i, stride, count);
     if (way == HALVES)
         for (ptrdiff_t i = 0; i < ins; i += 2, panel += PANEL) {
             u32s first = words(panel), second = words(panel + LANES);
-            add(sums, (f32s)(first << 16), (f32s)(second << 16), rows + i, ins, count);
-            add(sums, (f32s)(first & 0xffff0000u), (f32s)(second & 0xffff0000u), rows + i + 1, ins, count);
+            add(sums, (f32s)(first << 16), (f32s)(second << 16), rows + i, stride, count);
+            add(sums, (f32s)(first & 0xffff0000u), (f32s)(second & 0xffff0000u), rows + i + 1, stride, count);
         }
     if (way == CODES) {
         struct code code;
@@ -127,7 +128,7 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             for (ptrdiff_t i = block; i < block + BLOCK; i += 4, panel += LANES) {
                 u32s four = words(panel);
                 UNROLL for (int j = 0; j < 4; j++)
-                    add(sums, decoded(code, four >> (8 * j) & 15) * first, decoded(code, four >> (8 * j + 4) & 15) * second, rows + i + j, ins, count);
+                    add(sums, decoded(code, four >> (8 * j) & 15) * first, decoded(code, four >> (8 * j + 4) & 15) * second, rows + i + j, stride, count);
             }
         }
     }
@@ -138,7 +139,7 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             u32s first = words(panel), second = words(panel + LANES);
             UNROLL for (int r = 0; r < count; r++) {
                 uint32_t four;
-                memcpy(&four, bytes + r * ins + i, 4);
+                memcpy(&four, bytes + r * stride + i, 4);
                 u32s row = four - (u32s){};
                 dots[r][0] = dot(dots[r][0], row, first);
                 dots[r][1] = dot(dots[r][1], row, second);
@@ -157,7 +158,7 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             __m512bh first = (__m512bh)words(panel), second = (__m512bh)words(panel + LANES);
             UNROLL for (int r = 0; r < count; r++) {
                 int32_t pair;
-                memcpy(&pair, halves + r * ins + i, 4);
+                memcpy(&pair, halves + r * stride + i, 4);
                 __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
                 sums[r][0] = (f32s)_mm512_dpbf16_ps((__m512)sums[r][0], first, row);
                 sums[r][1] = (f32s)_mm512_dpbf16_ps((__m512)sums[r][1], second, row);
@@ -188,15 +189,30 @@ INLINE void finish(const f32s *sums, const float *bias, int halves, void *out, p
     }
 }
 
-/* All rows with one panel. */
+/* The rows of one part with one panel; in chunks of inputs, whose sums are added up one after the other. */
+INLINE void part(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows, const float *row_scales,
+                 ptrdiff_t ins, ptrdiff_t chunk, int count, f32s (*sums)[2]) {
+    if (way != PAIRS || chunk >= ins) {
+        multiply(way, panel, scales, table, rows, row_scales, ins, ins, count, sums);
+        return;
+    }
+    memset(sums, 0, count * sizeof *sums);
+    for (ptrdiff_t i = 0; i < ins; i += chunk) {
+        f32s some[ROWS][2];
+        multiply(way, panel + i / 2 * PANEL, scales, table, (const uint16_t *)rows + i, row_scales, ins - i < chunk ? ins - i : chunk, ins, count, some);
+        UNROLL for (int r = 0; r < count; r++) sums[r][0] += some[r][0], sums[r][1] += some[r][1];
+    }
+}
+
+/* All rows with one panel. chunk: of inputs that are added up by themselves, if both are bfloat16; at least `ins` for none. */
 INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows,
-                    const float *row_scales, ptrdiff_t count, ptrdiff_t ins, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
+                    const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
     ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == BYTES ? 1 : way == PAIRS ? 2 : 4; /* about equal parts */
     for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
         const void *from = rows + r * ins * size;
         f32s sums[ROWS][2];
         some = (count - r + parts - 1) / parts;
-#define CASE(n) case n: multiply(way, panel, scales, table, from, row_scales + r, ins, n, sums); break;
+#define CASE(n) case n: part(way, panel, scales, table, from, row_scales + r, ins, chunk, n, sums); break;
         switch (some) {
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if ROWS > 6

@@ -31,6 +31,11 @@ def available(dtype: torch.dtype, ins: int) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and ins % 2 == 0 and kernels.available() and _right()
 
 
+def multiplies_pairs(ins: int) -> bool:
+    """Whether rows and weights in bfloat16, of so many inputs, are multiplied as pairs here, in one rounding each."""
+    return available(torch.bfloat16, ins) and bool(kernels.compiled().lossless_pairs())
+
+
 def four_bits_available(ins: int) -> bool:
     """Whether 4-bit weights for so many inputs, in blocks of 64, can be."""
     return ins % _BLOCK == 0 and kernels.available() and _right()
@@ -57,14 +62,16 @@ class Panels:
         numbers: `[panels, in, panel]` float32, or `[panels, in / 2, panel, 2]` bfloat16; outputs that are not there are 0.
         outs: outputs.
         dtype: of the weight, which may be float32 where the numbers are not.
+        chunk: inputs that are added up by themselves, and their sums in turn; None for all. Only for pairs of bfloat16.
     """
 
     numbers: torch.Tensor
     outs: int
     dtype: torch.dtype
+    chunk: int | None = None
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> Panels:
+    def of(cls, weight: torch.Tensor, chunk: int | None = None) -> Panels:
         """`[out, in]`, which is left as it is."""
         panel, (outs, ins) = kernels.panel(), weight.shape
         blocks = F.pad(weight.detach(), (0, 0, 0, -outs % panel)).view(-1, panel, ins)
@@ -72,7 +79,7 @@ class Panels:
             numbers = blocks.to(torch.bfloat16).view(-1, panel, ins // 2, 2).transpose(1, 2)
         else:
             numbers = blocks.transpose(1, 2)
-        return cls(numbers.contiguous(), outs, weight.dtype)
+        return cls(numbers.contiguous(), outs, weight.dtype, chunk)
 
     @property
     def kind(self) -> int:
@@ -89,7 +96,7 @@ class Panels:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
-        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias)
+        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias, chunk=self.chunk)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ static void project_panel(const struct weight *w, const struct rows *rows, ptrdi
     const float *bias = w->bias ? w->bias + first : NULL;
     const uint32_t *numbers = w->numbers;
 #define PROJECT(way, words_, scales_, rows_)                                                                                                 \
-    product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), rows->scales, count, ins, bias, 0, out, first, w->outs, valid)
+    product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), rows->scales, count, ins, ins, bias, 0, out, first, w->outs, valid)
     switch (w->kind) {
     case FLOAT32: PROJECT(NUMBERS, ins * PANEL, NULL, rows->numbers); break;
     case BFLOAT16:

@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..adapter.weights import StreamAdapter
+from ..base.exact import exact_twin
 from ..base.layers import device_of
 from ..base.packed import packed_twin, warm_up
 from ..drafting.drafter import Drafter
-from ..streams.fusing import fuse_passes
+from ..streams.fusing import fuse_passes, fuse_streams
 from ..streams.runner import StreamRunner, logit_scale
 from .exactness import Guarantee, Passes, check_level, find_guarantee
 from .limits import projections
@@ -61,29 +62,33 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     dtype: Any = embeddings.weight.dtype
     adapter = adapter.copy_as(device_of(head), dtype)
     reader = StreamRunner(base, adapter)
-    # in 16 bits a twin is never close enough to guard, and without a guard only `off` takes it
-    coarse = exact != "off" and dtype in (torch.bfloat16, torch.float16)
-    model = None if exact == "bitwise" or coarse else packed_twin(base)
+    # in 16 bits no guard is wide enough for a twin that rounds otherwise, and without a guard only `off` takes it
+    same_bits = exact != "off" and dtype in (torch.bfloat16, torch.float16)
+    if same_bits:
+        model = None if exact == "near-tie" or reader.own_attention else exact_twin(base)
+    else:
+        model = None if exact == "bitwise" else packed_twin(base)
     twin = None if model is None else StreamRunner(base, adapter, model)
-    if twin is not None:
+    if twin is not None and not same_bits:
         fuse_passes(twin)
 
     def look() -> Guarantee:
         check_served(reader)
         joined = passes.streams and not (twin or reader).fused  # fused layers carry no streams
-        return find_guarantee(reader, exact, replace(passes, streams=joined), twin)
+        return find_guarantee(reader, exact, replace(passes, streams=joined), twin, same_bits)
 
     kept = verdict_path(reader, twin or reader, exact, passes)
-    guarantee = kept_guarantee(kept, reader.model, look)
+    guarantee = kept_guarantee(kept, reader.model, model, look)
+    serves = twin is not None and (guarantee.twin or guarantee.level == "off")
+    runner = twin if twin is not None and serves else reader
     if guarantee.limits is not None:
-        reader.keep_bits(guarantee.limits)
+        runner.keep_bits(guarantee.limits)
     elif guarantee.again:
         reader.keep_bits(dict.fromkeys(projections(reader.model), 1), always=False)
     drafter = Drafter(adapter, embeddings, head, logit_scale(reader))
-    serves = twin is not None and (guarantee.twin or guarantee.level == "off")
-    runner = twin if twin is not None and serves else reader
     with torch.no_grad():
         warm_up(runner.model, passes.rows)
         if runner is not reader:
             runner.observe_anything()  # streams call its layers as the base does: seen now, not in the first answer
+    fuse_streams(runner)
     return Attachment(reader, runner, drafter, guarantee, passes, kept)

@@ -79,7 +79,7 @@ class Guarantee:
 
     Attributes:
         level: one of `EXACTNESS`.
-        limits: rows at a time that keep their bits, for each projection; None if the level is not bitwise.
+        limits: rows at a time that keep their bits, for each projection that passes over trees run through; None if the level is not bitwise.
         operations: the same by kind of projection, to be read: `in x out` -> rows.
         noise: how far differences between logits move with the shape of a pass, in logits.
         twin: passes over trees run through packed copies of the weights.
@@ -118,7 +118,9 @@ class Guarantee:
 
 
 @torch.no_grad()
-def find_guarantee(runner: StreamRunner, wanted: str | None, passes: Passes, twin: StreamRunner | None = None) -> Guarantee:
+def find_guarantee(
+    runner: StreamRunner, wanted: str | None, passes: Passes, twin: StreamRunner | None = None, same_bits: bool = False
+) -> Guarantee:
     """Probe the base, in some seconds.
 
     Args:
@@ -126,6 +128,7 @@ def find_guarantee(runner: StreamRunner, wanted: str | None, passes: Passes, twi
         wanted: a level; None for the strongest that pays: bitwise where it is to be had, unless most weights would
             take one row at a time for it and the noise is so small that a choice is hardly ever within it (float32).
         passes: what is to be promised for.
+        same_bits: the twin is to have the bits of the base's own (base/exact.py); else it is rounded otherwise.
 
     Raises:
         UsageError: there is no such level, or the device does not give it.
@@ -134,14 +137,19 @@ def find_guarantee(runner: StreamRunner, wanted: str | None, passes: Passes, twi
     if wanted == "off":
         return Guarantee("off")
     known = [_Known(runner.base, prompt, passes.rows) for prompt in _prompts(runner, passes.rows)]
-    if twin is not None and wanted in (None, "near-tie"):
-        noise = _compare(twin, None, known, passes, _QUIET)[1]
+    if twin is not None and same_bits:
+        limits, operations, _ = find_limits(twin.model, runner.model)
+        bits, noise, _ = _compare(runner, twin, limits, known, passes) if min(limits.values()) else (False, 0.0, 0.0)
+        if bits:
+            return Guarantee("bitwise", limits, operations, noise, twin=True)
+    elif twin is not None and wanted in (None, "near-tie"):
+        noise = _compare(runner, twin, None, known, passes, _QUIET)[1]
         if noise < _QUIET:
             return Guarantee("near-tie", noise=noise, twin=True, again=_again(runner, known))
     limits, operations, together = find_limits(runner.model)
     # attention that is not called through transformers' interface takes the rows of a pass together
     apart = wanted != "near-tie" and not runner.own_attention
-    bits, noise, off = _compare(runner, limits if apart else None, known, passes)
+    bits, noise, off = _compare(runner, runner, limits if apart else None, known, passes)
     # behind a long text roundings have added up; in 16 bits those of prompts and of tokens may be of two kinds (base/fused.py)
     allowed = (4 if is_fine(runner.base) else 8) * too_far(runner.base)
     if not bits and not off < allowed:  # its own cache, for example, may forget what its attention would see
@@ -207,16 +215,16 @@ def moved(logits: torch.Tensor, alone: torch.Tensor) -> float:
 
 
 def _compare(
-    runner: StreamRunner, limits: dict[nn.Module, int] | None, known: list[_Known], passes: Passes, most: float = math.inf
+    reader: StreamRunner, runner: StreamRunner, limits: dict[nn.Module, int] | None, known: list[_Known], passes: Passes, most: float = math.inf
 ) -> tuple[bool, float, float]:
-    """Over all passes: whether rows have the bits of one-row passes under `limits`, the noise without, and how far logits are off at most, as
+    """Over all passes of a runner: whether rows have the bits of one-row passes under `limits`, the noise without, and how far logits are off at most, as
     a part of their spread; no further once the noise is `most`."""
     bits, noise, off = limits is not None, 0.0, 0.0
     safety = _SAFETY_FLOAT32 if is_fine(runner.base) else _SAFETY_COARSER
     for text in known:
         # what drafts have brought was read in such passes, too, so that the keys that a row looks back at have noise
-        read = _behind(runner, text.prompt, passes.rows)
-        exact = _behind(runner, text.prompt, len(text.prompt)) if bits else read
+        read = _behind(reader, runner, text.prompt, passes.rows)
+        exact = _behind(reader, runner, text.prompt, len(text.prompt)) if bits else read
         with as_decoding(runner.model):
             for rows, streams in passes.each():
                 native = read(text.tree, rows, streams)
@@ -236,7 +244,7 @@ def _again(runner: StreamRunner, known: list[_Known]) -> tuple[int, ...]:
         return ()
     limits, kept = dict.fromkeys(projections(runner.model), 1), list(_AGAIN)
     for text in known:
-        read = _behind(runner, text.prompt, len(text.prompt))
+        read = _behind(runner, runner, text.prompt, len(text.prompt))
         with as_decoding(runner.model), _limited(runner, limits):
             kept = [rows for rows in kept if rows <= len(text.alone) and torch.equal(read(text.tree, rows, False), text.alone[:rows])]
     return tuple(kept)
@@ -247,15 +255,16 @@ def _rounding(model: Any, logits: torch.Tensor) -> float:
     return torch.finfo(model.get_input_embeddings().weight.dtype).eps * float(logits.abs().max())
 
 
-def _behind(runner: StreamRunner, prompt: list[int], rows: int) -> Callable[[DraftTree, int, bool], torch.Tensor]:
-    """Read a prompt once, its beginning as a prompt and what follows so many rows a pass; returns: tree, its first nodes, whether
+def _behind(reader: StreamRunner, runner: StreamRunner, prompt: list[int], rows: int) -> Callable[[DraftTree, int, bool], torch.Tensor]:
+    """Read a prompt once, its beginning as a prompt, by the reader, and what follows so many rows a pass; returns: tree, its first nodes, whether
     they speculate -> `[nodes, vocab]`, the logits of a pass over them behind the prompt."""
     device, cache = input_device(runner.model), RowCache(len(runner.layers), len(prompt) + rows)
     first = len(prompt) if rows >= len(prompt) else min(_SHORT, len(prompt))
     for start, end in itertools.pairwise((0, *range(first, len(prompt), rows), len(prompt))):
         places = torch.arange(start, end, device=device)[None]
         with as_decoding(runner.model) if start else contextlib.nullcontext():
-            runner.verify(torch.tensor([prompt[start:end]], device=device), places, None, cache, None, last_only=start == 0)
+            by = runner if start else reader
+            by.verify(torch.tensor([prompt[start:end]], device=device), places, None, cache, None, last_only=start == 0)
         cache.keep(range(end - start))
 
     def read(tree: DraftTree, rows: int, streams: bool) -> torch.Tensor:

@@ -13,12 +13,15 @@ from torch import nn
 from ..base.layers import decoder, device_of, features, is_projection
 from ..base.packed import dense, product_dtype
 
-_PIECES = range(2, 33)  # rows at a time that a projection is tried with
+_MOST = 32  # rows at a time that a projection is tried with
 _OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
 
 
-def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float]:
+def find_limits(model: Any, own: Any = None) -> tuple[dict[nn.Module, int], dict[str, int], float]:
     """How many rows at a time each projection takes so that each has the bits that it has alone.
+
+    Args:
+        own: another model of the same structure, in whose projections a row is alone; then limits may be 0.
 
     Returns:
         The rows for each module; by kind; and the part of all weights that take more than one.
@@ -26,10 +29,10 @@ def find_limits(model: Any) -> tuple[dict[nn.Module, int], dict[str, int], float
     limits: dict[nn.Module, int] = {}
     kinds: dict[tuple[Any, ...], int] = {}
     weights = several = 0
-    for module in projections(model):
+    for module, alone in zip(projections(model), projections(own or model), strict=True):
         kind = (type(module).__name__, *features(module), product_dtype(module))
         if kind not in kinds:
-            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, device_of(module))
+            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, device_of(module), alone)
         limits[module] = kinds[kind]
         size = features(module)[0] * features(module)[1]
         weights += size
@@ -45,8 +48,9 @@ def projections(model: Any) -> list[nn.Module]:
     return [*modules, *([] if head in modules else [head])]
 
 
-def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
-    """The most rows of `_PIECES` up to which no number differs."""
+def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device, own: nn.Module | None = None) -> int:
+    """The most rows up to which no number differs from those of the same rows alone, in `own` if that is another one."""
+    own = own or projection
     ins, outs = features(projection)
     count = min(256, max(16, _OUTPUTS // outs))
     generator = torch.Generator().manual_seed(0)
@@ -54,12 +58,12 @@ def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> i
     rows *= 2.0 ** (torch.arange(count)[:, None] % 6 - 2)  # rows of all sizes: 8-bit projections treat outliers apart
     rows[::2] = _cancelling(projection, rows[::2])
     rows = rows.to(device, dtype)
-    alone = [projection(row[None, None])[0] for row in rows[4:6]]
+    most = int(own is projection)  # one row of it is alone
+    alone = [own(row[None, None])[0] for row in rows[4:6]]
     if not torch.equal(projection(rows[4:6]), torch.cat(alone)):
-        return 1
-    expected = torch.cat([projection(row[None, None])[0] for row in rows])
-    most = 1
-    for size in _PIECES:
+        return most
+    expected = torch.cat([own(row[None, None])[0] for row in rows])
+    for size in range(most + 1, _MOST + 1):
         if size > count or not torch.equal(torch.cat([projection(piece) for piece in rows.split(size)]), expected):
             break
         most = size

@@ -38,27 +38,28 @@ def verdict_path(reader: StreamRunner, runner: StreamRunner, wanted: str | None,
     return cache_dir() / "guarantees" / file_name(depends)
 
 
-def kept_guarantee(path: Path, model: Any, find: Callable[[], Guarantee]) -> Guarantee:
+def kept_guarantee(path: Path, model: Any, twin: Any, find: Callable[[], Guarantee]) -> Guarantee:
     """The verdict that was found before under the same circumstances, or a new one, which is then kept.
 
     A file that cannot be read, or be written, costs a probe, nothing else.
 
     Args:
-        model: what rows are read through, whose projections have limits; find: probes it.
+        model: what rows are read through; twin: what trees may be, or None: projections of the one or the other have limits.
+        find: probes them.
     """
     with contextlib.suppress(*BROKEN):  # not there yet, or broken
-        return read_guarantee(path, model)
+        return read_guarantee(path, model, twin)
     found = find()
-    keep(path, model, found)
+    keep(path, twin if found.twin else model, found)
     return found
 
 
-def read_guarantee(path: Path, model: Any) -> Guarantee:
+def read_guarantee(path: Path, model: Any, twin: Any = None) -> Guarantee:
     """A verdict that was kept; raises one of `BROKEN` if it is not there, or is none of this model."""
     kept = read_json(path)["guarantee"]
     limits: Any = kept["limits"]
     if limits is not None:
-        limits = {module: limits.pop(name) for name, module in _named(model).items()} | limits
+        limits = {module: limits.pop(name) for name, module in _named(twin if kept["twin"] else model).items()} | limits
     if limits and not all(isinstance(module, torch.nn.Module) and type(rows) is int for module, rows in limits.items()):
         raise ValueError("limits of other projections")
     return Guarantee(str(kept["level"]), limits, dict(kept["operations"]), float(kept["noise"]), bool(kept["twin"]), _rows(kept["again"]))

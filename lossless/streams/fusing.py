@@ -13,10 +13,13 @@ from torch import nn
 
 from ..base.fused import FusedLayer, FusedLayers
 from ..base.layers import input_device
+from ..base.norms import fused
+from ..base.packed import put
 from .cache import RowCache
 from .passes import PASS, Pass
 
 _SAME = 1e-3  # of the spread of logits: further off, a layer computes something else
+_ALIKE = 0.2  # of the spread of streams, which may be wrong: by what their numbers, of 8 and 16 bits, are rounded
 
 
 @torch.no_grad()
@@ -38,6 +41,30 @@ def fuse_passes(runner: Any) -> None:
     if not (found[1] - found[0]).abs().max() < _SAME * found[0].std():
         runner.fused = False
         for layer in runner.layers:
+            layer.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+def fuse_streams(runner: Any) -> None:
+    """The same for the layers that streams run through alone, which are the runner's own whatever its passes run through."""
+    layers = runner.stream_layers
+    if any(part._forward_hooks for part in layers.modules()):  # adapters that are not merged into the weights
+        return
+    for name, module in list(layers.named_modules()):
+        if (norm := fused(module)) is not None:
+            put(layers, name, norm)
+    if not fuse(layers):
+        return
+    cache, ids = RowCache(len(runner.layers)), torch.arange(1, 9, device=input_device(runner.model))[None] % runner.text_config.vocab_size
+    entry, _ = runner.observe(ids, cache)
+    cache.keep(range(8))
+    last, seen = torch.tensor([[7]], device=entry.device), torch.ones(1, 1, 8, dtype=torch.bool, device=entry.device)
+    found = []
+    for runner.fused_streams in (False, True):
+        found.append(runner.speculate(entry[:, -1:], last, seen, cache).float())
+    if not (found[1] - found[0]).std() < _ALIKE * found[0].std():
+        runner.fused_streams = False
+        for layer in layers:
             layer.__dict__.pop("forward", None)
 
 

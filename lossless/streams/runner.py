@@ -103,6 +103,7 @@ class StreamRunner:
         self._unhooked = structure_of(self.top)
         self._hook()
         self.fused = fused and fuse(self.layers, self.first_top)  # whether passes go the short way where they can
+        self.fused_streams = False  # the same of streams that run alone
 
     @property
     def first_top(self) -> int:
@@ -117,10 +118,7 @@ class StreamRunner:
     @cached_property
     def stream_layers(self) -> nn.ModuleList:
         """The layers that streams run through alone."""
-        layers = stream_layers(self._unhooked, self.adapter, model_bytes(self.base))
-        if self.fused and not any(part._forward_hooks for part in layers.modules()):  # adapters that are merged into the weights
-            fuse(layers)
-        return layers
+        return stream_layers(self._unhooked, self.adapter, model_bytes(self.base))
 
     @cached_property
     def _stream_paths(self) -> AloneRows:
@@ -269,7 +267,7 @@ class StreamRunner:
         keys = cache.places().to(entry.device).expand(len(entry), -1)
         mask = self._stream_mask(context, positions, keys)
         plan = Pass(self.implementation, len(entry), 0, stream=mask, cache=cache)
-        if self.fused and entry.shape[:2] == (1, 1) and cache.visible() is None and context.all():
+        if self.fused_streams and entry.shape[:2] == (1, 1) and cache.visible() is None and context.all():
             plan.paths = self._stream_paths
 
         def through_the_layers() -> torch.Tensor:

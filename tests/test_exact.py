@@ -1,0 +1,122 @@
+"""A twin in bfloat16 with the bits of the base's own products, and a base that is served through it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lossless.adapter.compat import new_adapter
+from lossless.base import exact, panels
+from lossless.base.exact import chunk_of, exact_twin, in_torchs_order
+from lossless.base.linears import PackedLinear
+from lossless.base.loading import freeze
+from lossless.generation import verdict
+from lossless.generation.limits import find_limits
+from lossless.generation.model import accelerate
+
+from .conftest import build_tiny, prompt_ids, tiny_config
+from .test_lossless import both
+
+pytestmark = pytest.mark.skipif(
+    not (panels.multiplies_pairs(64) and exact._some_bits(640, 64)), reason="products of bfloat16 have other bits than torch's on this machine"
+)
+
+
+@pytest.fixture
+def base() -> LlamaForCausalLM:
+    """Of products that are large enough for oneDNN: torch has another way with the smallest ones."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    ))  # fmt: skip
+    return freeze(model.bfloat16())  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (200, 576), (64, 1536), (33, 2048)], ids=str)
+def test_rows_have_torchs_own_bits_beside_any_number_of_others(shape: tuple[int, int]) -> None:
+    weight, rows = torch.randn(shape).bfloat16(), torch.randn(9, shape[1]).bfloat16()
+    alone = torch.cat([F.linear(row[None, None], weight)[0] for row in rows])
+    product = in_torchs_order(weight)
+    for count in (1, 2, 9):
+        assert torch.equal(torch.cat([product.multiply(some, None) for some in rows.split(count)]), alone)
+
+
+def test_a_wrong_order_is_found_out() -> None:
+    linear = nn.Linear(1024, 96, bias=False).bfloat16()
+    chunk = chunk_of(1024)
+    orders = [found for found in (None, 64, 512) if found != chunk]
+    model, own = (nn.Module() for _ in range(2))
+    own.head = linear
+    for wrong in orders:
+        model.head = PackedLinear(linear.weight, None, layout=lambda weight, wrong=wrong: panels.Panels.of(weight, wrong))
+        assert _limit_of(model.head, own.head) == 0
+    model.head = PackedLinear(linear.weight, None, layout=in_torchs_order)
+    assert _limit_of(model.head, own.head) == 32
+
+
+def _limit_of(projection: Any, own: Any) -> int:
+    from lossless.generation.limits import _limit
+
+    return _limit(projection, torch.bfloat16, torch.device("cpu"), own)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sample: bool) -> None:
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
+    assert fast.guarantee.level == "bitwise"
+    assert fast.guarantee.twin
+    assert fast.runner is not fast.reader
+    assert set(fast.guarantee.limits or {}) <= set(fast.runner.model.modules())
+    expected, found = both(fast, prompt_ids(30), 3, do_sample=do_sample, max_new_tokens=60, output_scores=True, return_dict_in_generate=True)
+    assert torch.equal(expected.sequences, found.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(expected.scores, found.scores, strict=True))
+    assert fast.stats.drafted
+
+
+def test_nothing_of_the_base_is_exchanged(base: LlamaForCausalLM) -> None:
+    modules = list(base.modules())
+    assert exact_twin(base) is not None
+    assert list(base.modules()) == modules
+    assert not any(isinstance(module, PackedLinear) for module in modules)
+
+
+def test_a_verdict_is_kept_with_the_limits_of_the_twin(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    adapter = new_adapter(base, tiny_config()).randomize(1)
+    first, again = accelerate(base, adapter), accelerate(base, adapter)
+    assert again.guarantee.twin
+    assert set(again.guarantee.limits or {}) <= set(again.runner.model.modules())
+    assert sorted((again.guarantee.limits or {}).values()) == sorted((first.guarantee.limits or {}).values())
+    expected, found = both(again, prompt_ids(12), max_new_tokens=20)
+    assert torch.equal(expected, found)
+
+
+def test_products_too_small_for_onednn_are_left_to_torch() -> None:
+    base = build_tiny().bfloat16()
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1))
+    assert fast.runner is fast.reader
+    expected, found = both(fast, prompt_ids(12), max_new_tokens=20)
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("what", ["order", "memory", "level", "dtype"])
+def test_where_there_is_no_such_twin_the_base_s_own_weights_serve(what: str, base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    if what == "order":
+        monkeypatch.setattr(exact, "in_torchs_order", lambda weight: panels.Panels.of(weight.flip(1)))
+        monkeypatch.setattr(exact, "_some_bits", lambda ins, outs: True)
+        assert min(find_limits(exact_twin(base), base)[0].values()) == 0
+    if what == "memory":
+        monkeypatch.setattr(exact, "free_memory", lambda device: 1e-6)
+    base = base.half() if what == "dtype" else base
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), exact="near-tie" if what == "level" else None)
+    assert fast.runner is fast.reader
+    expected, found = both(fast, prompt_ids(12), max_new_tokens=20)
+    assert torch.equal(expected, found)
