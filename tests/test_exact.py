@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,6 +17,7 @@ from lossless.base import exact, panels
 from lossless.base.exact import chunk_of, exact_twin, in_torchs_order
 from lossless.base.linears import PackedLinear
 from lossless.base.loading import freeze
+from lossless.base.packed import put
 from lossless.generation import verdict
 from lossless.generation.limits import find_limits
 from lossless.generation.model import accelerate
@@ -77,6 +79,44 @@ def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sampl
     expected, found = both(fast, prompt_ids(30), 3, do_sample=do_sample, max_new_tokens=60, output_scores=True, return_dict_in_generate=True)
     assert torch.equal(expected.sequences, found.sequences)
     assert all(torch.equal(a, b) for a, b in zip(expected.scores, found.scores, strict=True))
+    assert fast.stats.drafted
+
+
+def four_bit(model: LlamaForCausalLM, compute_dtype: torch.dtype, quant_type: str, nested: bool) -> LlamaForCausalLM:
+    """The model as transformers quantizes one: its layers' projections, not its head."""
+    for layer in model.model.layers:
+        for name, linear in [(name, part) for name, part in layer.named_modules() if isinstance(part, nn.Linear)]:
+            made = Linear4bit(linear.in_features, linear.out_features, False, compute_dtype, nested, quant_type)
+            made.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type=quant_type, compress_statistics=nested)
+            put(layer, name, made.to("cpu"))
+    model.is_quantized = True
+    return freeze(model)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_four_bit_rows_have_the_bits_of_bitsandbytes(dtype: torch.dtype, quant_type: str, nested: bool, base: LlamaForCausalLM) -> None:
+    model = four_bit(base.to(dtype), dtype, quant_type, nested)
+    twin, rows = exact_twin(model), torch.randn(9, 128).to(dtype)
+    assert twin is not None
+    for name in ("q_proj", "o_proj"):
+        own, ours = (which.model.layers[1].self_attn.get_submodule(name) for which in (model, twin))
+        alone = torch.cat([own(row[None, None])[0] for row in rows])
+        for count in (1, 2, 9):
+            assert torch.equal(torch.cat([ours(some) for some in rows.split(count)]), alone)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_four_bit_base_is_served_through_bits_of_its_own(dtype: torch.dtype, do_sample: bool, base: LlamaForCausalLM) -> None:
+    model = four_bit(base.to(dtype), dtype, "nf4", nested=False)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(1), adaptive=False)
+    assert fast.guarantee.twin
+    # the head of a model in float32 is rounded otherwise: that a guard can be wide enough for
+    assert fast.guarantee.level == ("near-tie" if dtype == torch.float32 else "bitwise")
+    expected, found = both(fast, prompt_ids(30), 3, do_sample=do_sample, max_new_tokens=60)
+    assert torch.equal(expected, found)
     assert fast.stats.drafted
 
 

@@ -1,9 +1,10 @@
-"""A twin of a base in bfloat16 whose products have the bits of the base's own.
+"""A twin of a base whose products have the bits of the base's own, beside any number of rows.
 
-Knows: in which order torch adds up a row of such a product on processors that multiply pairs of bfloat16 (AVX-512): input after input,
-in chunks whose sums are added up in turn. In panels (panels.h) that order is kept beside any number of rows, and torch, which lays out
-the weight anew at each call, takes five times as long for one. Does not know: what passes do with it. Whether all bits are the same has to
-be tried with the base's own weights (generation/limits.py).
+Knows: in which order a row of such a product is added up on processors that multiply pairs of bfloat16 (AVX-512): by torch, of weights in
+bfloat16, input after input, in chunks whose sums are added up in turn; by bitsandbytes, of 4-bit weights, block after block. In panels
+(panels.h) that order is kept. torch lays out the weight anew at each call, and takes five times as long for one row; bitsandbytes takes
+as long for each further row as for the first. Does not know: what passes do with it. Whether all bits are the same has to be tried with
+the base's own weights (generation/limits.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from . import panels
 from .layers import features
-from .linears import PackedLinear
+from .linears import FourBitLinear, PackedLinear
 from .packed import TWIN_SHARE, put, stand_in
 from .processes import free_memory
 from .structure import structure_of
@@ -26,22 +27,40 @@ _STEP, _LARGEST = 32, 4096  # chunks that are looked for: multiples, up to so ma
 _SWALLOWS = 2.0**40  # beside it a 1 is lost
 
 
+@torch.no_grad()
 def exact_twin(model: Any) -> Any | None:
-    """A model of the same structure with packed copies of the weights that are in bfloat16; None where products of such have other bits
-    than torch's, or there is no memory for them."""
-    modules = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and _exact(module)}
-    needed = sum(module.weight.nbytes for module in modules.values())
-    if not modules or needed > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
+    """A model of the same structure with packed copies of the weights that are in bfloat16 or in 4 bits; None where products of such have
+    other bits than the base's own, or there is no memory for them.
+
+    Weights in float32 beside such in 4 bits (an LM head) are packed, too, and round otherwise.
+    """
+    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if stand_in(module) is not None}
+    if sum(module.weight.nbytes for module in modules.values()) > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
         return None
+    found = {name: made for name, module in modules.items() if (made := _exact(module)) is not None}
+    if not found:
+        return None
+    if any(isinstance(made, FourBitLinear) for made in found.values()):
+        beside = {name: module for name, module in modules.items() if type(module) is nn.Linear and module.weight.dtype == torch.float32}
+        found |= {name: PackedLinear(module.weight, module.bias) for name, module in beside.items()}
     twin = structure_of(model)
-    for name, module in modules.items():
-        put(twin, name, PackedLinear(module.weight, module.bias, layout=in_torchs_order).train(module.training))
+    for name, made in found.items():
+        put(twin, name, made.train(model.get_submodule(name).training))
     return twin
 
 
-def _exact(module: Any) -> bool:
-    ins, outs = features(module)
-    return module.weight.dtype == torch.bfloat16 and stand_in(module) is PackedLinear and panels.multiplies_pairs(ins) and _some_bits(ins, min(outs, 64))
+def _exact(module: Any) -> PackedLinear | FourBitLinear | None:
+    """What has a module's bits, packed; None if nothing has."""
+    kind = stand_in(module)
+    if not panels.multiplies_pairs(features(module)[0]):
+        return None
+    if kind is FourBitLinear:
+        made = FourBitLinear(module, in_pairs=True)
+        rows = torch.randn(2, 1, 1, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.compute_dtype or torch.float32)
+        return made if all(torch.equal(made(row), module(row)) for row in rows) else None
+    if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and _some_bits(module.in_features, min(module.out_features, 64)):
+        return PackedLinear(module.weight, module.bias, layout=in_torchs_order)
+    return None
 
 
 def in_torchs_order(weight: torch.Tensor) -> panels.Panels:

@@ -20,12 +20,13 @@
 void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
                      const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, ptrdiff_t chunk, int threads) {
     ptrdiff_t panels = (outs + PANEL - 1) / PANEL;
-    enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : kind == FOUR_BITS ? CODES : BYTES;
+    enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : kind == EIGHT_BITS ? BYTES : CODES;
 #if defined(__AVX512BF16__)
     if (halves && kind == BFLOAT16) way = PAIRS;
+    if (halves && kind == PAIRED_FOUR_BITS) way = PAIRED_CODES;
 #endif
     const void *from = rows;
-    if (halves && way != PAIRS) {
+    if (halves && way != PAIRS && way != PAIRED_CODES) {
         widen(1, rows, count * ins, scratch);
         from = scratch, scratch += count * ins;
     }
@@ -46,6 +47,7 @@ void lossless_panels(int kind, int halves, const uint32_t *weight, const float *
             WAY(CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
             WAY(BYTES, ins / 4 * PANEL, scales + p * 2 * PANEL)
             WAY(PAIRS, ins / 2 * PANEL, NULL)
+            WAY(PAIRED_CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
         }
     }
 }

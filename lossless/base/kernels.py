@@ -37,7 +37,7 @@ from ..storage import cache_dir
 _SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "kernels.c", "layer.c", "drafts.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
-FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS = range(4)  # as vectors.h has them
+FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS = range(5)  # as vectors.h has them
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
 _LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many

@@ -145,18 +145,19 @@ def _linear_of(kind: Any, weight: Any, bias: Any) -> Any:
 
 
 class FourBitLinear(nn.Module):
-    """Stands in for bitsandbytes' `Linear4bit`: the product with the same numbers, decoded to float32 as they are multiplied.
+    """Stands in for bitsandbytes' `Linear4bit`: the product with the same numbers, decoded as they are multiplied.
 
     Args:
         module: a `Linear4bit`; its numbers are copied into another order.
+        in_pairs: with rows in bfloat16, as bitsandbytes itself does where the processor can; else in float32.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, in_pairs: bool = False) -> None:
         super().__init__()
         numbers, state = stored_pairs(module)
         self.in_features, self.out_features, self.dtype = module.in_features, module.out_features, torch.float32
         self.origin, self.state, self.compute_dtype = type(module), state, module.compute_dtype
-        self.four_bits = panels.FourBits.from_pairs(numbers, scales_of(state), state.code, self.out_features)
+        self.four_bits = panels.FourBits.from_pairs(numbers, scales_of(state), state.code, self.out_features, in_pairs)
         self.bias = module.bias
 
     @property

@@ -9,6 +9,7 @@
        BFLOAT16   [panels, ins / 2, PANEL]             two inputs in a word, the first in its low half
        FOUR_BITS  [panels, ins / 4, LANES]             four inputs in a word, a byte each, of it the first of a pair in the low half;
                   scales [panels, ins / 64, PANEL]     and `code`, 16 numbers that the four bits stand for
+       PAIRED_FOUR_BITS  the same, multiplied with rows of bfloat16 in pairs
        EIGHT_BITS [panels, ins / 4, PANEL]             four inputs in a word, a byte each; scales [panels, 2, PANEL]: of each output what
                                                        its sum is multiplied with, and the sum of its weights, a whole number
 
@@ -29,8 +30,9 @@
 #define ROWS 6
 #endif
 
-/* How rows are multiplied with a panel. PAIRS: rows of bfloat16, two inputs at a time, where the processor can. */
-enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS };
+/* How rows are multiplied with a panel. PAIRS, PAIRED_CODES: rows of bfloat16, two inputs at a time, where the processor
+   can; then `code` is of bfloat16, too, and a block is added up before it is scaled. */
+enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS, PAIRED_CODES };
 
 /* Bytes of a row lie between 0 and 2 * MIDDLE - 1, MIDDLE stands for 0. Without the instruction for it, two products are added in 16
    bits, for which eight bits would be too many. */
@@ -70,6 +72,13 @@ INLINE f32s decoded(struct code code, u32s numbers) {
     return __builtin_shuffle(code.low, code.high, numbers);
 #endif
 }
+
+#if defined(__AVX512BF16__)
+/* What the low four bits of the two lowest bytes stand for: a pair of bfloat16 in each lane. */
+INLINE __m512bh paired(struct code code, u32s two) {
+    return (__m512bh)((u32s)decoded(code, two & 15) >> 16 | (u32s)decoded(code, two >> 8 & 15));
+}
+#endif
 
 /* sum + four bytes of a row, in every lane, times four weights of each lane */
 INLINE i32s dot(i32s sum, u32s bytes, u32s weights) {
@@ -165,6 +174,32 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             }
         }
     }
+    if (way == PAIRED_CODES) {
+        const uint16_t *halves = rows_;
+        struct code code;
+        memcpy(&code, table, sizeof code);
+        for (ptrdiff_t block = 0; block < ins; block += BLOCK, scales += PANEL) {
+            f32s added[ROWS][2] = {};
+            for (ptrdiff_t i = block; i < block + BLOCK; i += 4, panel += LANES) {
+                u32s four = words(panel);
+                UNROLL for (int j = 0; j < 4; j += 2) {
+                    __m512bh first = paired(code, four >> (8 * j)), second = paired(code, four >> (8 * j + 4));
+                    UNROLL for (int r = 0; r < count; r++) {
+                        int32_t pair;
+                        memcpy(&pair, halves + r * stride + i + j, 4);
+                        __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+                        added[r][0] = (f32s)_mm512_dpbf16_ps((__m512)added[r][0], first, row);
+                        added[r][1] = (f32s)_mm512_dpbf16_ps((__m512)added[r][1], second, row);
+                    }
+                }
+            }
+            f32s first = load(scales), second = load(scales + LANES);
+            UNROLL for (int r = 0; r < count; r++) {
+                sums[r][0] = (f32s)_mm512_fmadd_ps((__m512)added[r][0], (__m512)first, (__m512)sums[r][0]);
+                sums[r][1] = (f32s)_mm512_fmadd_ps((__m512)added[r][1], (__m512)second, (__m512)sums[r][1]);
+            }
+        }
+    }
 #endif
     memcpy(out, sums, count * sizeof *sums);
 }
@@ -207,7 +242,7 @@ INLINE void part(enum way way, const uint32_t *panel, const float *scales, const
 /* All rows with one panel. chunk: of inputs that are added up by themselves, if both are bfloat16; at least `ins` for none. */
 INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows,
                     const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
-    ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == BYTES ? 1 : way == PAIRS ? 2 : 4; /* about equal parts */
+    ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == BYTES ? 1 : way == PAIRS || way == PAIRED_CODES ? 2 : 4; /* about equal parts */
     for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
         const void *from = rows + r * ins * size;
         f32s sums[ROWS][2];

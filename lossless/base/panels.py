@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from . import kernels
-from .kernels import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS
+from .kernels import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS, PAIRED_FOUR_BITS
 
 _BLOCK = 64  # 4-bit numbers with one scale
 _SOME = 1024  # outputs that are looked at together
@@ -109,22 +109,27 @@ class FourBits:
         scales: `[panels, in / 64, panel]` float32, one for each block of 64 inputs of an output.
         code: `[16]` float32, what each number stands for.
         outs: outputs.
+        in_pairs: rows, scales and code are rounded to bfloat16, and a block is added up in pairs before it is scaled, as bitsandbytes
+            multiplies them on processors that can.
     """
 
     numbers: torch.Tensor
     scales: torch.Tensor
     code: torch.Tensor
     outs: int
+    in_pairs: bool = False
 
     @classmethod
-    def from_pairs(cls, pairs: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, outs: int) -> FourBits:
+    def from_pairs(cls, pairs: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, outs: int, in_pairs: bool = False) -> FourBits:
         """From bytes that hold two neighbours each, the first in the high half, as bitsandbytes stores them."""
+        if in_pairs:
+            scales, code = scales.bfloat16(), code.bfloat16()
         panel = kernels.panel()
         four = torch.stack([pairs.reshape(-1) >> 4, pairs.reshape(-1) & 15], dim=-1).view(outs, -1)  # [out, in]
         four = F.pad(four, (0, 0, 0, -outs % panel)).view(-1, 2, panel // 2, four.shape[1] // 4, 4)
         numbers = (four[:, 0] | four[:, 1] << 4).transpose(1, 2).contiguous()
         each = F.pad(scales.float().view(outs, -1), (0, 0, 0, -outs % panel))
-        return cls(numbers, each.view(-1, panel, each.shape[1]).transpose(1, 2).contiguous(), code.float().contiguous(), outs)
+        return cls(numbers, each.view(-1, panel, each.shape[1]).transpose(1, 2).contiguous(), code.float().contiguous(), outs, in_pairs)
 
     @property
     def nbytes(self) -> int:
@@ -146,6 +151,9 @@ class FourBits:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
+        if self.in_pairs:
+            out = kernels.multiply(PAIRED_FOUR_BITS, self.numbers, self.outs, rows.bfloat16(), None, self.scales, self.code).to(rows.dtype)
+            return out if bias is None else out + bias
         return kernels.multiply(FOUR_BITS, self.numbers, self.outs, rows, bias, self.scales, self.code)
 
 

@@ -62,12 +62,12 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     dtype: Any = embeddings.weight.dtype
     adapter = adapter.copy_as(device_of(head), dtype)
     reader = StreamRunner(base, adapter)
-    # in 16 bits no guard is wide enough for a twin that rounds otherwise, and without a guard only `off` takes it
-    same_bits = exact != "off" and dtype in (torch.bfloat16, torch.float16)
-    if same_bits:
-        model = None if exact == "near-tie" or reader.own_attention else exact_twin(base)
-    else:
-        model = None if exact == "bitwise" else packed_twin(base)
+    # of 16 bits, and 4, no guard is wide enough for a twin that rounds otherwise, and without a guard only `off` takes it
+    coarse = exact != "off" and (dtype in (torch.bfloat16, torch.float16) or getattr(base, "is_quantized", False))
+    model = exact_twin(base) if coarse and exact != "near-tie" and not reader.own_attention else None
+    same_bits = model is not None
+    if model is None and exact != "bitwise" and (exact == "off" or dtype not in (torch.bfloat16, torch.float16)):
+        model = packed_twin(base)
     twin = None if model is None else StreamRunner(base, adapter, model)
     if twin is not None and not same_bits:
         fuse_passes(twin)
@@ -83,7 +83,9 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     runner = twin if twin is not None and serves else reader
     if guarantee.limits is not None:
         runner.keep_bits(guarantee.limits)
-    elif guarantee.again:
+    elif runner is twin and same_bits:
+        runner.keep_bits(dict.fromkeys(projections(runner.model), passes.rows))
+    if guarantee.again:
         reader.keep_bits(dict.fromkeys(projections(reader.model), 1), always=False)
     drafter = Drafter(adapter, embeddings, head, logit_scale(reader))
     with torch.no_grad():

@@ -128,7 +128,7 @@ def find_guarantee(
         wanted: a level; None for the strongest that pays: bitwise where it is to be had, unless most weights would
             take one row at a time for it and the noise is so small that a choice is hardly ever within it (float32).
         passes: what is to be promised for.
-        same_bits: the twin is to have the bits of the base's own (base/exact.py); else it is rounded otherwise.
+        same_bits: the twin has the bits of the base's own (base/exact.py), or its LM head alone is rounded otherwise.
 
     Raises:
         UsageError: there is no such level, or the device does not give it.
@@ -142,8 +142,9 @@ def find_guarantee(
         bits, noise, _ = _compare(runner, twin, limits, known, passes) if min(limits.values()) else (False, 0.0, 0.0)
         if bits:
             return Guarantee("bitwise", limits, operations, noise, twin=True)
-    elif twin is not None and wanted in (None, "near-tie"):
-        noise = _compare(runner, twin, None, known, passes, _QUIET)[1]
+    if twin is not None and wanted in (None, "near-tie"):
+        with _limited(twin, dict.fromkeys(projections(twin.model), passes.rows)) if same_bits else contextlib.nullcontext():
+            noise = _compare(runner, twin, None, known, passes, _QUIET, same_bits)[1]
         if noise < _QUIET:
             return Guarantee("near-tie", noise=noise, twin=True, again=_again(runner, known))
     limits, operations, together = find_limits(runner.model)
@@ -215,15 +216,19 @@ def moved(logits: torch.Tensor, alone: torch.Tensor) -> float:
 
 
 def _compare(
-    reader: StreamRunner, runner: StreamRunner, limits: dict[nn.Module, int] | None, known: list[_Known], passes: Passes, most: float = math.inf
-) -> tuple[bool, float, float]:
+    reader: StreamRunner, runner: StreamRunner, limits: dict[nn.Module, int] | None, known: list[_Known], passes: Passes, most: float = math.inf,
+    whole: bool = False,
+) -> tuple[bool, float, float]:  # fmt: skip
     """Over all passes of a runner: whether rows have the bits of one-row passes under `limits`, the noise without, and how far logits are off at most, as
-    a part of their spread; no further once the noise is `most`."""
+    a part of their spread; no further once the noise is `most`.
+
+    whole: keys that a row looks back at have no noise, so that prompts are read at once.
+    """
     bits, noise, off = limits is not None, 0.0, 0.0
     safety = _SAFETY_FLOAT32 if is_fine(runner.base) else _SAFETY_COARSER
     for text in known:
         # what drafts have brought was read in such passes, too, so that the keys that a row looks back at have noise
-        read = _behind(reader, runner, text.prompt, passes.rows)
+        read = _behind(reader, runner, text.prompt, len(text.prompt) if whole else passes.rows)
         exact = _behind(reader, runner, text.prompt, len(text.prompt)) if bits else read
         with as_decoding(runner.model):
             for rows, streams in passes.each():
