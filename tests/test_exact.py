@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lossless.adapter.compat import new_adapter
-from lossless.base import exact, panels
+from lossless.base import exact, kernels, panels
 from lossless.base.exact import chunk_of, exact_twin, in_torchs_order
 from lossless.base.linears import PackedLinear
 from lossless.base.loading import freeze
@@ -69,12 +69,37 @@ def _limit_of(projection: Any, own: Any) -> int:
     return _limit(projection, torch.bfloat16, torch.device("cpu"), own)
 
 
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("past", [0, 1, 15, 40, 512, 1100])
+def test_a_row_attends_to_its_own_path_with_torchs_own_bits(past: int, dim: int, starts: bool) -> None:
+    if not exact._attends(dim):
+        pytest.skip("torch's attention has another order on this machine")
+    tree = [[0], [0, 1], [0, 1, 2], [0, 3], [0, 1, 4]]
+    query, key, value = (torch.randn(1, heads, count, dim).bfloat16() for heads, count in ((6, 5), (2, past + 5), (2, past + 5)))
+    begins = [min(past, 3 * row) for row in range(5)] if starts else [0] * 5
+    found = exact.attend(query, key, value, 0.2, kernels.Paths.of(tree), begins if starts else None)
+    for row, (path, begin) in enumerate(zip(tree, begins, strict=True)):
+        seen = [*range(begin, past), *(past + node for node in path)]
+        own = [each[:, :, seen].repeat_interleave(3, 1) for each in (key, value)]
+        alone = F.scaled_dot_product_attention(query[:, :, row : row + 1], own[0], own[1], scale=0.2)
+        assert torch.equal(found[:, row], alone[:, :, 0])
+
+
+def test_only_bfloat16_on_a_cpu_attends_so() -> None:
+    query, key = torch.randn(1, 4, 2, 64).bfloat16(), torch.randn(1, 2, 9, 64).bfloat16()
+    assert exact.attendable(query, key) == exact._attends(64)
+    assert not exact.attendable(query.float(), key.float())
+    assert not exact.attendable(query[..., :24], key[..., :24])
+
+
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sample: bool) -> None:
     fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
     assert fast.guarantee.level == "bitwise"
     assert fast.guarantee.twin
     assert fast.runner is not fast.reader
+    assert fast.guarantee.attends_exactly == fast.runner.attends_exactly == exact._attends(32)
     assert set(fast.guarantee.limits or {}) <= set(fast.runner.model.modules())
     expected, found = both(fast, prompt_ids(30), 3, do_sample=do_sample, max_new_tokens=60, output_scores=True, return_dict_in_generate=True)
     assert torch.equal(expected.sequences, found.sequences)
@@ -120,6 +145,19 @@ def test_a_four_bit_base_is_served_through_bits_of_its_own(dtype: torch.dtype, d
     assert fast.stats.drafted
 
 
+def test_attention_in_another_order_is_found_out(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    real = exact.attend
+    monkeypatch.setattr(exact, "attendable", lambda query, key: query.dtype is torch.bfloat16)
+    monkeypatch.setattr(exact, "attend", lambda *given: real(*given) * 1.01)
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1))
+    assert fast.guarantee.level == "bitwise"
+    assert fast.guarantee.twin
+    assert not fast.runner.attends_exactly
+    expected, found = both(fast, prompt_ids(12), max_new_tokens=20)
+    assert torch.equal(expected, found)
+
+
 def test_nothing_of_the_base_is_exchanged(base: LlamaForCausalLM) -> None:
     modules = list(base.modules())
     assert exact_twin(base) is not None
@@ -132,6 +170,7 @@ def test_a_verdict_is_kept_with_the_limits_of_the_twin(base: LlamaForCausalLM, m
     adapter = new_adapter(base, tiny_config()).randomize(1)
     first, again = accelerate(base, adapter), accelerate(base, adapter)
     assert again.guarantee.twin
+    assert again.runner.attends_exactly == first.runner.attends_exactly
     assert set(again.guarantee.limits or {}) <= set(again.runner.model.modules())
     assert sorted((again.guarantee.limits or {}).values()) == sorted((first.guarantee.limits or {}).values())
     expected, found = both(again, prompt_ids(12), max_new_tokens=20)

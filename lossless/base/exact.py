@@ -1,22 +1,24 @@
-"""A twin of a base whose products have the bits of the base's own, beside any number of rows.
+"""A twin of a base whose products have the bits of the base's own, beside any number of rows, and attention that has torch's.
 
 Knows: in which order a row of such a product is added up on processors that multiply pairs of bfloat16 (AVX-512): by torch, of weights in
 bfloat16, input after input, in chunks whose sums are added up in turn; by bitsandbytes, of 4-bit weights, block after block. In panels
 (panels.h) that order is kept. torch lays out the weight anew at each call, and takes five times as long for one row; bitsandbytes takes
-as long for each further row as for the first. Does not know: what passes do with it. Whether all bits are the same has to be tried with
+as long for each further row as for the first; and so does torch's attention in bfloat16 (exact.c). Does not know: what passes do with it. Whether all bits are the same has to be tried with
 the base's own weights (generation/limits.py).
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import panels
+from . import kernels, panels
 from .layers import features
 from .linears import FourBitLinear, PackedLinear
 from .packed import TWIN_SHARE, put, stand_in
@@ -24,6 +26,8 @@ from .processes import free_memory
 from .structure import structure_of
 
 _STEP, _LARGEST = 32, 4096  # chunks that are looked for: multiples, up to so many inputs
+_SIDE = 4  # as exact.c has it
+_LENGTHS = (1, 2, 7, 15, 16, 17, 34, 51, 300, 511, 512, 515, 1026)  # of texts that attention is tried with
 _SWALLOWS = 2.0**40  # beside it a 1 is lost
 
 
@@ -94,3 +98,39 @@ def _some_bits(ins: int, outs: int) -> bool:
     weight, rows = (torch.randn(count, ins, generator=generator).bfloat16() for count in (outs, 16))
     packed = in_torchs_order(weight)
     return all(torch.equal(packed.multiply(row[None, None], None), F.linear(row[None, None], weight)) for row in rows)
+
+
+def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether `attend` has the bits of torch's attention for such rows here."""
+    return query.dtype is torch.bfloat16 and kernels.attendable(query, key) and bool(kernels.compiled().lossless_pairs()) and _attends(query.shape[-1])
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: kernels.Paths, starts: Sequence[int] | None = None
+) -> torch.Tensor:
+    """As kernels.attend, in bfloat16: each row with the bits of `F.scaled_dot_product_attention` of it alone."""
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    _, heads, rows, dim = query.shape
+    kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
+    out = torch.empty(1, rows, heads, dim, dtype=torch.bfloat16)
+    scratch = torch.empty(threads * (_SIDE * (2 * dim + past + depth) + dim))
+    first = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
+    kernels.compiled().lossless_attend_exactly(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(), None if first is None else first.data_ptr(),
+        paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,
+        strides, threads,
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def _attends(dim: int) -> bool:
+    """Whether attention over texts of some lengths has torch's bits; tried at the first call."""
+    generator, path = torch.Generator().manual_seed(0), kernels.Paths.of([[0]])
+    for length in _LENGTHS:
+        query, key, value = (torch.randn(1, heads, count, dim, generator=generator).bfloat16() for heads, count in ((4, 1), (2, length), (2, length)))
+        own = F.scaled_dot_product_attention(2 * query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1))
+        if not torch.equal(attend(2 * query, key, value, None, path), own.transpose(1, 2)):
+            return False
+    return True

@@ -1,6 +1,6 @@
 """Products of rows with a weight, and attention of a few rows, in C of our own.
 
-Knows: how kernels.c, layer.c and drafts.c are compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know:
+Knows: how the C files beside it are compiled once for this processor, kept, loaded, tested, and called with tensors. Does not know:
 modules, models, or trees. Where there is no gcc, or where what it makes is wrong, `available()` is False and nothing else here may be
 called. `$LOSSLESS_CC` names another compiler, with flags if need be; empty, none is used.
 
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from ..storage import cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "kernels.c", "layer.c", "drafts.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "kernels.c", "layer.c", "drafts.c", "exact.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
 FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS = range(5)  # as vectors.h has them
@@ -96,6 +96,9 @@ def _declared(library: Any) -> Any:
     library.lossless_layers.argtypes = [*[pointer] * 2, size, *[pointer] * 5, size, size, pointer, pointer, size, size, number]
     library.lossless_level.argtypes = [*[pointer] * 8, size, number]
     library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
+    if library.lossless_pairs():
+        library.lossless_attend_exactly.argtypes = [*[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
+        library.lossless_attend_exactly.restype = None
     for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest"):
         getattr(library, f"lossless_{name}").restype = None
     return library

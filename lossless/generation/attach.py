@@ -81,6 +81,7 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     guarantee = kept_guarantee(kept, reader.model, model, look)
     serves = twin is not None and (guarantee.twin or guarantee.level == "off")
     runner = twin if twin is not None and serves else reader
+    runner.attends_exactly = guarantee.attends_exactly
     if guarantee.limits is not None:
         runner.keep_bits(guarantee.limits)
     elif runner is twin and same_bits:

@@ -83,6 +83,7 @@ class Guarantee:
         operations: the same by kind of projection, to be read: `in x out` -> rows.
         noise: how far differences between logits move with the shape of a pass, in logits.
         twin: passes over trees run through packed copies of the weights.
+        attends_exactly: their rows attend by base/exact.py.
         again: numbers of rows, falling, of which a pass that takes each row by itself, in the base's own weights, gives each the bits
             of a pass of its own: so a text is read again, under near-tie, where these are left; the rest in passes of one row.
     """
@@ -93,6 +94,7 @@ class Guarantee:
     noise: float = 0.0
     twin: bool = False
     again: tuple[int, ...] = ()
+    attends_exactly: bool = False
 
     def __post_init__(self) -> None:
         require_one_of(EXACTNESS, "exact", self.level)
@@ -139,9 +141,10 @@ def find_guarantee(
     known = [_Known(runner.base, prompt, passes.rows) for prompt in _prompts(runner, passes.rows)]
     if twin is not None and same_bits:
         limits, operations, _ = find_limits(twin.model, runner.model)
-        bits, noise, _ = _compare(runner, twin, limits, known, passes) if min(limits.values()) else (False, 0.0, 0.0)
-        if bits:
-            return Guarantee("bitwise", limits, operations, noise, twin=True)
+        for twin.attends_exactly in (True, False) if min(limits.values()) else ():
+            bits, noise, _ = _compare(runner, twin, limits, known, passes)
+            if bits:
+                return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly)
     if twin is not None and wanted in (None, "near-tie"):
         with _limited(twin, dict.fromkeys(projections(twin.model), passes.rows)) if same_bits else contextlib.nullcontext():
             noise = _compare(runner, twin, None, known, passes, _QUIET, same_bits)[1]

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..base import kernels
+from ..base import exact, kernels
 from ..base.attention import GROUPED, SDPA, grouped
 from .invariance import one_by_one
 from .masks import PositionMask, Window
@@ -39,6 +39,17 @@ def _window(module: nn.Module, kwargs: dict[str, Any]) -> Window:
     if kinds and number is not None and kinds[number] == "chunked_attention":
         return Window(chunk=config.attention_chunk_size)
     return Window(kwargs.get("sliding_window"))
+
+
+def _in_one_call(plan: Pass, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Any:
+    """What attends for all rows that are read alone; None: they attend one by one, by the base's own attention."""
+    if kwargs.get("position_bias") is not None:
+        return None
+    if plan.implementation == GROUPED and kernels.attendable(query, key):
+        return kernels.attend
+    if plan.exactly and plan.implementation == "sdpa" and exact.attendable(query, key):
+        return exact.attend
+    return None
 
 
 def _alone(
@@ -71,9 +82,9 @@ def _attend(
         main = (query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]) if query.shape[2] > rows else (query, key, value)
         if plan.alone is None:
             outputs.append(_masked(plan, plan.main, window, module, kwargs, *main))
-        elif plan.implementation == GROUPED and kwargs.get("position_bias") is None and kernels.attendable(*main[:2]):
+        elif (by := _in_one_call(plan, kwargs, *main[:2])) is not None:
             starts = None if window == Window() else [window.first(length - 1) for length in plan.alone.lengths(keys - rows)]
-            outputs.append(kernels.attend(*main, kwargs.get("scaling"), plan.alone.tensors, starts))
+            outputs.append(by(*main, kwargs.get("scaling"), plan.alone.tensors, starts))
         else:
             attend = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
             outputs.append(one_by_one(attend, *main, plan.alone.calls, lambda length: window.first(length - 1)))

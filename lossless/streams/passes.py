@@ -32,6 +32,7 @@ class Pass:
     keeps_bits: bool = False  # main rows are to have the bits of the base's own passes
     paths: AloneRows | None = None  # of the main rows, of one text without padding, behind a prompt
     alone: AloneRows | None = None  # main rows that are read as passes of one row
+    exactly: bool = False  # such rows attend by base/exact.py
     done: int = 0  # layers below this one have been computed by one before them (fusing.py)
     rotaries: list[tuple[Callable[..., Any], Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window

@@ -104,6 +104,7 @@ class StreamRunner:
         self._hook()
         self.fused = fused and fuse(self.layers, self.first_top)  # whether passes go the short way where they can
         self.fused_streams = False  # the same of streams that run alone
+        self.attends_exactly = False  # rows that are read alone attend by base/exact.py
 
     @property
     def first_top(self) -> int:
@@ -189,6 +190,7 @@ class StreamRunner:
         def paths() -> AloneRows:
             return AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
 
+        plan.exactly = self.attends_exactly
         plan.keeps_bits = unpadded and (apart or self.limits is not None)
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         if (unpadded and apart) or (not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention))):
