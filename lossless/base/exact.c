@@ -25,7 +25,7 @@ INLINE f32s power(f32s x) {
     rest = FMA(part, rest, zero + 0.00010703434948458272f);
     f32s bits = FMA(zero + 8388608.0f, turns - rest, zero + 1065353216.0f);
     i32s whole = (i32s)_mm512_cvttps_epi32((__m512)bits);
-    return (f32s)(whole & ~(x < -87.33654022216796875f));
+    return (f32s)(whole & ~(x < -87.3365478515625f));
 }
 
 /* scores[r * width + k] of four queries [SIDE, dim] with `count` keys; laid: room for SIDE * dim numbers. */
@@ -59,8 +59,8 @@ static void weigh(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_
         for (; k + 4 <= count; k += 4)
             UNROLL for (int half = 0; half < 2; half++)
                 sum[half] += (VALUE(0, half) + VALUE(2, half)) + (VALUE(1, half) + VALUE(3, half));
-        for (; k < count; k++)
-            UNROLL for (int half = 0; half < 2; half++) sum[half] += VALUE(0, half);
+        for (ptrdiff_t j = count - k - 1; j >= 0; j--) /* what is left, the last one first */
+            UNROLL for (int half = 0; half < 2; half++) sum[half] += VALUE(j, half);
         store(found + i, sum[0]);
         store(found + i + LANES, sum[1]);
     }

@@ -20,7 +20,7 @@ from ..base.packed import packed_twin, warm_up
 from ..drafting.drafter import Drafter
 from ..streams.fusing import fuse_passes, fuse_streams
 from ..streams.runner import StreamRunner, logit_scale
-from .exactness import Guarantee, Passes, check_level, find_guarantee
+from .exactness import Guarantee, Passes, at_a_time, check_level, find_guarantee
 from .limits import projections
 from .trial import check_served
 from .verdict import kept_guarantee, verdict_path
@@ -85,7 +85,7 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     if guarantee.limits is not None:
         runner.keep_bits(guarantee.limits)
     elif runner is twin and same_bits:
-        runner.keep_bits(dict.fromkeys(projections(runner.model), passes.rows))
+        runner.keep_bits(at_a_time(runner.model, passes.rows))
     if guarantee.again:
         reader.keep_bits(dict.fromkeys(projections(reader.model), 1), always=False)
     drafter = Drafter(adapter, embeddings, head, logit_scale(reader))

@@ -33,7 +33,7 @@ from ..errors import UsageError, require_at_least, require_one_of
 from ..streams.cache import RowCache
 from ..streams.hooks import keeping_bits
 from ..streams.runner import StreamRunner
-from .limits import find_limits, projections
+from .limits import MOST, find_limits, projections
 from .trial import is_fine, plain_pass, too_far
 
 EXACTNESS = ("bitwise", "near-tie", "off")
@@ -140,14 +140,11 @@ def find_guarantee(
         return Guarantee("off")
     known = [_Known(runner.base, prompt, passes.rows) for prompt in _prompts(runner, passes.rows)]
     if twin is not None and same_bits:
-        limits, operations, _ = find_limits(twin.model, runner.model)
-        for twin.attends_exactly in (True, False) if min(limits.values()) else ():
-            bits, noise, _ = _compare(runner, twin, limits, known, passes)
-            if bits:
-                return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly)
-    if twin is not None and wanted in (None, "near-tie"):
-        with _limited(twin, dict.fromkeys(projections(twin.model), passes.rows)) if same_bits else contextlib.nullcontext():
-            noise = _compare(runner, twin, None, known, passes, _QUIET, same_bits)[1]
+        found = _same_bits(runner, twin, wanted, known, passes)
+        if found is not None:
+            return found
+    elif twin is not None and wanted in (None, "near-tie"):
+        noise = _compare(runner, twin, None, known, passes, _QUIET)[1]
         if noise < _QUIET:
             return Guarantee("near-tie", noise=noise, twin=True, again=_again(runner, known))
     limits, operations, together = find_limits(runner.model)
@@ -170,6 +167,31 @@ def find_guarantee(
             f"{input_device(runner.base)}: something besides its projections and attention depends on the rows of a pass"
         )
     return Guarantee("near-tie", None, operations, noise, again=_again(runner, known))
+
+
+def _same_bits(runner: StreamRunner, twin: StreamRunner, wanted: str | None, known: list[_Known], passes: Passes) -> Guarantee | None:
+    """What holds with a twin whose projections have the bits of the base's own, all of them or all but the LM head; None if they have not."""
+    limits, operations, _ = find_limits(twin.model, runner.model)
+    head = limits.pop(twin.model.get_output_embeddings())
+    if not limits or not min(limits.values()):
+        return None
+    if head:
+        limits[twin.model.get_output_embeddings()] = head
+        for twin.attends_exactly in (True, False):
+            bits, noise, _ = _compare(runner, twin, limits, known, passes)
+            if bits:
+                return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly)
+    elif wanted is None:
+        with _limited(twin, at_a_time(twin.model, passes.rows)):
+            noise = _compare(runner, twin, None, known, passes, _QUIET, whole=True)[1]
+        if noise < _QUIET and min(limits.values()) >= min(passes.rows, MOST):
+            return Guarantee("near-tie", noise=noise, twin=True, again=_again(runner, known))
+    return None
+
+
+def at_a_time(model: Any, rows: int) -> dict[nn.Module, int]:
+    """Limits of an exact twin whose LM head alone is rounded otherwise, for passes of so many rows."""
+    return dict.fromkeys(projections(model), min(rows, MOST))
 
 
 def check_level(wanted: str | None) -> None:

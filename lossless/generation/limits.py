@@ -13,7 +13,7 @@ from torch import nn
 from ..base.layers import decoder, device_of, features, is_projection
 from ..base.packed import dense, product_dtype
 
-_MOST = 32  # rows at a time that a projection is tried with
+MOST = 32  # rows at a time that a projection is tried with
 _OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
 
 
@@ -63,7 +63,7 @@ def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device, own:
     if not torch.equal(projection(rows[4:6]), torch.cat(alone)):
         return most
     expected = torch.cat([own(row[None, None])[0] for row in rows])
-    for size in range(most + 1, _MOST + 1):
+    for size in range(most + 1, MOST + 1):
         if size > count or not torch.equal(torch.cat([projection(piece) for piece in rows.split(size)]), expected):
             break
         most = size
