@@ -36,7 +36,7 @@ DRAFTERS = {"shipped": "streams", "runs/paper": "the paper's streams",
             "runs/ablation/paper-+-pruning-layer": "the paper's streams on a small budget",
             "runs/ablation/paper-+-transition": "streams with a transition on a small budget"}  # fmt: skip
 # the rows of the first page, in its order
-FRONT = ("float32-rivals", "float32-sampled", "bfloat16-packed", "bfloat16", "4bit-packed", "4bit", "float32-random", "float32-avx2", "bfloat16-packed-avx2")
+FRONT = ("float32-rivals", "float32-sampled", "bfloat16", "bfloat16-packed", "4bit", "4bit-bfloat16", "4bit-packed", "float32-random", "float32-avx2", "bfloat16-packed-avx2")
 
 
 def reports(kind: str) -> dict[str, Report]:
@@ -62,7 +62,8 @@ def in_table(head: str, rows: list[str]) -> str:
 
 
 def precision(found: Report) -> str:
-    return "NF4" if found["load_in"] == "4bit" else str(found["dtype"])
+    """Of the weights; what is not in NF4 beside such is in float32 unless it says otherwise."""
+    return str(found["dtype"]) if found["load_in"] != "4bit" else "NF4" if found["dtype"] == "float32" else f"NF4, {found['dtype']}"
 
 
 def setting(found: Report) -> str:

@@ -2,9 +2,9 @@
 
 Knows: in which order a row of such a product is added up on processors that multiply pairs of bfloat16 (AVX-512): by torch, of weights in
 bfloat16, input after input, in chunks whose sums are added up in turn; by bitsandbytes, of 4-bit weights, block after block. In panels
-(panels.h) that order is kept. torch lays out the weight anew at each call, and takes five times as long for one row; bitsandbytes takes
-as long for each further row as for the first; and so does torch's attention in bfloat16 (exact.c). Does not know: what passes do with it. Whether all bits are the same has to be tried with
-the base's own weights (generation/limits.py).
+(panels.h) that order is kept, and in exact.c that of torch's attention in bfloat16. torch lays out a weight anew at each call, and takes
+five times as long for one row; bitsandbytes, and torch's attention, take as long for each further row as for the first. Does not know:
+what passes do with it. Whether all bits are the same has to be tried with the base's own weights (generation/limits.py).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ..streams.fusing import fuse_passes, fuse_streams
 from ..streams.runner import StreamRunner, logit_scale
 from .exactness import Guarantee, Passes, at_a_time, check_level, find_guarantee
 from .limits import projections
-from .trial import check_served
+from .trial import check_served, trial
 from .verdict import kept_guarantee, verdict_path
 
 
@@ -77,7 +77,9 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
         joined = passes.streams and not (twin or reader).fused  # fused layers carry no streams
         return find_guarantee(reader, exact, replace(passes, streams=joined), twin, same_bits)
 
-    kept = verdict_path(reader, twin or reader, exact, passes)
+    with torch.no_grad(), trial(base):
+        seen = reader.observe_anything()
+    kept = verdict_path(reader, twin or reader, exact, passes, seen[1])
     guarantee = kept_guarantee(kept, reader.model, model, look)
     serves = twin is not None and (guarantee.twin or guarantee.level == "off")
     runner = twin if twin is not None and serves else reader
@@ -88,7 +90,7 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
         runner.keep_bits(at_a_time(runner.model, passes.rows))
     if guarantee.again:
         reader.keep_bits(dict.fromkeys(projections(reader.model), 1), always=False)
-    drafter = Drafter(adapter, embeddings, head, logit_scale(reader))
+    drafter = Drafter(adapter, embeddings, head, logit_scale(reader, seen))
     with torch.no_grad():
         warm_up(runner.model, passes.rows)
         if runner is not reader:

@@ -98,7 +98,9 @@ class _Run:
 
     def serves(self, plan: Pass | None, hidden: torch.Tensor, turned: Any) -> bool:
         """Whether a pass is such that they can be."""
-        if plan is None or plan.paths is None or plan.begin is not None or turned is None or not isinstance(plan.cache, RowCache):
+        if plan is None or plan.paths is None or plan.begin is not None or not isinstance(plan.cache, RowCache):
+            return False
+        if not isinstance(turned, tuple) or len(turned) != 2:
             return False
         like, (cos, _) = self.layers.like, turned
         fits = hidden.dtype is cos.dtype is like.dtype and cos.shape == (1, hidden.shape[1], like.head_dim)
