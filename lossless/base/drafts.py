@@ -16,8 +16,6 @@ import torch
 from . import kernels
 from .projections import Weight, multipliable
 
-_LANES = 16  # of the widest vectors
-
 
 class _Recurrent(ctypes.Structure):
     _fields_ = [*((name, Weight) for name in ("recur", "token", "out", "head")), ("scale", ctypes.c_double)]
@@ -45,7 +43,7 @@ class FusedLevel:
             return None
         recur, token, _, head = parts
         dim, rank, vocab = token.in_features, recur.in_features, head.out_features
-        if any(size % _LANES for size in (rank, vocab)):
+        if any(size % kernels.LANES for size in (rank, vocab)):
             return None
         kept: list[torch.Tensor] = []
         return cls(_Recurrent(*(Weight.of(part, kept) for part in parts), scale), kept, dim, rank, vocab)
@@ -68,7 +66,7 @@ class FusedLevel:
 def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `[rows, vocab]` the `count` best of each row, best first, `[rows, count]`, and their log probabilities."""
     rows, vocab = logits.shape
-    if logits.dtype is torch.float32 and logits.device.type == "cpu" and vocab % _LANES == 0 and kernels.available():
+    if logits.dtype is torch.float32 and logits.device.type == "cpu" and vocab % kernels.LANES == 0 and kernels.available():
         logits, numbers, scores = logits.contiguous(), torch.empty(rows, count, dtype=torch.int32), torch.empty(rows, count)
         kernels.compiled().lossless_likeliest(
             logits.data_ptr(), rows, vocab, count, numbers.data_ptr(), scores.data_ptr(), torch.get_num_threads()

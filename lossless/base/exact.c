@@ -81,11 +81,11 @@ static float exponentials(float *scores, ptrdiff_t count, float most) {
     return sum;
 }
 
-/* query, keys, values, out as in lossless_attend. scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
-void lossless_attend_exactly(const void *query, const void *keys, const void *values, void *out, float *scratch, const int32_t *starts,
-                             const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
+/* As lossless_attend (kernels.c), of bfloat16 only. scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
+void lossless_attend_exactly(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
+                             const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
                              ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads) {
-    struct attention a = {BFLOAT16, heads, kv_heads, rows, dim, past, depth, scale, keys, values, {strides[2], strides[3]}, {strides[4], strides[5]},
+    struct attention a = {kind, heads, kv_heads, rows, dim, past, depth, scale, keys, values, {strides[2], strides[3]}, {strides[4], strides[5]},
                           starts, lengths, paths};
     ptrdiff_t group = heads / kv_heads, each = group * rows, parts = (each + SIDE - 1) / SIDE, width = past + depth;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)

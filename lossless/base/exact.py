@@ -9,9 +9,7 @@ what passes do with it. Whether all bits are the same has to be tried with the b
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from .processes import free_memory
 from .structure import structure_of
 
 _STEP, _LARGEST = 32, 4096  # chunks that are looked for: multiples, up to so many inputs
-_SIDE = 4  # as exact.c has it
 _LENGTHS = (*range(2, 24), 34, 51, 127, 300, 511, 512, 513, 514, 515, 1026, 1539)  # of texts that attention is tried with
 _HEADS = 16  # with so many heads
 _SWALLOWS = 2.0**40  # beside it a 1 is lost
@@ -106,23 +103,7 @@ def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
     return query.dtype is torch.bfloat16 and kernels.attendable(query, key) and bool(kernels.compiled().lossless_pairs()) and _attends(query.shape[-1])
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: kernels.Paths, starts: Sequence[int] | None = None
-) -> torch.Tensor:
-    """As kernels.attend, in bfloat16: each row with the bits of `F.scaled_dot_product_attention` of it alone."""
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    _, heads, rows, dim = query.shape
-    kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
-    out = torch.empty(1, rows, heads, dim, dtype=torch.bfloat16)
-    scratch = torch.empty(threads * (_SIDE * (2 * dim + past + depth) + dim))
-    first = None if starts is None else torch.tensor(starts, dtype=torch.int32)
-    strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
-    kernels.compiled().lossless_attend_exactly(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(), None if first is None else first.data_ptr(),
-        paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,
-        strides, threads,
-    )  # fmt: skip
-    return out
+attend = functools.partial(kernels.attend, exactly=True)  # each row with the bits of `F.scaled_dot_product_attention` of it alone
 
 
 @functools.cache

@@ -24,7 +24,6 @@ from .layers import CACHE
 from .norms import FusedNorm
 from .projections import Weight, multipliable
 
-_LANES = 16  # of the widest vectors
 _SILU = ("SiLU", "SiLUActivation")
 
 
@@ -70,7 +69,7 @@ class FusedLayer:
         projections, norms = parts
         attention, inner = module.self_attn, projections[-1].in_features
         size, dim = attention.head_dim, projections[0].in_features
-        if size % (2 * _LANES) or inner % _LANES or not _sees_everything(attention):
+        if size % (2 * kernels.LANES) or inner % kernels.LANES or not _sees_everything(attention):
             return None
         kept: list[torch.Tensor] = []
         weights, scales = [Weight.of(part, kept) for part in projections], [_norm(norm, kept) for norm in norms]

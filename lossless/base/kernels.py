@@ -40,7 +40,8 @@ _SECONDS = 120  # that compiling may take; it takes two
 FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS = range(5)  # as vectors.h has them
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
-_LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
+LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
+_SIDE = 4  # queries that attend side by side, as exact.c has it
 _MANY = 128  # rows from which on the products of torch are faster; as many are read of prompts, not of trees
 
 
@@ -97,7 +98,7 @@ def _declared(library: Any) -> Any:
     library.lossless_level.argtypes = [*[pointer] * 8, size, number]
     library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
     if library.lossless_pairs():
-        library.lossless_attend_exactly.argtypes = [*[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
+        library.lossless_attend_exactly.argtypes = library.lossless_attend.argtypes
         library.lossless_attend_exactly.restype = None
     for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest"):
         getattr(library, f"lossless_{name}").restype = None
@@ -143,7 +144,7 @@ def multiply(
 
 def multipliable(outs: int, ins: int, dtype: torch.dtype) -> bool:
     """Whether weights of this shape and dtype have a kernel here as they are stored."""
-    return dtype in _KINDS and ins % _LANES == 0 and ins <= _WIDEST and outs >= 4 and available()
+    return dtype in _KINDS and ins % LANES == 0 and ins <= _WIDEST and outs >= 4 and available()
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -192,18 +193,20 @@ class Paths:
 def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `attend` has a kernel for these here."""
     alike = query.dtype in _KINDS and key.dtype == query.dtype and query.device.type == "cpu" and not query.requires_grad
-    return alike and len(query) == 1 and query.shape[-1] % (2 * _LANES) == 0 and available()
+    return alike and len(query) == 1 and query.shape[-1] % (2 * LANES) == 0 and available()
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: Paths, starts: Sequence[int] | None = None
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: Paths, starts: Sequence[int] | None = None,
+    exactly: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Softmax attention of each row over the keys of the past and of the rows on its own path.
 
     Args:
         query: `[1, heads, rows, dim]`; key, value: `[1, kv_heads, past + rows, dim]`.
         scale: of the scores; None for 1 / sqrt(dim).
         starts: of each row the first key that it sees; None: all are seen.
+        exactly: in bfloat16, in torch's own order (exact.c), where that is to be had (base/exact.py).
 
     Returns:
         `[1, rows, heads, dim]`.
@@ -212,10 +215,13 @@ def attend(
     _, heads, rows, dim = query.shape
     kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
     out = torch.empty(1, rows, heads, dim, dtype=query.dtype)
-    scratch = torch.empty(heads * rows * (3 * dim + past + depth) + threads * panel() * dim)
-    first = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    if exactly:
+        by, numbers = compiled().lossless_attend_exactly, threads * (_SIDE * (2 * dim + past + depth) + dim)
+    else:
+        by, numbers = compiled().lossless_attend, heads * rows * (3 * dim + past + depth) + threads * panel() * dim
+    scratch, first = torch.empty(numbers), None if starts is None else torch.tensor(starts, dtype=torch.int32)
     strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
-    compiled().lossless_attend(
+    by(
         _KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(),
         None if first is None else first.data_ptr(),
         paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,
