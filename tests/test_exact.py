@@ -10,17 +10,24 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lossless.adapter.compat import new_adapter
-from lossless.base import exact, kernels, panels
+from lossless.base import exact, kernels, norms, panels
 from lossless.base.exact import chunk_of, exact_twin, in_torchs_order
+from lossless.base.fused import FusedLayers
+from lossless.base.layers import as_decoding
 from lossless.base.linears import PackedLinear
 from lossless.base.loading import freeze
 from lossless.base.packed import put
-from lossless.generation import verdict
+from lossless.drafting.tree import DraftTree
+from lossless.generation import attach, verdict
 from lossless.generation.limits import find_limits
 from lossless.generation.model import accelerate
+from lossless.generation.trial import plain_pass
+from lossless.streams.cache import RowCache
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
@@ -73,7 +80,7 @@ def _limit_of(projection: Any, own: Any) -> int:
 @pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize("past", [0, 1, 15, 40, 512, 1100])
 def test_a_row_attends_to_its_own_path_with_torchs_own_bits(past: int, dim: int, starts: bool) -> None:
-    if not exact._attends(dim):
+    if not exact.attends(dim):
         pytest.skip("torch's attention has another order on this machine")
     tree = [[0], [0, 1], [0, 1, 2], [0, 3], [0, 1, 4]]
     query, key, value = (torch.randn(1, heads, count, dim).bfloat16() for heads, count in ((6, 5), (2, past + 5), (2, past + 5)))
@@ -88,7 +95,7 @@ def test_a_row_attends_to_its_own_path_with_torchs_own_bits(past: int, dim: int,
 
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_sums_that_nearly_cancel_are_torchs_own_too(dim: int) -> None:
-    if not exact._attends(dim):
+    if not exact.attends(dim):
         pytest.skip("torch's attention has another order on this machine")
     for length in (*range(2, 70), 509, 510, 513, 1030, 1500):
         query, key, value = (torch.randn(1, 8, count, dim).bfloat16() for count in (1, length, length))
@@ -100,7 +107,7 @@ def test_sums_that_nearly_cancel_are_torchs_own_too(dim: int) -> None:
 
 def test_only_bfloat16_on_a_cpu_attends_so() -> None:
     query, key = torch.randn(1, 4, 2, 64).bfloat16(), torch.randn(1, 2, 9, 64).bfloat16()
-    assert exact.attendable(query, key) == exact._attends(64)
+    assert exact.attendable(query, key) == exact.attends(64)
     assert not exact.attendable(query.float(), key.float())
     assert not exact.attendable(query[..., :24], key[..., :24])
 
@@ -111,7 +118,8 @@ def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sampl
     assert fast.guarantee.level == "bitwise"
     assert fast.guarantee.twin
     assert fast.runner is not fast.reader
-    assert fast.guarantee.attends_exactly == fast.runner.attends_exactly == exact._attends(32)
+    assert fast.guarantee.attends_exactly == fast.runner.attends_exactly == exact.attends(32)
+    assert fast.guarantee.fused == fast.runner.fused == exact.attends(32)
     assert set(fast.guarantee.limits or {}) <= set(fast.runner.model.modules())
     expected, found = both(fast, prompt_ids(30), 3, do_sample=do_sample, max_new_tokens=60, output_scores=True, return_dict_in_generate=True)
     assert torch.equal(expected.sequences, found.sequences)
@@ -160,12 +168,88 @@ def test_a_four_bit_base_is_served_through_bits_of_its_own(dtype: torch.dtype, d
 def test_attention_in_another_order_is_found_out(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
     real = exact.attend
+    monkeypatch.setattr(attach, "exact_when_fused", lambda runner: False)
     monkeypatch.setattr(exact, "attendable", lambda query, key: query.dtype is torch.bfloat16)
     monkeypatch.setattr(exact, "attend", lambda *given: real(*given) * 1.01)
     fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1))
     assert fast.guarantee.level == "bitwise"
     assert fast.guarantee.twin
     assert not fast.runner.attends_exactly
+    expected, found = both(fast, prompt_ids(12), max_new_tokens=20)
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, nn.RMSNorm])
+@pytest.mark.parametrize("dim", [16, 32, 48, 64, 576, 1040, 4096])
+def test_norms_have_the_bits_of_the_module(kind: Any, dim: int) -> None:
+    norm = kind(dim, eps=1e-5).bfloat16()
+    norm.weight.data.normal_(1.0, 0.5)
+    made = norms.exact(norm)
+    assert made is not None
+    rows = (torch.randn(300, dim) * 2.0 ** torch.randint(-9, 9, (300, 1))).bfloat16()
+    assert torch.equal(made(rows), norm(rows))
+    assert torch.equal(made(rows[None, :1]), norm(rows[None, :1]))
+
+
+def test_a_norm_in_another_order_has_no_stand_in() -> None:
+    class FlippedRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            rows = hidden_states.float()
+            return self.weight * (rows * torch.rsqrt(rows.flip(-1).pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).bfloat16()
+
+    assert norms.exact(FlippedRMSNorm(576).bfloat16()) is None
+    assert norms.exact(LlamaRMSNorm(576)) is None
+    assert norms.exact(LlamaRMSNorm(40).bfloat16()) is None
+
+
+SIZES = dict(
+    vocab_size=96, hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    max_position_embeddings=2048, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)), lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES))],
+    ids=["llama", "bias", "norms of heads"],
+)  # fmt: skip
+def test_fused_layers_have_the_bits_of_rows_alone(build: Any) -> None:
+    if not exact.attends(32):
+        pytest.skip("torch's attention has another order on this machine")
+    torch.manual_seed(1)
+    base = build()
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    base = freeze(base.bfloat16())
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1))
+    assert fast.guarantee.fused
+    for length in (5, 700):
+        ids, rows = prompt_ids(length), RowCache(4)
+        fast.reader.verify(ids, torch.arange(length)[None], None, rows, None, last_only=True)
+        rows.keep(range(length))
+        tree = DraftTree((3, 4, 5, 6, 7, 8), (-1, 0, 0, 1, 2, 4))
+        places = torch.tensor([tree.depths]) + length
+        found = fast.runner.verify(torch.tensor([tree.tokens]), places, tree.mask()[None], rows, None, apart=True).logits[0]
+        for node in range(len(tree)):
+            own = DynamicCache(config=base.config)
+            plain_pass(base, ids[0].tolist(), own)
+            path = [node]
+            while tree.parents[path[0]] >= 0:
+                path.insert(0, tree.parents[path[0]])
+            with as_decoding(base):
+                alone = [plain_pass(base, [tree.tokens[each]], own) for each in path]
+            assert torch.equal(found[node].float(), alone[-1])
+
+
+def test_fused_layers_that_are_wrong_are_found_out(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    real = FusedLayers.__call__
+    monkeypatch.setattr(FusedLayers, "__call__", lambda self, *given: real(self, *given) * (1.01 if self.like.exactly else 1))
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1))
+    assert fast.guarantee.level == "bitwise"
+    assert fast.guarantee.twin
+    assert not fast.runner.fused
+    assert fast.runner.attends_exactly == exact.attends(32)
     expected, found = both(fast, prompt_ids(12), max_new_tokens=20)
     assert torch.equal(expected, found)
 
@@ -183,6 +267,7 @@ def test_a_verdict_is_kept_with_the_limits_of_the_twin(base: LlamaForCausalLM, m
     first, again = accelerate(base, adapter), accelerate(base, adapter)
     assert again.guarantee.twin
     assert again.runner.attends_exactly == first.runner.attends_exactly
+    assert again.runner.fused == first.runner.fused
     assert set(again.guarantee.limits or {}) <= set(again.runner.model.modules())
     assert sorted((again.guarantee.limits or {}).values()) == sorted((first.guarantee.limits or {}).values())
     expected, found = both(again, prompt_ids(12), max_new_tokens=20)

@@ -128,3 +128,10 @@ static void attend(const struct attention *a, const float *asked, float *scratch
                 }
             }
 }
+
+#if defined(__AVX512BF16__)
+/* The same in torch's order (exact.c). */
+void lossless_attend_exactly(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
+                             const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
+                             ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads);
+#endif

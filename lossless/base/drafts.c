@@ -18,22 +18,22 @@ void lossless_level(const struct recurrent *by, const float *r, const float *emb
     struct rows path = ready(0, &by->recur, r, rows, first), token = ready(0, &by->token, normal, rows, second);
 #pragma omp parallel num_threads(threads)
     {
-        project(&by->recur, &path, rows, next);
-        project(&by->token, &token, rows, told);
+        project(&by->recur, &path, rows, 0, next);
+        project(&by->token, &token, rows, 0, told);
 #pragma omp barrier
 #pragma omp single
         {
             for (ptrdiff_t i = 0; i < rows * rank; i += LANES) store(next + i, silu(load(next + i) + load(told + i) + load(heard + i)));
             path = ready(0, &by->out, next, rows, first);
         }
-        project(&by->out, &path, rows, read);
+        project(&by->out, &path, rows, 0, read);
 #pragma omp barrier
 #pragma omp single
         {
             for (ptrdiff_t i = 0; i < rows * dim; i++) read[i] = (read[i] + stream[i]) * (float)by->scale;
             token = ready(0, &by->head, read, rows, second);
         }
-        project(&by->head, &token, rows, logits);
+        project(&by->head, &token, rows, 0, logits);
     }
 }
 

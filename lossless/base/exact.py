@@ -2,7 +2,7 @@
 
 Knows: in which order a row of such a product is added up on processors that multiply pairs of bfloat16 (AVX-512): by torch, of weights in
 bfloat16, input after input, in chunks whose sums are added up in turn; by bitsandbytes, of 4-bit weights, block after block. In panels
-(panels.h) that order is kept, and in exact.c that of torch's attention in bfloat16. torch lays out a weight anew at each call, and takes
+(panels.h) that order is kept, in exact.c that of torch's attention in bfloat16, and in exact_layer.c that of its other operations. torch lays out a weight anew at each call, and takes
 five times as long for one row; bitsandbytes, and torch's attention, take as long for each further row as for the first. Does not know:
 what passes do with it. Whether all bits are the same has to be tried with the base's own weights (generation/limits.py).
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import kernels, panels
+from . import kernels, norms, panels
 from .layers import features
 from .linears import FourBitLinear, PackedLinear
 from .packed import TWIN_SHARE, put, stand_in
@@ -48,6 +48,9 @@ def exact_twin(model: Any) -> Any | None:
     twin = structure_of(model)
     for name, made in found.items():
         put(twin, name, made.train(model.get_submodule(name).training))
+    for name, module in list(twin.named_modules()):
+        if (norm := norms.exact(module)) is not None:
+            put(twin, name, norm.train(module.training))
     return twin
 
 
@@ -100,14 +103,14 @@ def _some_bits(ins: int, outs: int) -> bool:
 
 def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `attend` has the bits of torch's attention for such rows here."""
-    return query.dtype is torch.bfloat16 and kernels.attendable(query, key) and bool(kernels.compiled().lossless_pairs()) and _attends(query.shape[-1])
+    return query.dtype is torch.bfloat16 and kernels.attendable(query, key) and bool(kernels.compiled().lossless_pairs()) and attends(query.shape[-1])
 
 
 attend = functools.partial(kernels.attend, exactly=True)  # each row with the bits of `F.scaled_dot_product_attention` of it alone
 
 
 @functools.cache
-def _attends(dim: int) -> bool:
+def attends(dim: int) -> bool:
     """Whether attention over texts of some lengths has torch's bits; tried at the first call."""
     generator, path = torch.Generator().manual_seed(0), kernels.Paths.of([[0]])
     for length in _LENGTHS:

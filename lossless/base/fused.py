@@ -17,25 +17,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
 from . import kernels
 from .layers import CACHE
-from .norms import FusedNorm
+from .norms import ExactNorm, FusedNorm, Norm
 from .projections import Weight, multipliable
 
 _SILU = ("SiLU", "SiLUActivation")
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", ctypes.c_void_p), ("eps", ctypes.c_double)]
+_IN_PAIRS = (kernels.BFLOAT16, kernels.PAIRED_FOUR_BITS)  # weights that are multiplied with pairs of bfloat16
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, _Norm) for name in ("first", "second", "of_queries", "of_keys")),
+        *((name, Norm) for name in ("first", "second", "of_queries", "of_keys")),
         *((name, ctypes.c_int64) for name in ("halves", "dim", "heads", "kv_heads", "head_dim")), ("scale", ctypes.c_double),
+        ("activation", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -45,12 +44,14 @@ class FusedLayer:
 
     Attributes:
         layer: what C is told of it; kept: the tensors that it points to.
+        exactly: it has the bits of torch's eager operations, for layers in bfloat16 of an exact twin (base/exact.py).
         dtype: of hidden states, keys and values, float32 or bfloat16.
         heads, kv_heads, head_dim, dim, inner: its sizes.
     """
 
     layer: _Layer
     kept: list[torch.Tensor]
+    exactly: bool
     dtype: torch.dtype
     heads: int
     kv_heads: int
@@ -72,11 +73,19 @@ class FusedLayer:
         if size % (2 * kernels.LANES) or inner % kernels.LANES or not _sees_everything(attention):
             return None
         kept: list[torch.Tensor] = []
-        weights, scales = [Weight.of(part, kept) for part in projections], [_norm(norm, kept) for norm in norms]
+        weights, scales = [Weight.of(part, kept) for part in projections], [Norm.of(norm, kept) for norm in norms]
+        exactly, activation = isinstance(norms[0], ExactNorm), None
+        if exactly:
+            activation = _table(module.mlp.act_fn, inner) if all(weight.kind in _IN_PAIRS for weight in weights) else None
+            if activation is None:
+                return None
+            kept.append(activation)
         heads, kv_heads = (part.out_features // size for part in projections[:2])
         dtype = dtype or norms[0].weight.dtype
-        told = _Layer(*weights, *scales, dtype == torch.bfloat16, dim, heads, kv_heads, size, attention.scaling)
-        return cls(told, kept, dtype, heads, kv_heads, size, dim, inner)
+        told = _Layer(
+            *weights, *scales, dtype == torch.bfloat16, dim, heads, kv_heads, size, attention.scaling, None if activation is None else activation.data_ptr()
+        )
+        return cls(told, kept, exactly, dtype, heads, kv_heads, size, dim, inner)
 
     def __deepcopy__(self, memo: Any) -> FusedLayer:
         """Itself: it does not change."""
@@ -110,7 +119,7 @@ class FusedLayer:
 
     @property
     def sizes(self) -> tuple[Any, ...]:
-        return self.dtype, self.dim, self.heads, self.kv_heads, self.head_dim, self.inner
+        return self.exactly, self.dtype, self.dim, self.heads, self.kv_heads, self.head_dim, self.inner
 
     @property
     def longest(self) -> int:
@@ -125,6 +134,13 @@ class FusedLayer:
         """Numbers that `behind` needs if a row sees so many keys at most."""
         attending = self.heads * rows * (keys + self.head_dim) + threads * kernels.panel() * self.head_dim
         return rows * (2 * self.heads * self.head_dim + 3 * self.dim + 2 * self.inner + self.longest) + attending
+
+    def scratch(self, rows: int, keys: int, threads: int) -> int:
+        """Numbers that layers one behind the other need."""
+        if self.exactly:  # rows of 16 bits: five as long as can be, keys and values
+            return rows * (3 * self.longest + self.kv_heads * self.head_dim) + kernels.scratch_exactly(self.head_dim, keys, threads)
+        own = rows * self.head_dim * (self.heads + 2 * self.kv_heads)
+        return own + max(self.scratch_before(rows), self.scratch_behind(rows, keys, threads))
 
 
 class _Kept(ctypes.Structure):
@@ -149,10 +165,10 @@ class FusedLayers:
         """
         like, rows, depth, threads = self.like, hidden.shape[1], paths.rows.shape[1], torch.get_num_threads()
         stores = (_Kept * len(kept))(*(_Kept(key.data_ptr(), value.data_ptr(), key.shape[2]) for key, value in kept))
-        own = rows * like.head_dim * (like.heads + 2 * like.kv_heads)
-        out = torch.empty_like(hidden)
-        scratch = torch.empty(own + max(like.scratch_before(rows), like.scratch_behind(rows, past + depth, threads)))
-        kernels.compiled().lossless_layers(
+        out, scratch = torch.empty_like(hidden), torch.empty(like.scratch(rows, past + depth, threads))
+        library = kernels.compiled()
+        by = library.lossless_layers_exactly if like.exactly else library.lossless_layers
+        by(
             self._told, stores, len(kept), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), paths.lengths.data_ptr(),
             paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), like.longest, rows, threads,
         )  # fmt: skip
@@ -240,7 +256,7 @@ def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
     attention, mlp = module.self_attn, module.mlp
     projections = [getattr(attention, f"{name}_proj", None) for name in "qkvo"] + [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
     norms = [module.input_layernorm, module.post_attention_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
-    if not multipliable(projections) or not all(norm is None or isinstance(norm, FusedNorm) for norm in norms):
+    if not multipliable(projections) or {type(norm) for norm in norms if norm is not None} not in ({FusedNorm}, {ExactNorm}):
         return None
     act, known = getattr(mlp, "act_fn", None), [*projections, *norms]
     others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
@@ -261,9 +277,15 @@ def _sees_everything(attention: Any) -> bool:
     return getattr(config, "sliding_window", None) is None and getattr(config, "attention_chunk_size", None) is None
 
 
-def _norm(norm: FusedNorm | None, kept: list[torch.Tensor]) -> _Norm:
-    if norm is None:
-        return _Norm(None, math.nan)
-    weight = (norm.weight.detach().float() + norm.offset).contiguous()
-    kept.append(weight)
-    return _Norm(weight.data_ptr(), norm.eps)
+@torch.no_grad()
+def _table(act: nn.Module, inner: int) -> torch.Tensor | None:
+    """`[65536]` bfloat16, what a gate's activation makes of each number; None if that hangs on where a number stands in a row of `inner`."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every.masked_fill(every.isnan(), math.nan)
+    found = act(every)
+    for shift in (0, 1):
+        rows = F.pad(every[shift:], (0, -(2**16 - shift) % inner)).view(-1, 1, 1, inner)
+        again = torch.cat([act(row).flatten() for row in rows])[: 2**16 - shift]
+        if not torch.equal(again.view(torch.int16), found[shift:].view(torch.int16)):
+            return None
+    return found

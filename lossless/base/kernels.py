@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from ..storage import cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "kernels.c", "layer.c", "drafts.c", "exact.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "layer.h", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
 FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS = range(5)  # as vectors.h has them
@@ -99,7 +99,10 @@ def _declared(library: Any) -> Any:
     library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
     if library.lossless_pairs():
         library.lossless_attend_exactly.argtypes = library.lossless_attend.argtypes
-        library.lossless_attend_exactly.restype = None
+        library.lossless_layers_exactly.argtypes = library.lossless_layers.argtypes
+        library.lossless_norm_exactly.argtypes = [pointer, pointer, pointer, size, size]
+        for name in ("attend", "layers", "norm"):
+            getattr(library, f"lossless_{name}_exactly").restype = None
     for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest"):
         getattr(library, f"lossless_{name}").restype = None
     return library
@@ -216,7 +219,7 @@ def attend(
     kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
     out = torch.empty(1, rows, heads, dim, dtype=query.dtype)
     if exactly:
-        by, numbers = compiled().lossless_attend_exactly, threads * (_SIDE * (2 * dim + past + depth) + dim)
+        by, numbers = compiled().lossless_attend_exactly, scratch_exactly(dim, past + depth, threads)
     else:
         by, numbers = compiled().lossless_attend, heads * rows * (3 * dim + past + depth) + threads * panel() * dim
     scratch, first = torch.empty(numbers), None if starts is None else torch.tensor(starts, dtype=torch.int32)
@@ -228,6 +231,11 @@ def attend(
         strides, threads,
     )  # fmt: skip
     return out
+
+
+def scratch_exactly(dim: int, keys: int, threads: int) -> int:
+    """Numbers that attention in torch's order needs, if a row sees so many keys at most."""
+    return threads * (_SIDE * (2 * dim + keys) + dim)
 
 
 def _right() -> bool:

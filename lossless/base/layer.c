@@ -5,20 +5,7 @@
    bits that it has by itself. */
 
 #include "attention.h"
-#include "projections.h"
-
-struct norm {
-    const float *weight; /* NULL: there is none */
-    double eps;
-};
-
-struct layer {
-    struct weight q, k, v, o, gate, up, down;
-    struct norm first, second, of_queries, of_keys;
-    int64_t halves; /* what comes in and goes out is bfloat16, keys and values, too */
-    int64_t dim, heads, kv_heads, head_dim;
-    double scale;
-};
+#include "layer.h"
 
 /* Threads wait for each other as seldom as can be: on a busy machine each time may cost a time slice. So what is little is done by one. */
 
@@ -52,9 +39,9 @@ void lossless_before(const struct layer *layer, const void *hidden, const void *
     struct rows given = ready(layer->halves, &layer->q, normal, rows, values + rows * kv_heads * size);
 #pragma omp parallel num_threads(threads)
     {
-        project(&layer->q, &given, rows, query);
-        project(&layer->k, &given, rows, keys);
-        project(&layer->v, &given, rows, values);
+        project(&layer->q, &given, rows, 0, query);
+        project(&layer->k, &given, rows, 0, keys);
+        project(&layer->v, &given, rows, 0, values);
     }
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t head = 0; head < heads + kv_heads; head++) {
@@ -87,7 +74,7 @@ void lossless_behind(const struct layer *layer, const void *hidden, const float 
         attend(&a, asked, rest, found);
 #pragma omp single
         given = ready(layer->halves, &layer->o, found, rows, shorter);
-        project(&layer->o, &given, rows, added);
+        project(&layer->o, &given, rows, 0, added);
 #pragma omp barrier
 #pragma omp single
         {
@@ -98,23 +85,17 @@ void lossless_behind(const struct layer *layer, const void *hidden, const float 
 #pragma omp for schedule(static)
         for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
             ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
-            project_panel(&layer->gate, &given, rows, gate, p);
-            project_panel(&layer->up, &given, rows, up, p);
+            project_panel(&layer->gate, &given, rows, 0, gate, p);
+            project_panel(&layer->up, &given, rows, 0, up, p);
             for (ptrdiff_t r = 0; r < rows; r++) gated(gate + r * inner + first, up + r * inner + first, valid);
         }
 #pragma omp single
         given = ready(layer->halves, &layer->down, gate, rows, shorter);
-        project(&layer->down, &given, rows, added);
+        project(&layer->down, &given, rows, 0, added);
     }
     for (ptrdiff_t i = 0; i < rows * dim; i++) middle[i] += added[i];
     narrow(layer->halves, middle, rows * dim, out);
 }
-
-/* Where a layer's keys and values are kept: [kv_heads, capacity, head_dim] each. */
-struct kept {
-    void *keys, *values;
-    int64_t capacity;
-};
 
 /* `count` layers of the same sizes, each of which is given what the one before it gave: hidden [rows, dim] -> out [rows, dim]. Keys and
    values of the rows are written behind `past` others. scratch:

@@ -1,18 +1,22 @@
 """RMS norms in one call, where the base's take six.
 
 Knows: which modules are x / sqrt(mean(x^2) + eps) times a weight, or times 1 + that weight (found by trying), and how to compute it with
-a kernel of ours. Does not know: models, or which of their modules are to be replaced (base/packed.py).
+a kernel of ours: rounded otherwise than the base, or with its own bits. Does not know: models, or which of their modules are to be
+replaced (base/packed.py, base/exact.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+import math
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from . import kernels
 
+_ROWS, _SWALLOWS = 512, 2.0**11  # that `exact` tries
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03}  # of outputs that are about as large as the weight
 
 
@@ -42,8 +46,53 @@ class FusedNorm(nn.Module):
         return module
 
 
+class ExactNorm(FusedNorm):
+    """The same with the bits of the norm's own, in bfloat16; what it stands for is found by `exact`.
+
+    Args:
+        twice: numbers are rounded before they are multiplied with the weight, too.
+    """
+
+    def __init__(self, module: nn.Module, eps: float, offset: float, twice: bool) -> None:
+        super().__init__(module, eps, offset)
+        self.twice, self._kept = twice, []  # type: ignore[var-annotated]
+        self._told = Norm.of(self, self._kept)
+
+    def __deepcopy__(self, memo: Any) -> ExactNorm:
+        return ExactNorm(self._module[0], self.eps, self.offset, self.twice)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[..., dim]` -> `[..., dim]`."""
+        if rows.dtype is not torch.bfloat16 or (rows.requires_grad and torch.is_grad_enabled()):
+            return self.original()(rows)
+        rows = rows.contiguous()
+        out, dim = torch.empty_like(rows), rows.shape[-1]
+        kernels.compiled().lossless_norm_exactly(ctypes.byref(self._told), rows.data_ptr(), out.data_ptr(), rows.numel() // dim, dim)
+        return out
+
+
+class Norm(ctypes.Structure):
+    """A norm as C is told of it (layer.h)."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("eps", ctypes.c_double), ("twice", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, norm: FusedNorm | None, kept: list[torch.Tensor]) -> Self:
+        """None: there is none. To `kept` goes the tensor that it points to."""
+        if norm is None:
+            return cls(None, math.nan, 0)
+        weight = (norm.weight.detach().float() + norm.offset).contiguous()
+        kept.append(weight)
+        return cls(weight.data_ptr(), norm.eps, getattr(norm, "twice", False))
+
+
 def _eps(module: Any) -> float | None:
-    """What a norm adds to the mean of squares, None if that is not to be seen."""
+    """What a norm adds to the mean of squares; None if that is not to be seen, or it is no norm that a kernel here could compute."""
+    weight: Any = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or [name for name, _ in module.named_parameters()] != ["weight"] or weight.ndim != 1:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or weight.device.type != "cpu" or weight.dtype not in _CLOSE or not kernels.available():
+        return None
     found = [getattr(module, name) for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)]
     return found[0] if found else None
 
@@ -51,15 +100,38 @@ def _eps(module: Any) -> float | None:
 @torch.no_grad()
 def fused(module: nn.Module) -> FusedNorm | None:
     """What may stand in for a module, None if it is no norm of this kind, or there is no kernel here."""
-    weight: Any = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or (eps := _eps(module)) is None or [name for name, _ in module.named_parameters()] != ["weight"]:
+    if isinstance(module, ExactNorm):
+        module = module.original()
+    if isinstance(module, FusedNorm) or (eps := _eps(module)) is None:
         return None
-    if module._forward_hooks or module._forward_pre_hooks or weight.ndim != 1 or weight.device.type != "cpu" or weight.dtype not in _CLOSE or not kernels.available():
-        return None
+    weight: Any = module.weight
     rows = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.01], [1.0], [30.0]])
     expected = module(rows.to(weight.dtype)).float()
     for offset in (0.0, 1.0):
         made = FusedNorm(module, eps, offset)
         if (made(rows.to(weight.dtype)).float() - expected).abs().max() < _CLOSE[weight.dtype] * expected.abs().max():
+            return made
+    return None
+
+
+@torch.no_grad()
+def exact(module: nn.Module) -> ExactNorm | None:
+    """What may stand in for a norm in bfloat16 and has its bits, None if nothing has.
+
+    In every second row one number swallows parts of the others, as they are added up: so the order shows.
+    """
+    if isinstance(module, FusedNorm) or (eps := _eps(module)) is None or not kernels.compiled().lossless_pairs():
+        return None
+    weight: Any = module.weight
+    if weight.dtype != torch.bfloat16 or len(weight) % kernels.LANES:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_ROWS, len(weight), generator=generator)
+    rows[::2].scatter_(1, torch.randint(len(weight), (len(rows[::2]), 1), generator=generator), _SWALLOWS)
+    rows = rows.bfloat16()
+    expected, alone = module(rows), module(rows[None, :1])
+    for offset, twice in ((0.0, True), (1.0, False), (0.0, False), (1.0, True)):
+        made = ExactNorm(module, eps, offset, twice)
+        if torch.equal(made(rows), expected) and torch.equal(made(rows[None, :1]), alone):
             return made
     return None

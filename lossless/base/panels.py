@@ -132,6 +132,10 @@ class FourBits:
         return cls(numbers, each.view(-1, panel, each.shape[1]).transpose(1, 2).contiguous(), code.float().contiguous(), outs, in_pairs)
 
     @property
+    def kind(self) -> int:
+        return PAIRED_FOUR_BITS if self.in_pairs else FOUR_BITS
+
+    @property
     def nbytes(self) -> int:
         return self.numbers.nbytes + self.scales.nbytes
 
@@ -152,9 +156,9 @@ class FourBits:
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
         if self.in_pairs:
-            out = kernels.multiply(PAIRED_FOUR_BITS, self.numbers, self.outs, rows.bfloat16(), None, self.scales, self.code).to(rows.dtype)
+            out = kernels.multiply(self.kind, self.numbers, self.outs, rows.bfloat16(), None, self.scales, self.code).to(rows.dtype)
             return out if bias is None else out + bias
-        return kernels.multiply(FOUR_BITS, self.numbers, self.outs, rows, bias, self.scales, self.code)
+        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias, self.scales, self.code)
 
 
 @dataclass(frozen=True, eq=False)

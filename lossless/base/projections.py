@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .kernels import EIGHT_BITS, FOUR_BITS
+from .kernels import EIGHT_BITS
 from .linears import FourBitLinear, Int8Linear, PackedLinear
 from .panels import EightBits, Panels
 
@@ -20,7 +20,7 @@ class Weight(ctypes.Structure):
     """A weight, and its bias."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("kind", "ins", "outs")), ("numbers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("kind", "ins", "outs", "chunk")), ("numbers", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("scales", "code", "bias")),
     ]  # fmt: skip
 
@@ -28,15 +28,16 @@ class Weight(ctypes.Structure):
     def of(cls, part: Any, kept: list[torch.Tensor]) -> Weight:
         """That of a module which is `multipliable`. To `kept` go the tensors that it points to."""
         if isinstance(part, FourBitLinear):
-            kind, tensors = FOUR_BITS, [part.four_bits.numbers, part.four_bits.scales, part.four_bits.code]
+            kind, tensors = part.four_bits.kind, [part.four_bits.numbers, part.four_bits.scales, part.four_bits.code]
         elif isinstance(part.packed, EightBits):
             kind, tensors = EIGHT_BITS, [part.packed.numbers, part.packed.scales]
         else:
             kind, tensors = part.packed.kind, [part.packed.numbers]
+        chunk = getattr(getattr(part, "packed", None), "chunk", None) or part.in_features
         bias = None if part.bias is None else part.bias.detach().float().contiguous()
         kept += [*tensors, *([] if bias is None else [bias])]
         pointers = [tensor.data_ptr() for tensor in tensors] + [None] * (3 - len(tensors))
-        return cls(kind, part.in_features, part.out_features, *pointers, None if bias is None else bias.data_ptr())
+        return cls(kind, part.in_features, part.out_features, chunk, *pointers, None if bias is None else bias.data_ptr())
 
 
 def multipliable(parts: Sequence[Any]) -> bool:

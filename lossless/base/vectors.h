@@ -48,10 +48,14 @@ INLINE uint16_t as_bfloat16(float number) { /* to the nearest, of two the even o
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-INLINE void store_bfloat16(uint16_t *at, f32s numbers) {
+/* To the nearest numbers of bfloat16. */
+INLINE f32s rounded(f32s numbers) {
     u32s bits = (u32s)numbers, none = (u32s)(numbers != numbers);
-    bits = (((bits + 0x7fff + (bits >> 16 & 1)) & ~none) | ((bits | 0x400000) & none)) >> 16;
-    u16s halves = __builtin_convertvector(bits, u16s);
+    return (f32s)((((bits + 0x7fff + (bits >> 16 & 1)) & ~none) | ((bits | 0x400000) & none)) & 0xffff0000u);
+}
+
+INLINE void store_bfloat16(uint16_t *at, f32s numbers) {
+    u16s halves = __builtin_convertvector((u32s)rounded(numbers) >> 16, u16s);
     memcpy(at, &halves, sizeof halves);
 }
 
@@ -61,6 +65,14 @@ INLINE f32s load_kind(int kind, const void *at, ptrdiff_t i) {
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+
+INLINE f32x8 as_f32x8(const uint16_t *at) {
+    u16x8 halves;
+    memcpy(&halves, at, sizeof halves);
+    return (f32x8)(__builtin_convertvector(halves, u32x8) << 16);
+}
 
 /* The lanes of a vector added up to four. */
 INLINE f32x4 fold(f32s a) {

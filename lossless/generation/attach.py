@@ -6,7 +6,7 @@ pay. Does not know: the decode loop, or what a call asks for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..base.exact import exact_twin
 from ..base.layers import device_of
 from ..base.packed import packed_twin, warm_up
 from ..drafting.drafter import Drafter
-from ..streams.fusing import fuse_passes, fuse_streams
+from ..streams.fusing import exact_when_fused, fuse_passes, fuse_streams
 from ..streams.runner import StreamRunner, logit_scale
 from .exactness import Guarantee, Passes, at_a_time, check_level, find_guarantee
 from .limits import projections
@@ -69,13 +69,14 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     if model is None and exact != "bitwise" and (exact == "off" or dtype not in (torch.bfloat16, torch.float16)):
         model = packed_twin(base)
     twin = None if model is None else StreamRunner(base, adapter, model)
-    if twin is not None and not same_bits:
+    if twin is not None and same_bits:
+        twin.fused = exact_when_fused(twin)
+    elif twin is not None:
         fuse_passes(twin)
 
     def look() -> Guarantee:
         check_served(reader)
-        joined = passes.streams and not (twin or reader).fused  # fused layers carry no streams
-        return find_guarantee(reader, exact, replace(passes, streams=joined), twin, same_bits)
+        return find_guarantee(reader, exact, passes, twin, same_bits)
 
     with torch.no_grad(), trial(base):
         seen = reader.observe_anything()
@@ -83,7 +84,8 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     guarantee = kept_guarantee(kept, reader.model, model, look)
     serves = twin is not None and (guarantee.twin or guarantee.level == "off")
     runner = twin if twin is not None and serves else reader
-    runner.attends_exactly = guarantee.attends_exactly
+    if runner is twin and same_bits:
+        runner.attends_exactly, runner.fused = guarantee.attends_exactly, guarantee.fused
     if guarantee.limits is not None:
         runner.keep_bits(guarantee.limits)
     elif runner is twin and same_bits:

@@ -83,7 +83,7 @@ class Guarantee:
         operations: the same by kind of projection, to be read: `in x out` -> rows.
         noise: how far differences between logits move with the shape of a pass, in logits.
         twin: passes over trees run through packed copies of the weights.
-        attends_exactly: their rows attend by base/exact.py.
+        attends_exactly: their rows attend by base/exact.py; fused: and the layers of such a pass are one call.
         again: numbers of rows, falling, of which a pass that takes each row by itself, in the base's own weights, gives each the bits
             of a pass of its own: so a text is read again, under near-tie, where these are left; the rest in passes of one row.
     """
@@ -95,6 +95,7 @@ class Guarantee:
     twin: bool = False
     again: tuple[int, ...] = ()
     attends_exactly: bool = False
+    fused: bool = False
 
     def __post_init__(self) -> None:
         require_one_of(EXACTNESS, "exact", self.level)
@@ -177,10 +178,10 @@ def _same_bits(runner: StreamRunner, twin: StreamRunner, wanted: str | None, kno
         return None
     if head:
         limits[twin.model.get_output_embeddings()] = head
-        for twin.attends_exactly in (True, False):
+        for twin.attends_exactly, twin.fused in ((True, True), (True, False), (False, False))[not twin.fused :]:
             bits, noise, _ = _compare(runner, twin, limits, known, passes)
             if bits:
-                return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly)
+                return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly, fused=twin.fused)
     elif wanted is None:
         with _limited(twin, at_a_time(twin.model, passes.rows)):
             noise = _compare(runner, twin, None, known, passes, _QUIET, whole=True)[1]
@@ -257,6 +258,8 @@ def _compare(
         exact = _behind(reader, runner, text.prompt, len(text.prompt)) if bits else read
         with as_decoding(runner.model):
             for rows, streams in passes.each():
+                if streams and runner.fused:  # its layers carry none
+                    continue
                 native = read(text.tree, rows, streams)
                 off = max(off, float((native - text.alone[:rows]).abs().max() / text.alone.std()))
                 noise = max(noise, safety * max(_rounding(runner.base, native), moved(native, text.alone[:rows])))

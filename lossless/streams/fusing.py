@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base import exact
 from ..base.fused import FusedLayer, FusedLayers
 from ..base.layers import input_device
 from ..base.norms import fused
@@ -42,6 +43,15 @@ def fuse_passes(runner: Any) -> None:
         runner.fused = False
         for layer in runner.layers:
             layer.__dict__.pop("forward", None)
+
+
+def exact_when_fused(runner: Any) -> bool:
+    """The same for a runner of an exact twin, whose layers then look as if they had the bits that rows have alone; whether they do is not
+    tried here. False, and nothing is done, unless all of them do."""
+    like = FusedLayer.of(runner.layers[0])
+    if runner.implementation != "sdpa" or like is None or not like.exactly or not exact.attends(like.head_dim):
+        return False
+    return fuse(runner.layers, runner.first_top)
 
 
 @torch.no_grad()

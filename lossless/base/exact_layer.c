@@ -1,0 +1,130 @@
+/* Decoder layers in bfloat16 with the bits of torch's eager operations for a row by itself (fused.py): norms, projections, rotary
+   embedding, attention (exact.c), residuals and a gated MLP. What torch writes to memory is rounded to bfloat16 here, too, and nothing
+   else is.
+
+   Sums of projections are in the order of base/exact.py. The mean of squares is that of torch's `mean`: eight lanes, four vectors side by
+   side, and sums of 16, 256 and 4096 of those apart. */
+
+#include "attention.h"
+#include "layer.h"
+
+#if defined(__AVX512BF16__)
+
+#define ABREAST 4
+#define LEVELS 4
+#define EVERY 16 /* sums of one level are added to those of the next */
+
+static float mean_of_squares(const uint16_t *row, ptrdiff_t dim) {
+    f32x8 sums[LEVELS][ABREAST] = {};
+    ptrdiff_t vectors = dim / 8, turns = vectors / ABREAST;
+#define SQUARES(v) (as_f32x8(row + 8 * (v)) * as_f32x8(row + 8 * (v))) /* of numbers of 8 bits: nothing is lost */
+    for (ptrdiff_t i = 0; i < turns;) {
+        UNROLL for (int k = 0; k < ABREAST; k++) sums[0][k] += SQUARES(i * ABREAST + k);
+        i++;
+        ptrdiff_t every = EVERY;
+        for (int level = 1; level < LEVELS && i % every == 0; level++, every *= EVERY)
+            UNROLL for (int k = 0; k < ABREAST; k++) sums[level][k] += sums[level - 1][k], sums[level - 1][k] = (f32x8){};
+    }
+    for (int level = 1; level < LEVELS; level++)
+        UNROLL for (int k = 0; k < ABREAST; k++) sums[0][k] += sums[level][k];
+    for (ptrdiff_t v = turns * ABREAST; v < vectors; v++) sums[0][0] += SQUARES(v);
+    f32x8 all = sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3];
+    float sum = 0;
+    for (ptrdiff_t i = vectors * 8; i < dim; i++) sum += as_float(row[i]) * as_float(row[i]);
+    for (int lane = 0; lane < 8; lane++) sum += all[lane];
+    return sum / dim;
+}
+
+/* May be done in place; dim is a multiple of LANES. */
+static void normalize_exactly(const struct norm *norm, const uint16_t *row, ptrdiff_t dim, uint16_t *out) {
+    float scale = 1 / sqrtf(mean_of_squares(row, dim) + (float)norm->eps);
+    for (ptrdiff_t i = 0; i < dim; i += LANES) {
+        f32s scaled = load_bfloat16(row + i) * scale;
+        store_bfloat16(out + i, (norm->twice ? rounded(scaled) : scaled) * load(norm->weight + i));
+    }
+}
+
+void lossless_norm_exactly(const struct norm *norm, const uint16_t *rows, uint16_t *out, ptrdiff_t count, ptrdiff_t dim) {
+    for (ptrdiff_t r = 0; r < count; r++) normalize_exactly(norm, rows + r * dim, dim, out + r * dim);
+}
+
+/* A head's part of a row, in place. */
+static void turn(const struct norm *norm, const uint16_t *cos, const uint16_t *sin, ptrdiff_t dim, uint16_t *head) {
+    if (norm->weight) normalize_exactly(norm, head, dim, head);
+    for (ptrdiff_t i = 0, half = dim / 2; i < half; i += LANES) {
+        f32s first = load_bfloat16(head + i), second = load_bfloat16(head + half + i);
+        store_bfloat16(head + i, rounded(first * load_bfloat16(cos + i)) - rounded(second * load_bfloat16(sin + i)));
+        store_bfloat16(head + half + i, rounded(second * load_bfloat16(cos + half + i)) + rounded(first * load_bfloat16(sin + half + i)));
+    }
+}
+
+/* to += added */
+static void add_to(uint16_t *to, const uint16_t *added, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i += LANES) store_bfloat16(to + i, load_bfloat16(to + i) + load_bfloat16(added + i));
+}
+
+/* gate = activation(gate) * up */
+static void gated(const uint16_t *activation, uint16_t *gate, const uint16_t *up, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i += LANES) {
+        uint16_t active[LANES];
+        for (int lane = 0; lane < LANES; lane++) active[lane] = activation[gate[i + lane]];
+        store_bfloat16(gate + i, load_bfloat16(active) * load_bfloat16(up + i));
+    }
+}
+
+/* As lossless_layers (layer.c); scratch: what `room` in fused.py says. */
+void lossless_layers_exactly(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const uint16_t *hidden,
+                             const uint16_t *cos, const uint16_t *sin, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past,
+                             uint16_t *out, float *scratch, ptrdiff_t longest, ptrdiff_t rows, int threads) {
+    ptrdiff_t dim = layers[0]->dim, heads = layers[0]->heads, kv_heads = layers[0]->kv_heads, size = layers[0]->head_dim;
+    ptrdiff_t inner = layers[0]->gate.outs, wide = heads * size, slim = kv_heads * size;
+    uint16_t *normal = (uint16_t *)scratch, *query = normal + rows * longest, *key = query + rows * longest, *value = key + rows * slim;
+    uint16_t *gate = value + rows * slim, *up = gate + rows * longest, *added = up + rows * longest;
+    float *rest = (float *)(added + rows * longest);
+    memcpy(out, hidden, rows * dim * sizeof *out);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const struct layer *l = layers[i];
+        uint16_t *keys = kept[i].keys, *values = kept[i].values;
+        ptrdiff_t stride = kept[i].capacity * size, strides[6] = {size, wide, stride, size, stride, size};
+        struct rows given = {.halves = normal}, found = {.halves = added}, active = {.halves = gate};
+        lossless_norm_exactly(&l->first, out, normal, rows, dim);
+#pragma omp parallel num_threads(threads)
+        {
+            project(&l->q, &given, rows, 1, query);
+            project(&l->k, &given, rows, 1, key);
+            project(&l->v, &given, rows, 1, value);
+        }
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            for (ptrdiff_t head = 0; head < heads; head++) turn(&l->of_queries, cos + r * size, sin + r * size, size, query + r * wide + head * size);
+            for (ptrdiff_t head = 0; head < kv_heads; head++) {
+                uint16_t *from = key + r * slim + head * size;
+                turn(&l->of_keys, cos + r * size, sin + r * size, size, from);
+                memcpy(keys + head * stride + (past + r) * size, from, size * sizeof *from);
+                memcpy(values + head * stride + (past + r) * size, value + r * slim + head * size, size * sizeof *from);
+            }
+        }
+        lossless_attend_exactly(BFLOAT16, query, keys, values, added, rest, NULL, lengths, paths, (float)l->scale, heads, kv_heads, rows, size, past,
+                                depth, strides, threads);
+#pragma omp parallel num_threads(threads)
+        {
+            project(&l->o, &found, rows, 1, query);
+#pragma omp barrier
+#pragma omp single
+            {
+                add_to(out, query, rows * dim);
+                lossless_norm_exactly(&l->second, out, normal, rows, dim);
+            }
+#pragma omp for schedule(static)
+            for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
+                ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
+                project_panel(&l->gate, &given, rows, 1, gate, p);
+                project_panel(&l->up, &given, rows, 1, up, p);
+                for (ptrdiff_t r = 0; r < rows; r++) gated(l->activation, gate + r * inner + first, up + r * inner + first, valid);
+            }
+            project(&l->down, &active, rows, 1, added);
+        }
+        add_to(out, added, rows * dim);
+    }
+}
+
+#endif
