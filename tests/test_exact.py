@@ -10,7 +10,15 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -202,10 +210,10 @@ def test_a_norm_in_another_order_has_no_stand_in() -> None:
     assert norms.exact(LlamaRMSNorm(40).bfloat16()) is None
 
 
-SIZES = dict(
-    vocab_size=96, hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-    max_position_embeddings=2048, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "max_position_embeddings": 2048, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@
 void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
                      const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, ptrdiff_t chunk, int threads) {
     ptrdiff_t panels = (outs + PANEL - 1) / PANEL;
-    enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : kind == EIGHT_BITS ? BYTES : CODES;
+    enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : kind == EIGHT_BITS ? BYTES : kind == FOUR_BIT_GRID ? STEPS : kind == EIGHT_BIT_GRID ? FINE_STEPS : CODES;
 #if defined(__AVX512BF16__)
     if (halves && kind == BFLOAT16) way = PAIRS;
     if (halves && kind == PAIRED_FOUR_BITS) way = PAIRED_CODES;
@@ -48,6 +48,8 @@ void lossless_panels(int kind, int halves, const uint32_t *weight, const float *
             WAY(BYTES, ins / 4 * PANEL, scales + p * 2 * PANEL)
             WAY(PAIRS, ins / 2 * PANEL, NULL)
             WAY(PAIRED_CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
+            WAY(STEPS, ins / 4 * LANES, scales + p * (ins / chunk) * 2 * PANEL)
+            WAY(FINE_STEPS, ins / 4 * PANEL, scales + p * (ins / chunk) * 2 * PANEL)
         }
     }
 }

@@ -34,10 +34,10 @@ from torch.nn import functional as F
 
 from ..storage import cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "layer.h", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "layer.h", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
-FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS = range(5)  # as vectors.h has them
+FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID = range(7)  # as vectors.h has them
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
 LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
@@ -90,6 +90,7 @@ def _declared(library: Any) -> Any:
     pointer, size, number = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
     library.lossless_stored.argtypes = [number, *[pointer] * 3, *[size] * 3, number]
     library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 4, number]
+    library.lossless_lay_grid.argtypes = [pointer, size, size, size, number, pointer, pointer, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
     library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
     library.lossless_before.argtypes = [*[pointer] * 8, size, number]
@@ -129,7 +130,8 @@ def multiply(
 ) -> torch.Tensor:  # fmt: skip
     """`[..., in]` times a weight in panels of this kind (panels.h) -> `[..., out]`, in the dtype of the rows. No gradient flows.
 
-    chunk: inputs that are added up by themselves, where rows and weights are multiplied as pairs of bfloat16; None for all of them.
+    chunk: inputs that are added up by themselves, where rows and weights are multiplied as pairs of bfloat16, None for all of them; of
+        weights on a grid the block.
     """
     *before, ins = rows.shape
     halves = rows.dtype is torch.bfloat16

@@ -3,7 +3,7 @@
 Knows: how each keeps its weight, multiplies with it, is copied and saved, and what it was before. Does not know: models, or which
 of their modules are to be replaced (base/packed.py).
 
-    PackedLinear    a copy of the weight in another layout: in panels, or in oneDNN's
+    PackedLinear    a copy of the weight in another layout: in panels, on a grid, or in oneDNN's
     StoredLinear    the weight as it is stored, multiplied by a kernel of ours
     FourBitLinear   bitsandbytes' 4-bit numbers, in panels
     Int8Linear      rounded to 8 bits, for drafts
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from . import kernels, panels, products
+from . import grids, kernels, panels, products
 
 
 def packable(dtype: torch.dtype, ins: int) -> bool:
@@ -29,11 +29,13 @@ def packable(dtype: torch.dtype, ins: int) -> bool:
     return panels.available(dtype, ins) or products.packable(dtype)
 
 
-Layout = Callable[[torch.Tensor], panels.Panels | products.Packed]  # of a weight `[out, in]`
+Layout = Callable[[torch.Tensor], panels.Panels | grids.Grid | products.Packed]  # of a weight `[out, in]`
 
 
-def _packed(weight: torch.Tensor) -> panels.Panels | products.Packed:
+def _packed(weight: torch.Tensor) -> panels.Panels | grids.Grid | products.Packed:
     """A weight `[out, in]` in the layout whose products are the fastest here."""
+    if (grid := grids.Grid.of(weight)) is not None:
+        return grid
     if panels.available(weight.dtype, weight.shape[1]) and not (weight.dtype == torch.bfloat16 and products.has_tiles()):
         return panels.Panels.of(weight)
     return products.Packed.of(weight)

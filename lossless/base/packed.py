@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from . import kernels, panels, products
+from . import grids, kernels, panels, products
 from .attention import GROUPED
 from .fused import fuse_plain, unfuse_plain
 from .layers import CACHE, decoder_layers, features
@@ -120,17 +120,19 @@ def packed_bytes(model: nn.Module, kinds: dict[str, type] | None = None) -> int:
         module: Any = model.get_submodule(name)
         ins, outs = features(module)
         if kind is PackedLinear:
-            found += ins * outs * _packed_itemsize(module)
+            found += int(ins * outs * _packed_itemsize(module))
         elif kind is FourBitLinear:
             found += ins * outs // 2
     return found
 
 
-def _packed_itemsize(module: Any) -> int:
+def _packed_itemsize(module: Any) -> float:
     """Bytes that each number of a module's weight takes when it is packed."""
     dtype: Any = product_dtype(module)
-    known = not _is_four_bit(module) and panels.available(dtype, features(module)[0])
-    return panels.itemsize(module.weight) if known else dtype.itemsize
+    if _is_four_bit(module) or not panels.available(dtype, features(module)[0]):
+        return float(dtype.itemsize)
+    weight = module.weight if type(module) is not Conv1D else module.weight.t()
+    return grids.itemsize(weight) or panels.itemsize(weight)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

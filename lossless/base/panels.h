@@ -12,6 +12,8 @@
        PAIRED_FOUR_BITS  the same, multiplied with rows of bfloat16 in pairs
        EIGHT_BITS [panels, ins / 4, PANEL]             four inputs in a word, a byte each; scales [panels, 2, PANEL]: of each output what
                                                        its sum is multiplied with, and the sum of its weights, a whole number
+       FOUR_BIT_GRID, EIGHT_BIT_GRID                   numbers as in FOUR_BITS, EIGHT_BITS; scales [panels, blocks, 2, PANEL]: of each block of
+                                                       an output's weights the step between two numbers, and what 0 stands for
 
    Rows for EIGHT_BITS are rounded to bytes, too: such products are for drafts. */
 
@@ -32,7 +34,7 @@
 
 /* How rows are multiplied with a panel. PAIRS, PAIRED_CODES: rows of bfloat16, two inputs at a time, where the processor
    can; then `code` is of bfloat16, too, and a block is added up before it is scaled. */
-enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS, PAIRED_CODES };
+enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS, PAIRED_CODES, STEPS, FINE_STEPS };
 
 /* Bytes of a row lie between 0 and 2 * MIDDLE - 1, MIDDLE stands for 0. Without the instruction for it, two products are added in 16
    bits, for which eight bits would be too many. */
@@ -114,10 +116,12 @@ static void to_bytes(const float *rows, ptrdiff_t count, ptrdiff_t ins, uint8_t 
     }
 }
 
-/* The sums of `count` rows, which is known where this is compiled, with one panel. row_scales: of rows in bytes. Rows stand `stride`
-   numbers apart. */
+INLINE f32s number(u32s whole) { return __builtin_convertvector((i32s)whole, f32s); }
+
+/* The sums of `count` rows, which is known where this is compiled, with one panel. row_scales: of rows in bytes. block: of weights on a
+   grid. Rows stand `stride` numbers apart. */
 INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows_, const float *row_scales,
-                     ptrdiff_t ins, ptrdiff_t stride, int count, f32s (*out)[2]) {
+                     ptrdiff_t ins, ptrdiff_t block, ptrdiff_t stride, int count, f32s (*out)[2]) {
     const float *rows = rows_;
     f32s sums[ROWS][2] = {}; /* of its own, so that they stay in registers */
     if (way == NUMBERS)
@@ -132,15 +136,26 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
     if (way == CODES) {
         struct code code;
         memcpy(&code, table, sizeof code);
-        for (ptrdiff_t block = 0; block < ins; block += BLOCK, scales += PANEL) {
+        for (ptrdiff_t b = 0; b < ins; b += BLOCK, scales += PANEL) {
             f32s first = load(scales), second = load(scales + LANES);
-            for (ptrdiff_t i = block; i < block + BLOCK; i += 4, panel += LANES) {
+            for (ptrdiff_t i = b; i < b + BLOCK; i += 4, panel += LANES) {
                 u32s four = words(panel);
                 UNROLL for (int j = 0; j < 4; j++)
                     add(sums, decoded(code, four >> (8 * j) & 15) * first, decoded(code, four >> (8 * j + 4) & 15) * second, rows + i + j, stride, count);
             }
         }
     }
+    if (way == STEPS || way == FINE_STEPS)
+        for (ptrdiff_t b = 0; b < ins; b += block, scales += 2 * PANEL) {
+            f32s step[2] = {load(scales), load(scales + LANES)}, least[2] = {load(scales + PANEL), load(scales + PANEL + LANES)};
+            for (ptrdiff_t i = b; i < b + block; i += 4, panel += way == STEPS ? LANES : PANEL) {
+                u32s first = words(panel), second = way == STEPS ? first >> 4 : words(panel + LANES);
+                const uint32_t mask = way == STEPS ? 15 : 255;
+                UNROLL for (int j = 0; j < 4; j++)
+                    add(sums, number(first >> (8 * j) & mask) * step[0] + least[0], number(second >> (8 * j) & mask) * step[1] + least[1],
+                        rows + i + j, stride, count);
+            }
+        }
     if (way == BYTES) {
         const uint8_t *bytes = rows_;
         i32s dots[ROWS][2] = {};
@@ -178,9 +193,9 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
         const uint16_t *halves = rows_;
         struct code code;
         memcpy(&code, table, sizeof code);
-        for (ptrdiff_t block = 0; block < ins; block += BLOCK, scales += PANEL) {
+        for (ptrdiff_t b = 0; b < ins; b += BLOCK, scales += PANEL) {
             f32s added[ROWS][2] = {};
-            for (ptrdiff_t i = block; i < block + BLOCK; i += 4, panel += LANES) {
+            for (ptrdiff_t i = b; i < b + BLOCK; i += 4, panel += LANES) {
                 u32s four = words(panel);
                 UNROLL for (int j = 0; j < 4; j += 2) {
                     __m512bh first = paired(code, four >> (8 * j)), second = paired(code, four >> (8 * j + 4));
@@ -228,18 +243,19 @@ INLINE void finish(const f32s *sums, const float *bias, int halves, void *out, p
 INLINE void part(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows, const float *row_scales,
                  ptrdiff_t ins, ptrdiff_t chunk, int count, f32s (*sums)[2]) {
     if (way != PAIRS || chunk >= ins) {
-        multiply(way, panel, scales, table, rows, row_scales, ins, ins, count, sums);
+        multiply(way, panel, scales, table, rows, row_scales, ins, chunk, ins, count, sums);
         return;
     }
     memset(sums, 0, count * sizeof *sums);
     for (ptrdiff_t i = 0; i < ins; i += chunk) {
         f32s some[ROWS][2];
-        multiply(way, panel + i / 2 * PANEL, scales, table, (const uint16_t *)rows + i, row_scales, ins - i < chunk ? ins - i : chunk, ins, count, some);
+        multiply(way, panel + i / 2 * PANEL, scales, table, (const uint16_t *)rows + i, row_scales, ins - i < chunk ? ins - i : chunk, chunk, ins, count, some);
         UNROLL for (int r = 0; r < count; r++) sums[r][0] += some[r][0], sums[r][1] += some[r][1];
     }
 }
 
-/* All rows with one panel. chunk: of inputs that are added up by themselves, if both are bfloat16; at least `ins` for none. */
+/* All rows with one panel. chunk: of inputs that are added up by themselves, if both are bfloat16, at least `ins` for none; of weights on a
+   grid the block. */
 INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows,
                     const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
     ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == BYTES ? 1 : way == PAIRS || way == PAIRED_CODES ? 2 : 4; /* about equal parts */

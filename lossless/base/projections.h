@@ -4,7 +4,7 @@
 #include "panels.h"
 
 struct weight { /* of a projection, in panels */
-    int64_t kind, ins, outs, chunk; /* chunk: of inputs that are added up by themselves; at least `ins` for none */
+    int64_t kind, ins, outs, chunk; /* chunk: as panels.h has it */
     const void *numbers;
     const float *scales, *code, *bias;
 };
@@ -55,6 +55,8 @@ static void project_panel(const struct weight *w, const struct rows *rows, ptrdi
         if (takes_pairs(rows->halves != NULL, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, bias, rows->halves);
         else PROJECT(HALVES, ins / 2 * PANEL, NULL, bias, rows->numbers);
         break;
+    case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
+    case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
     case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * 2 * PANEL, bias, rows->bytes); break;
 #if defined(__AVX512BF16__)
     case PAIRED_FOUR_BITS: /* into bfloat16, and the bias is added behind that */

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .grids import Grid
 from .kernels import EIGHT_BITS
 from .linears import FourBitLinear, Int8Linear, PackedLinear
 from .panels import EightBits, Panels
@@ -31,6 +32,8 @@ class Weight(ctypes.Structure):
             kind, tensors = part.four_bits.kind, [part.four_bits.numbers, part.four_bits.scales, part.four_bits.code]
         elif isinstance(part.packed, EightBits):
             kind, tensors = EIGHT_BITS, [part.packed.numbers, part.packed.scales]
+        elif isinstance(part.packed, Grid):
+            kind, tensors = part.packed.kind, [part.packed.numbers, part.packed.scales]
         else:
             kind, tensors = part.packed.kind, [part.packed.numbers]
         chunk = getattr(getattr(part, "packed", None), "chunk", None) or part.in_features
@@ -47,4 +50,4 @@ def multipliable(parts: Sequence[Any]) -> bool:
 
 
 def _in_panels(part: Any) -> bool:
-    return isinstance(part, FourBitLinear) or (isinstance(part, PackedLinear | Int8Linear) and isinstance(part.packed, Panels | EightBits))
+    return isinstance(part, FourBitLinear) or (isinstance(part, PackedLinear | Int8Linear) and isinstance(part.packed, Panels | Grid | EightBits))

@@ -22,7 +22,7 @@ typedef uint32_t u32s_at __attribute__((vector_size(LANES * 4), aligned(4), may_
 typedef int32_t i32s __attribute__((vector_size(LANES * 4)));
 typedef uint16_t u16s __attribute__((vector_size(LANES * 2)));
 
-enum kind { FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS };
+enum kind { FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID };
 
 INLINE f32s load(const float *at) { return (f32s) * (const f32s_at *)at; }
 

@@ -178,7 +178,8 @@ def _same_bits(runner: StreamRunner, twin: StreamRunner, wanted: str | None, kno
         return None
     if head:
         limits[twin.model.get_output_embeddings()] = head
-        for twin.attends_exactly, twin.fused in ((True, True), (True, False), (False, False))[not twin.fused :]:
+        ways = [(True, True)] * twin.fused + [(True, False), (False, False)]
+        for twin.attends_exactly, twin.fused in ways:
             bits, noise, _ = _compare(runner, twin, limits, known, passes)
             if bits:
                 return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly, fused=twin.fused)

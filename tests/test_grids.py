@@ -1,0 +1,109 @@
+"""Weights that were quantized once, found again in the float32 numbers that they became."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lossless
+from lossless.adapter.compat import new_adapter
+from lossless.base import grids, kernels, packed
+from lossless.base.grids import Grid
+from lossless.base.linears import PackedLinear
+from lossless.generation.model import accelerate
+
+from .conftest import build_tiny, prompt_ids, tiny_config
+from .test_lossless import both
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="there is no C compiler here")
+
+
+def quantized(outs: int, ins: int, form: str, spread: float = 0.05) -> torch.Tensor:
+    """`[out, in]` as the formats of GGUF have them: scales in 16 bits, numbers in a few."""
+
+    def half(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape) * spread).half().float()
+
+    def whole(low: int, high: int, block: int) -> torch.Tensor:
+        return torch.randint(low, high, (outs, ins // block, block)).float()
+
+    if form == "Q8_0":
+        return (whole(-127, 128, 32) * half(outs, ins // 32, 1)).view(outs, ins)
+    if form == "Q4_0":
+        return (whole(-8, 8, 32) * half(outs, ins // 32, 1)).view(outs, ins)
+    if form == "Q4_1":
+        return (whole(0, 16, 32) * half(outs, ins // 32, 1) + half(outs, ins // 32, 1)).view(outs, ins)
+    if form == "Q6_K":
+        return (whole(-32, 32, 16) * (whole(-128, 128, 16)[..., :1] * half(outs, 1, 1) / 128).half().float()).view(outs, ins)
+    raise ValueError(form)
+
+
+@pytest.mark.parametrize(("form", "bits", "block"), [("Q8_0", 8, 32), ("Q4_0", 4, 32), ("Q4_1", 4, 32), ("Q6_K", 8, 16)])
+@pytest.mark.parametrize("shape", [(64, 64), (70, 576), (3, 1536)], ids=str)
+def test_nothing_is_lost_and_rows_keep_their_bits(shape: tuple[int, int], form: str, bits: int, block: int) -> None:
+    weight = quantized(*shape, form)
+    grid = Grid.of(weight)
+    assert grid is not None
+    assert (grid.bits, grid.block) == (bits, block)
+    assert torch.equal(grid.dense(), weight)
+    laid_out = -(-shape[0] // kernels.panel()) * kernels.panel() * shape[1]  # weights, with those of outputs that are not there
+    assert grid.nbytes == laid_out * (bits / 8 + 8 / block)
+    rows, bias = torch.randn(17, shape[1]), torch.randn(shape[0])
+    expected = F.linear(rows.double(), weight.double(), bias.double())
+    found = grid.multiply(rows, bias)
+    assert (found - expected).abs().max() < 1e-5 * expected.std()
+    for size in (1, 2, 5, 12, 13):
+        assert torch.equal(torch.cat([grid.multiply(some, bias) for some in rows.split(size)]), found)
+
+
+def test_zeros_and_equal_weights_stand_on_a_grid() -> None:
+    weight = torch.zeros(40, 64)
+    weight[3] = 0.25
+    grid = Grid.of(weight)
+    assert grid is not None
+    assert torch.equal(grid.dense(), weight)
+
+
+@pytest.mark.parametrize("what", ["one off", "random", "nan", "infinite", "large", "bfloat16", "odd"])
+def test_other_weights_do_not(what: str) -> None:
+    weight = quantized(80, 64, "Q4_1")
+    if what == "one off":  # behind the outputs that are looked at first
+        weight[77, 5] += 2.0**-20
+        assert grids.itemsize(weight) == 0.75
+    elif what in ("nan", "infinite", "large"):
+        weight[79, 63] = {"nan": torch.nan, "infinite": torch.inf, "large": 1e30}[what]
+    elif what == "random":
+        weight = torch.randn(80, 64)
+    elif what == "bfloat16":
+        weight = weight.bfloat16()
+    else:
+        weight = quantized(80, 64, "Q4_1")[:, :48].contiguous()
+    assert Grid.of(weight) is None
+    if what not in ("one off", "nan", "infinite", "large"):
+        assert grids.itemsize(weight) is None
+
+
+def test_a_model_whose_weights_were_quantized_is_served_through_them() -> None:
+    base = build_tiny()
+    for module in packed.structure_of(base).modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
+            module.weight.data.copy_(quantized(module.out_features, module.in_features, "Q4_1", 0.1))
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
+    twins = [module for module in fast.runner.model.modules() if isinstance(module, PackedLinear)]
+    assert any(isinstance(module.packed, Grid) for module in twins)
+    for do_sample in (False, True):
+        expected, found = both(fast, prompt_ids(20), 2, do_sample=do_sample, max_new_tokens=40)
+        assert torch.equal(expected, found)
+
+    lossless.pack(base)
+    dense = sum(p.nbytes for name, p in before.items())
+    assert packed.copied_bytes(base) < dense / 2
+    again = copy.deepcopy(base)
+    ids = prompt_ids(9)
+    assert torch.equal(again(ids).logits, base(ids).logits)
+    lossless.unpack(base)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
