@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -19,9 +20,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation import MaxLengthCriteria
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lossless.adapter.compat import new_adapter
-from lossless.base.layers import uses_attention_interface
+from lossless.base.layers import as_decoding, uses_attention_interface
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
@@ -29,6 +31,7 @@ from lossless.generation.limits import _limit, find_limits
 from lossless.generation.loop import DecodeLoop
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.generation.sequence import Sequence
+from lossless.generation.trial import plain_pass
 from lossless.streams.cache import RowCache
 from lossless.streams.runner import StreamRunner
 
@@ -151,6 +154,38 @@ def test_many_rows_are_read_again_in_few_passes(monkeypatch: pytest.MonkeyPatch)
     assert fast.runner is not fast.reader  # which reads the prompts, and again
     assert [rows for rows in passes if rows != 9] == [16, 16, 4, 4, 1, 1, 16, 16, 4, 4, 1, 1, 1]
     assert fast.stats.reread == 42 + 43
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama4_text", "gemma3_text", "llama"])
+def test_a_row_alone_is_attended_to_as_in_the_base_s_own_loop(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask attention may round otherwise than without one, in one row of thousands: so what it is given is compared."""
+    base = build(family).bfloat16()
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(2), exact="bitwise")
+    calls: list[list[Any]] = [[], []]
+    real = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def spy(which: int) -> Any:
+        def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any) -> Any:
+            calls[which].append((module.layer_idx, query, key, value, mask))
+            return real(module, query, key, value, mask, **kwargs)
+
+        return attend
+
+    ids, rows, own = prompt_ids(60), RowCache(len(fast.reader.layers)), DynamicCache(config=base.config)
+    for place in range(60):
+        for which in (0, 1):
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy(which))
+            if which:
+                fast.reader.verify(ids[:, place : place + 1], torch.tensor([[place]]), None, rows, None, apart=True)
+                rows.keep([0])
+            else:
+                with as_decoding(base):
+                    plain_pass(base, [int(ids[0, place])], own)
+    assert len(calls[0]) == len(calls[1]) > 0
+    for (layer, *expected), (_, *found) in zip(*calls, strict=True):
+        for a, b in zip(expected, found, strict=True):
+            assert (a is None) == (b is None), layer
+            assert a is None or torch.equal(a, b), layer
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "deferred"])

@@ -20,8 +20,9 @@ def test_each_row_sees_its_own_text_side_by_side() -> None:
     query = torch.arange(rows).float().view(1, 1, rows, 1).repeat(1, 4, 1, 4)
     seen: dict[int, list[int]] = {}
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> torch.Tensor:
         assert torch.equal(v, k + 100)
+        assert length == past + len(PATHS[int(q[0, 0, 0, 0])])
         seen[int(q[0, 0, 0, 0])] = k[0, 0, :, 0].int().tolist()
         return q.transpose(1, 2)
 

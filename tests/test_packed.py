@@ -168,6 +168,18 @@ def test_a_packed_model_is_accelerated_bit_for_bit(dtype: torch.dtype, do_sample
     assert fast.runner is fast.reader
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_prompt_of_one_token_is_read_as_the_packed_model_reads_it(length: int, do_sample: bool) -> None:
+    base = lossless.pack(build_tiny(seed=8, hidden=128, inner=160).bfloat16())
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(2))
+    for first in range(3, 12):
+        ids = torch.arange(first, first + length)[None]
+        expected, found = both(fast, ids, do_sample=do_sample, max_new_tokens=9, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(expected.sequences, found.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(expected.logits, found.logits, strict=True))
+
+
 def test_a_packed_model_is_saved_copied_and_pickled_as_an_ordinary_one(tmp_path: Path) -> None:
     model, ids = build_tiny(seed=5), prompt_ids(9)
     plain = model(ids).logits

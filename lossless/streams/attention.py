@@ -9,7 +9,6 @@ keys. So main rows get the same shapes, and the same bits, whether streams are t
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..base import exact, kernels
 from ..base.attention import GROUPED, SDPA, grouped
-from .invariance import one_by_one
-from .masks import PositionMask, Window
+from .invariance import AloneRows, one_by_one
+from .masks import PositionMask, Window, as_mask
 from .passes import PASS, Pass
 
 ATTENTION = "lossless_streams"
@@ -41,22 +40,37 @@ def _window(module: nn.Module, kwargs: dict[str, Any]) -> Window:
     return Window(kwargs.get("sliding_window"))
 
 
-def _in_one_call(plan: Pass, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Any:
-    """What attends for all rows that are read alone; None: they attend one by one, by the base's own attention."""
+def _in_one_call(plan: Pass, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, masked: bool) -> Any:
+    """What attends for all rows that are read alone; None: they attend one by one, by the base's own attention.
+
+    masked: the base itself would give one of the rows a mask.
+    """
     if kwargs.get("position_bias") is not None:
         return None
     if plan.implementation == GROUPED and kernels.attendable(query, key):
         return kernels.attend
-    if plan.exactly and plan.implementation == "sdpa" and exact.attendable(query, key):
+    if plan.exactly and not masked and plan.implementation == "sdpa" and exact.attendable(query, key):
         return exact.attend
     return None
 
 
-def _alone(
-    attention: Any, module: nn.Module, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+def _rows_alone(
+    plan: Pass, alone: AloneRows, window: Window, module: nn.Module, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """The base's attention of one row over keys that are all its own: `[1, 1, heads, head_dim]`."""
-    return attention(module, query, key, value, None, **kwargs)[0]
+    """Main rows, each with the bits of a pass of its own: `[1, rows, heads, head_dim]`."""
+    lengths = alone.lengths(key.shape[2] - query.shape[2])
+    masked = any(window.mask_of_last(length) is not None for length in {min(lengths), max(lengths)})
+    if (by := _in_one_call(plan, kwargs, query, key, masked)) is not None:
+        starts = None if window == Window() else [window.first(length - 1) for length in lengths]
+        return by(query, key, value, kwargs.get("scaling"), alone.tensors, starts)
+    attention = _base_attention(module, plan.implementation)
+    takes_masks = plan.implementation in (*SDPA, "eager")  # others know the window by its size
+
+    def attend(row: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: int) -> torch.Tensor:
+        mask = as_mask(window.mask_of_last(length), row, plan.implementation) if takes_masks else None
+        return attention(module, row, keys, values, mask, **kwargs)[0]
+
+    return one_by_one(attend, query, key, value, alone.calls, window.kept if takes_masks else lambda length: window.first(length - 1))
 
 
 def _attend(
@@ -82,12 +96,8 @@ def _attend(
         main = (query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]) if query.shape[2] > rows else (query, key, value)
         if plan.alone is None:
             outputs.append(_masked(plan, plan.main, window, module, kwargs, *main))
-        elif (by := _in_one_call(plan, kwargs, *main[:2])) is not None:
-            starts = None if window == Window() else [window.first(length - 1) for length in plan.alone.lengths(keys - rows)]
-            outputs.append(by(*main, kwargs.get("scaling"), plan.alone.tensors, starts))
         else:
-            attend = partial(_alone, _base_attention(module, plan.implementation), module, kwargs)
-            outputs.append(one_by_one(attend, *main, plan.alone.calls, lambda length: window.first(length - 1)))
+            outputs.append(_rows_alone(plan, plan.alone, window, module, kwargs, *main))
     if plan.stream is not None and query.shape[2] > rows:  # not in the lower layers
         outputs.append(_masked(plan, plan.stream, window, module, kwargs, query[:, :, rows:], key, value))
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None

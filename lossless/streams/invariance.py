@@ -64,20 +64,19 @@ class AloneRows:
 
 
 def one_by_one(
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     calls: Sequence[RowCall],
-    window: Callable[[int], int],
+    start: Callable[[int], int],
 ) -> torch.Tensor:
-    """Attention of each row in a call of its own, over keys of exactly its own text, without a mask; in the end every key is
-    where it was.
+    """Attention of each row in a call of its own, over keys of exactly its own text; in the end every key is where it was.
 
     Args:
-        attend: `[1, heads, 1, head_dim]`, keys, values -> `[1, 1, heads, head_dim]`.
+        attend: `[1, heads, 1, head_dim]`, keys, values, length of the text -> `[1, 1, heads, head_dim]`.
         query: `[1, heads, rows, head_dim]`; key, value: `[1, kv_heads, past + rows, head_dim]`.
-        reach: length of a text -> the first of its keys that its last row may see.
+        start: length of a text -> the first of its keys that its last row is given.
     """
     past = key.shape[2] - len(calls)
     moved = any(call.writes for call in calls)
@@ -89,8 +88,8 @@ def one_by_one(
                 key[:, :, past + depth] = own[0][:, :, node]
                 value[:, :, past + depth] = own[1][:, :, node]
         end = past + call.length
-        start = window(end)
-        outputs.append(attend(query[:, :, row : row + 1], key[:, :, start:end], value[:, :, start:end]))
+        given = slice(start(end), end)
+        outputs.append(attend(query[:, :, row : row + 1], key[:, :, given], value[:, :, given], end))
     if own is not None:
         key[:, :, past:], value[:, :, past:] = own
     return torch.cat(outputs, dim=1)

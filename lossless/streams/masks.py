@@ -32,6 +32,18 @@ class Window:
         """Whether there is anything between a key's place and a row's that is not seen."""
         return self.first(row) > key
 
+    def kept(self, length: int) -> int:
+        """The first key that the base's own cache holds for the last place of a text of this length."""
+        reach = self.size or self.chunk
+        return 0 if reach is None else max(0, length - reach)
+
+    def mask_of_last(self, length: int) -> torch.Tensor | None:
+        """`[1, 1, 1, keys]`, which of those keys the last place sees; None where transformers gives a single row no mask: as long as the
+        text is shorter than the reach. Attention with a mask may round otherwise than without, even if all is seen."""
+        if self.kept(length + 1) == 0:
+            return None
+        return (torch.arange(self.kept(length), length) >= self.first(length - 1))[None, None, None]
+
     def sees(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """`[batch, rows, keys]`, whether places of keys are within reach of places of rows, if not everything is."""
         if self.size is not None:

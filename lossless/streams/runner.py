@@ -195,7 +195,7 @@ class StreamRunner:
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         if (unpadded and apart) or (not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention))):
             plan.alone = paths()
-        if self.fused and unpadded and not last_only:
+        if self.fused and unpadded and (not last_only or count == 1):  # a packed base reads a text of one token so, too
             plan.paths = plan.alone or paths()
 
         def begin(entry: torch.Tensor) -> None:
