@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import inspect
 import math
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ class FusedLayer:
         weights, scales = [Weight.of(part, kept) for part in projections], [Norm.of(norm, kept) for norm in norms]
         exactly, activation = isinstance(norms[0], ExactNorm), None
         if exactly:
-            activation = _table(module.mlp.act_fn, inner) if all(weight.kind in _IN_PAIRS for weight in weights) else None
+            activation = _table(type(module.mlp.act_fn), inner) if all(weight.kind in _IN_PAIRS for weight in weights) else None
             if activation is None:
                 return None
             kept.append(activation)
@@ -277,10 +278,11 @@ def _sees_everything(attention: Any) -> bool:
     return getattr(config, "sliding_window", None) is None and getattr(config, "attention_chunk_size", None) is None
 
 
+@functools.cache
 @torch.no_grad()
-def _table(act: nn.Module, inner: int) -> torch.Tensor | None:
+def _table(kind: type[nn.Module], inner: int) -> torch.Tensor | None:
     """`[65536]` bfloat16, what a gate's activation makes of each number; None if that hangs on where a number stands in a row of `inner`."""
-    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    act, every = kind(), torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every.masked_fill(every.isnan(), math.nan)
     found = act(every)
     for shift in (0, 1):

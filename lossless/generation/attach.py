@@ -98,4 +98,6 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
         if runner is not reader:
             runner.observe_anything()  # streams call its layers as the base does: seen now, not in the first answer
     fuse_streams(runner)
+    if runner is not reader:
+        vars(reader).pop("stream_layers", None)  # of the trial; nothing of it runs through them from now on
     return Attachment(reader, runner, drafter, guarantee, passes, kept)

@@ -209,5 +209,5 @@ def accelerate(
     if isinstance(adapter, AdapterConfig):
         adapter = new_adapter(model, adapter, tokenizer)
     elif not isinstance(adapter, StreamAdapter):
-        adapter = StreamAdapter.from_pretrained(adapter, base={"fingerprint": fingerprint(model, tokenizer)})
+        adapter = StreamAdapter.from_pretrained(adapter, base={"fingerprint": fingerprint(model, tokenizer)}).half()  # as it is saved: copies work
     return AcceleratedModel(model, adapter, exact, adapter.config.changed(**overrides).drafting)
