@@ -82,7 +82,7 @@ def test_what_is_saved_is_what_is_loaded(tiny: LlamaForCausalLM, tmp_path: Path)
     assert fast.adapter.config == adapter.config
     assert torch.equal(fast.adapter.draft_ids, ids)
     for name, tensor in adapter.named_parameters():
-        torch.testing.assert_close(dict(fast.adapter.named_parameters())[name], tensor, rtol=1e-3, atol=1e-4)
+        assert torch.equal(dict(fast.adapter.named_parameters())[name], tensor.half())
     written = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert written["base"]["fingerprint"]["architecture"] == "LlamaForCausalLM"
     assert {"torch", "transformers"} <= written["versions"].keys()

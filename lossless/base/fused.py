@@ -12,7 +12,7 @@ import ctypes
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,8 @@ class FusedLayer:
         weights, scales = [Weight.of(part, kept) for part in projections], [Norm.of(norm, kept) for norm in norms]
         exactly, activation = isinstance(norms[0], ExactNorm), None
         if exactly:
-            activation = _table(type(module.mlp.act_fn), inner) if all(weight.kind in _IN_PAIRS for weight in weights) else None
+            kind: Any = type(module.mlp.act_fn)
+            activation = _table(kind, inner) if all(weight.kind in _IN_PAIRS for weight in weights) else None
             if activation is None:
                 return None
             kept.append(activation)
@@ -280,7 +281,7 @@ def _sees_everything(attention: Any) -> bool:
 
 @functools.cache
 @torch.no_grad()
-def _table(kind: type[nn.Module], inner: int) -> torch.Tensor | None:
+def _table(kind: Callable[[], nn.Module], inner: int) -> torch.Tensor | None:
     """`[65536]` bfloat16, what a gate's activation makes of each number; None if that hangs on where a number stands in a row of `inner`."""
     act, every = kind(), torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every.masked_fill(every.isnan(), math.nan)
