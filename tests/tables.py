@@ -36,7 +36,7 @@ DRAFTERS = {"shipped": "streams", "runs/paper": "the paper's streams",
             "runs/ablation/paper-+-pruning-layer": "the paper's streams on a small budget",
             "runs/ablation/paper-+-transition": "streams with a transition on a small budget"}  # fmt: skip
 # the rows of the first page, in its order
-FRONT = ("float32-rivals", "float32-sampled", "bfloat16", "bfloat16-packed", "4bit", "4bit-bfloat16", "4bit-packed", "float32-random", "float32-avx2", "bfloat16-packed-avx2")
+FRONT = ("float32-rivals", "float32-sampled", "float32-checkpoint", "bfloat16", "bfloat16-packed", "4bit", "4bit-bfloat16", "4bit-packed", "float32-random", "float32-avx2", "bfloat16-packed-avx2")
 
 
 def reports(kind: str) -> dict[str, Report]:
@@ -67,8 +67,9 @@ def precision(found: Report) -> str:
 
 
 def setting(found: Report) -> str:
-    """What was accelerated: dtype, packed or not, and with which adapter."""
-    return precision(found) + (", packed" if found["packed"] else "") + (", random adapter" if found["adapter"] == "random" else "")
+    """What was accelerated: dtype, packed or not, and with which adapter; a model in a folder is told by its name."""
+    model = "" if found["model"] == "demo" else f" {Path(found['model']).name.replace('-', ' ')}"
+    return precision(found) + model + (", packed" if found["packed"] else "") + (", random adapter" if found["adapter"] == "random" else "")
 
 
 def decoded(found: Report) -> str:

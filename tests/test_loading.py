@@ -14,6 +14,7 @@ import torch
 from lossless import storage
 from lossless.adapter.compat import new_adapter
 from lossless.base import demo as demo_model
+from lossless.base import loading
 from lossless.base.fingerprint import fingerprint, fingerprint_differences
 from lossless.base.loading import Base, load_base
 from lossless.errors import UsageError
@@ -45,6 +46,18 @@ def test_quantized_bases_are_served(tiny_folder: Path, tmp_path: Path, load_in: 
     assert out.shape == (1, 17)
     assert fast.stats.served
     assert fast.stats.tokens == 10
+
+
+@pytest.mark.parametrize(("rounds", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_in_what_a_4_bit_base_computes_by_itself(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: bool, dtype: torch.dtype) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    build_tiny(hidden=64, inner=128).save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "_rounds_rows", lambda: rounds)
+    model = load_base(str(tmp_path), load_in="4bit", device="cpu").model
+    assert model.get_input_embeddings().weight.dtype == dtype
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == dtype
+    assert load_base(str(tmp_path), "float32", "4bit", "cpu").model.get_input_embeddings().weight.dtype == torch.float32
+    assert load_base(str(tmp_path), device="cpu").model.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

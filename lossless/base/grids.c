@@ -17,23 +17,31 @@ static int64_t divisor(int64_t a, int64_t b) {
 }
 
 /* The whole numbers of a block, its step and its least weight; 0 if it stands on no grid of numbers up to `most`. */
-static int lay_block(const float *weights, ptrdiff_t block, int64_t most, uint8_t *numbers, float *step, float *least) {
-    int64_t whole[block], lowest = INT64_MAX, step_of = 0, highest = INT64_MIN;
+static int lay_block(const float *weights, ptrdiff_t block, int most, uint8_t *numbers, float *step_of, float *least_of) {
+    double above[block], least = INFINITY, highest = -INFINITY;
+    int fine = 1;
     for (ptrdiff_t i = 0; i < block; i++) {
-        float fine = weights[i] * FINEST;
-        if (!(fabsf(fine) < 2147483648.0f) || fine != (float)(int64_t)fine) return 0;
-        whole[i] = (int64_t)fine;
-        lowest = whole[i] < lowest ? whole[i] : lowest;
-        highest = whole[i] > highest ? whole[i] : highest;
+        float whole = weights[i] * FINEST;
+        fine &= fabsf(whole) < 2147483648.0f && rintf(whole) == whole;
+        above[i] = whole;
+        least = above[i] < least ? above[i] : least;
+        highest = above[i] > highest ? above[i] : highest;
     }
-    for (ptrdiff_t i = 0; i < block; i++) {
-        int64_t above = whole[i] - lowest;
-        if (step_of == 0 || above % step_of) step_of = divisor(above, step_of);
-        if (step_of && (highest - lowest) / step_of > most) return 0;
+    if (!fine) return 0;
+    for (ptrdiff_t i = 0; i < block; i++) above[i] -= least;
+    int64_t step = (int64_t)(highest - least);
+    for (ptrdiff_t i = 0; i < block && step;) { /* the first guess is that all stand at either end */
+        double each = 1.0 / step;
+        if ((highest - least) * each > most + 0.5) return 0;
+        ptrdiff_t right = 0;
+        for (ptrdiff_t j = 0; j < block; j++) right += rint(above[j] * each) * step == above[j];
+        if (right == block) break;
+        while (fmod(above[i], step) == 0) i++;
+        step = divisor((int64_t)above[i], step);
     }
-    for (ptrdiff_t i = 0; i < block; i++) numbers[i] = step_of ? (uint8_t)((whole[i] - lowest) / step_of) : 0;
-    *step = (float)step_of / FINEST, *least = (float)lowest / FINEST;
-    return (int64_t)(float)step_of == step_of; /* the least one is a weight, and so a float */
+    for (ptrdiff_t i = 0; i < block; i++) numbers[i] = step ? (uint8_t)rint(above[i] / step) : 0;
+    *step_of = (float)step / FINEST, *least_of = (float)least / FINEST;
+    return (int64_t)(float)step == step; /* the least one is a weight, and so a float */
 }
 
 /* weights [outs, ins] -> numbers [panels, ins / 4, LANES or PANEL, 4] bytes, all of them 0 before, and scales [panels, ins / block, 2, PANEL];

@@ -13,47 +13,6 @@
 #endif
 #define WIDE 4 /* outputs that are summed side by side */
 
-/* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
-
-   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16, and [count, 1 + ins / 4] for EIGHT_BITS. bias: [outs] or NULL. ins is even for
-   BFLOAT16, and so is `chunk` (panels.h); ins is a multiple of BLOCK for FOUR_BITS, of 4 for EIGHT_BITS. */
-void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
-                     const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, ptrdiff_t chunk, int threads) {
-    ptrdiff_t panels = (outs + PANEL - 1) / PANEL;
-    enum way way = kind == FLOAT32 ? NUMBERS : kind == BFLOAT16 ? HALVES : kind == EIGHT_BITS ? BYTES : kind == FOUR_BIT_GRID ? STEPS : kind == EIGHT_BIT_GRID ? FINE_STEPS : CODES;
-#if defined(__AVX512BF16__)
-    if (halves && kind == BFLOAT16) way = PAIRS;
-    if (halves && kind == PAIRED_FOUR_BITS) way = PAIRED_CODES;
-#endif
-    const void *from = rows;
-    if (halves && way != PAIRS && way != PAIRED_CODES) {
-        widen(1, rows, count * ins, scratch);
-        from = scratch, scratch += count * ins;
-    }
-    const float *row_scales = scratch;
-    if (way == BYTES) {
-        to_bytes(from, count, ins, (uint8_t *)(scratch + count), scratch);
-        from = scratch + count;
-    }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (ptrdiff_t p = 0; p < panels; p++) {
-        ptrdiff_t first = p * PANEL, valid = outs - first < PANEL ? outs - first : PANEL;
-        const float *biases = bias ? bias + first : NULL;
-#define WAY(way_, words_, scales_)                                                                                                         \
-    case way_: product(way_, weight + p * (words_), scales_, code, from, row_scales, count, ins, chunk, biases, halves, out, first, outs, valid); break;
-        switch (way) {
-            WAY(NUMBERS, ins * PANEL, NULL)
-            WAY(HALVES, ins / 2 * PANEL, NULL)
-            WAY(CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
-            WAY(BYTES, ins / 4 * PANEL, scales + p * 2 * PANEL)
-            WAY(PAIRS, ins / 2 * PANEL, NULL)
-            WAY(PAIRED_CODES, ins / 4 * LANES, scales + p * (ins / BLOCK) * PANEL)
-            WAY(STEPS, ins / 4 * LANES, scales + p * (ins / chunk) * 2 * PANEL)
-            WAY(FINE_STEPS, ins / 4 * PANEL, scales + p * (ins / chunk) * 2 * PANEL)
-        }
-    }
-}
-
 int lossless_lanes(void) { return LANES; }
 
 int lossless_pairs(void) {

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from ..storage import cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "layer.h", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes two
 FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID = range(7)  # as vectors.h has them

@@ -40,7 +40,7 @@ def load_base(
 
     Args:
         name: `demo`, a local folder (safetensors or GGUF), a `.gguf` file, or a hub id.
-        dtype: one of `DTYPES`; `auto` is what the checkpoint holds.
+        dtype: one of `DTYPES`; `auto` is what the checkpoint holds, and with `4bit` on a CPU bfloat16 where bitsandbytes multiplies in that.
         load_in: `4bit` (NF4) or `8bit` through bitsandbytes; None for plain weights.
         device: a torch device; by default the GPU of this process if there is one, else the CPU.
 
@@ -52,6 +52,8 @@ def load_base(
         require_one_of(LOAD_IN, "load_in", load_in)
     device = str(_device(device)) if device else str(processes().device)
     source, gguf_file = _locate(name)
+    if load_in == "4bit" and dtype == "auto" and torch.device(device).type == "cpu" and _rounds_rows():
+        dtype = "bfloat16"
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     try:
         with quiet():
@@ -125,8 +127,15 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _rounds_rows() -> bool:
+    """Whether bitsandbytes rounds rows to bfloat16 here before it multiplies them: then float32 brings little, and costs."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
 def _quantization(load_in: str, source: str, dtype: str, device: str) -> BitsAndBytesConfig:
-    """How bitsandbytes is to load; `auto` computes in what the checkpoint holds on a GPU, and in float32 on a CPU."""
+    """How bitsandbytes is to load; `auto` computes in what the checkpoint holds on a GPU, and in float32 on another device."""
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute: Any = DTYPES[dtype]

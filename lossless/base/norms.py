@@ -88,8 +88,10 @@ class Norm(ctypes.Structure):
 
 def _eps(module: Any) -> float | None:
     """What a norm adds to the mean of squares; None if that is not to be seen, or it is no norm that a kernel here could compute."""
+    if not type(module).__name__.endswith("RMSNorm"):  # first of all: the weight of a packed product would be unpacked to be looked at
+        return None
     weight: Any = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or [name for name, _ in module.named_parameters()] != ["weight"] or weight.ndim != 1:
+    if [name for name, _ in module.named_parameters()] != ["weight"] or weight.ndim != 1:
         return None
     if module._forward_hooks or module._forward_pre_hooks or weight.device.type != "cpu" or weight.dtype not in _CLOSE or not kernels.available():
         return None

@@ -9,7 +9,6 @@ T(n) = draft + verify(n + 1). The tree that is planted has the largest E(n) / T(
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Collection, Sequence
 
@@ -40,7 +39,8 @@ class TreeBuilder:
         self.recalled: set[int] = set()  # candidates that owe most of their probability to an n-gram
         self.frontier = [-1]  # candidates that may have children
         self.paths: list[tuple[int, ...]] = [()]  # the tokens that lead to each of them
-        # a row that is less likely to give a token than to cost one is never taken
+        self._best: list[tuple[float, int]] = []  # candidates that may become nodes, best first, of equals the first drafted: (-score, candidate)
+        # a row that is less likely to give a token than to cost one is never taken, nor one behind as many better ones as there may be
         self._least = math.log(max(1e-9, (curve.verify_s(2) - curve.verify_s(1)) / curve.verify_s(1) / 8)) if curve else _NEVER
 
     def grow(self, drafted: Sequence[dict[int, float]]) -> list[int]:
@@ -49,7 +49,7 @@ class TreeBuilder:
         Returns:
             For each node of the new frontier, the number of its parent in the old one.
         """
-        children: list[tuple[float, int, int]] = []  # score, candidate, row of its parent
+        children: list[tuple[float, int, int]] = []  # -score, candidate, row of its parent
         if self.left:
             self.left -= 1
             for row, (parent, path, likely) in enumerate(zip(self.frontier, self.paths, drafted, strict=True)):
@@ -59,11 +59,15 @@ class TreeBuilder:
                     if (score := so_far + score) > _NEVER and score >= self._least:
                         if recalled and token == recalled[0] and recalled[1] > (1 - recalled[1]) * math.exp(likely.get(token, _NEVER)):
                             self.recalled.add(len(self.tokens))
-                        children.append((score, len(self.tokens), row))
+                        children.append((-score, len(self.tokens), row))
                         self.tokens.append(token)
                         self.parents.append(parent)
                         self.scores.append(score)
-        best = heapq.nsmallest(max(1, self.max_nodes // 4), children, key=lambda child: (-child[0], child[1]))
+        children.sort()
+        self._best = sorted(self._best + [child[:2] for child in children])[: self.max_nodes - 1]
+        if len(self._best) == self.max_nodes - 1:
+            self._least = max(self._least, -self._best[-1][0])
+        best = children[: max(1, self.max_nodes // 4)]
         self.frontier = [candidate for _, candidate, _ in best]
         self.paths = [(*self.paths[row], self.tokens[candidate]) for _, candidate, row in best]
         return [row for _, _, row in best]
@@ -83,19 +87,14 @@ class TreeBuilder:
     def finish(self, root: int) -> DraftTree:
         """Let the n-grams go on alone where that is worth a node, and plant the best."""
         while self.ngrams and self.frontier and self.left:
-            worth = set(self._best())
+            worth = {candidate for _, candidate in self._best}
             rows = [row for row, node in enumerate(self.frontier) if node == -1 or node in worth]
             self.frontier, self.paths = [self.frontier[row] for row in rows], [self.paths[row] for row in rows]
             self.grow([{} for _ in rows])
-        best = self._best()
+        best = self._best
         if self.curve is not None:
-            drafting = self.curve.draft_s(self.levels)
-            best = best[: best_size([math.exp(self.scores[i]) for i in best], self.curve, drafting)]
-        return plant(root, self.tokens, self.parents, best, self.recalled)
-
-    def _best(self) -> list[int]:
-        """Candidates that may become nodes, best first; of equals the first drafted."""
-        return heapq.nsmallest(self.max_nodes - 1, range(len(self.scores)), key=lambda i: (-self.scores[i], i))
+            best = best[: best_size([math.exp(-score) for score, _ in best], self.curve, self.curve.draft_s(self.levels))]
+        return plant(root, self.tokens, self.parents, [candidate for _, candidate in best], self.recalled)
 
 
 def best_size(probabilities: Sequence[float], curve: CostCurve, drafting_s: float) -> int:

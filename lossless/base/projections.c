@@ -1,0 +1,59 @@
+/* Products of a few rows with weights in panels, of every kind: compiled here once, for whoever projects. */
+
+#include "projections.h"
+
+void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int halves, void *out, ptrdiff_t p) {
+    ptrdiff_t ins = w->ins, first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
+    const float *bias = w->bias ? w->bias + first : NULL;
+    const uint32_t *numbers = w->numbers;
+#define PROJECT(way, words_, scales_, bias_, rows_)                                                                                           \
+    product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), rows->scales, count, ins, w->chunk, bias_, halves, out, first, w->outs, valid)
+    switch (w->kind) {
+    case FLOAT32: PROJECT(NUMBERS, ins * PANEL, NULL, bias, rows->numbers); break;
+    case BFLOAT16:
+        if (takes_pairs(rows->halves != NULL, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, bias, rows->halves);
+        else PROJECT(HALVES, ins / 2 * PANEL, NULL, bias, rows->numbers);
+        break;
+    case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
+    case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
+    case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * 2 * PANEL, bias, rows->bytes); break;
+#if defined(__AVX512BF16__)
+    case PAIRED_FOUR_BITS: /* into bfloat16, and the bias is added behind that */
+        PROJECT(PAIRED_CODES, ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, NULL, rows->halves);
+        for (ptrdiff_t r = 0; r < (bias ? count : 0); r++)
+            for (ptrdiff_t n = 0; n < valid; n++) {
+                uint16_t *to = (uint16_t *)out + r * w->outs + first + n;
+                *to = as_bfloat16(as_float(*to) + bias[n]);
+            }
+        break;
+#endif
+    default: PROJECT(CODES, ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, bias, rows->numbers);
+    }
+}
+
+void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, int halves, void *out) {
+    ptrdiff_t panels = (w->outs + PANEL - 1) / PANEL;
+#pragma omp for schedule(static) nowait
+    for (ptrdiff_t p = 0; p < panels; p++) project_panel(w, rows, count, halves, out, p);
+}
+
+/* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
+
+   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16, and [count, 1 + ins / 4] for EIGHT_BITS.
+   bias: [outs] or NULL. ins is even for BFLOAT16, and so is `chunk` (panels.h); ins is a multiple of BLOCK for FOUR_BITS, of 4 for
+   EIGHT_BITS, of `chunk` on a grid. */
+void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
+                     const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, ptrdiff_t chunk, int threads) {
+    struct weight w = {kind, ins, outs, chunk, weight, scales, code, bias};
+    struct rows given = {.halves = rows};
+    if (!takes_pairs(halves, &w) && kind != PAIRED_FOUR_BITS) {
+        const float *numbers = rows;
+        if (halves) {
+            widen(1, rows, count * ins, scratch);
+            numbers = scratch, scratch += count * ins;
+        }
+        given = ready(0, &w, numbers, count, scratch);
+    }
+#pragma omp parallel num_threads(threads)
+    project(&w, &given, count, halves, out);
+}
