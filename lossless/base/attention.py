@@ -38,24 +38,14 @@ def _attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' own attention through torch, but for one row that sees all keys from some first one on (layers with a window have a
-    mask even if that is the first of all)."""
+    """transformers' own attention through torch, but for one row that sees all keys (layers with a window have a mask even then)."""
     alone = query.shape[2] == 1 and kwargs.get("position_bias") is None
-    start = 0 if attention_mask is None else _first_seen(attention_mask)
-    if alone and start is not None:
+    if alone and (attention_mask is None or (attention_mask.dtype == torch.bool and bool(attention_mask.all()))):
         if kernels.attendable(query, key):
-            return kernels.attend(query, key, value, scaling, _ITSELF, [start] if start else None), None
+            return kernels.attend(query, key, value, scaling, _ITSELF), None
         if query.shape[1] > key.shape[1]:
-            return grouped(scaling, query, key[:, :, start:], value[:, :, start:]), None
+            return grouped(scaling, query, key, value), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0], None
-
-
-def _first_seen(mask: torch.Tensor) -> int | None:
-    """From where on a mask `[batch, 1, 1, keys]` lets everything be seen, of one text; None if it has holes, or is no such mask."""
-    if mask.dtype != torch.bool:
-        return None
-    start = int(mask.shape[3] - mask.sum()) if len(mask) == 1 else 0
-    return start if start < mask.shape[3] and bool(mask[..., start:].all()) else None
 
 
 _ITSELF = kernels.Paths.of([[0]])

@@ -40,16 +40,16 @@ def _window(module: nn.Module, kwargs: dict[str, Any]) -> Window:
     return Window(kwargs.get("sliding_window"))
 
 
-def _in_one_call(plan: Pass, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, masked: bool) -> Any:
+def _in_one_call(plan: Pass, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, masks: list[torch.Tensor]) -> Any:
     """What attends for all rows that are read alone; None: they attend one by one, by the base's own attention.
 
-    masked: the base itself would give one of the rows a mask.
+    masks: those that the base itself would give to some of the rows.
     """
     if kwargs.get("position_bias") is not None:
         return None
-    if plan.implementation == GROUPED and kernels.attendable(query, key):
+    if plan.implementation == GROUPED and all(mask.all() for mask in masks) and kernels.attendable(query, key):
         return kernels.attend
-    if plan.exactly and not masked and plan.implementation == "sdpa" and exact.attendable(query, key):
+    if plan.exactly and not masks and plan.implementation == "sdpa" and exact.attendable(query, key):
         return exact.attend
     return None
 
@@ -59,8 +59,8 @@ def _rows_alone(
 ) -> torch.Tensor:
     """Main rows, each with the bits of a pass of its own: `[1, rows, heads, head_dim]`."""
     lengths = alone.lengths(key.shape[2] - query.shape[2])
-    masked = any(window.mask_of_last(length) is not None for length in {min(lengths), max(lengths)})
-    if (by := _in_one_call(plan, kwargs, query, key, masked)) is not None:
+    masks = [mask for length in sorted(set(lengths)) if (mask := window.mask_of_last(length)) is not None]
+    if (by := _in_one_call(plan, kwargs, query, key, masks)) is not None:
         starts = None if window == Window() else [window.first(length - 1) for length in lengths]
         return by(query, key, value, kwargs.get("scaling"), alone.tensors, starts)
     attention = _base_attention(module, plan.implementation)
