@@ -72,7 +72,7 @@ static void gated(const uint16_t *activation, uint16_t *gate, const uint16_t *up
     }
 }
 
-/* As lossless_layers (layer.c); scratch: what `room` in fused.py says. */
+/* As lossless_layers (layer.c); scratch: as FusedLayer.scratch in fused.py says. */
 void lossless_layers_exactly(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const uint16_t *hidden,
                              const uint16_t *cos, const uint16_t *sin, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past,
                              uint16_t *out, float *scratch, ptrdiff_t longest, ptrdiff_t rows, int threads) {

@@ -187,6 +187,10 @@ class EightBits:
         return cls(numbers.view(-1, panel, ins // 4, 4).transpose(1, 2).contiguous(), both, outs)
 
     @property
+    def kind(self) -> int:
+        return EIGHT_BITS
+
+    @property
     def nbytes(self) -> int:
         return self.numbers.nbytes + self.scales.nbytes
 
@@ -197,7 +201,7 @@ class EightBits:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows, which are rounded, too."""
-        return kernels.multiply(EIGHT_BITS, self.numbers, self.outs, rows, bias, self.scales)
+        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias, self.scales)
 
 
 @functools.cache

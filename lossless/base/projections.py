@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from .grids import Grid
-from .kernels import EIGHT_BITS
 from .linears import FourBitLinear, Int8Linear, PackedLinear
 from .panels import EightBits, Panels
 
@@ -30,12 +29,9 @@ class Weight(ctypes.Structure):
         """That of a module which is `multipliable`. To `kept` go the tensors that it points to."""
         if isinstance(part, FourBitLinear):
             kind, tensors = part.four_bits.kind, [part.four_bits.numbers, part.four_bits.scales, part.four_bits.code]
-        elif isinstance(part.packed, EightBits):
-            kind, tensors = EIGHT_BITS, [part.packed.numbers, part.packed.scales]
-        elif isinstance(part.packed, Grid):
-            kind, tensors = part.packed.kind, [part.packed.numbers, part.packed.scales]
         else:
-            kind, tensors = part.packed.kind, [part.packed.numbers]
+            scales = [part.packed.scales] if isinstance(part.packed, EightBits | Grid) else []
+            kind, tensors = part.packed.kind, [part.packed.numbers, *scales]
         chunk = getattr(getattr(part, "packed", None), "chunk", None) or part.in_features
         bias = None if part.bias is None else part.bias.detach().float().contiguous()
         kept += [*tensors, *([] if bias is None else [bias])]
