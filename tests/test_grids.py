@@ -67,14 +67,23 @@ def test_zeros_and_equal_weights_stand_on_a_grid() -> None:
     assert torch.equal(grid.dense(), weight)
 
 
-@pytest.mark.parametrize("what", ["one off", "random", "nan", "infinite", "large", "bfloat16", "odd"])
+@pytest.mark.parametrize("neighbours", [(0, 2, 5, 7, 10, 12, 15, 13), (0, 6, 15, 9, 3, 12), (15, 0), (0, 10, 4, 14)], ids=str)
+def test_the_step_is_found_where_no_two_neighbours_are_one_apart(neighbours: tuple[int, ...]) -> None:
+    numbers = torch.tensor(neighbours).repeat(32)[:32].float()
+    weight = (numbers * torch.tensor([1, 1999, 2**20])[:, None] - 2**21 + 1).repeat(1, 2) / 2**24
+    grid = Grid.of(weight)
+    assert grid is not None
+    assert (grid.bits, torch.equal(grid.dense(), weight)) == (4, True)
+
+
+@pytest.mark.parametrize("what", ["one off", "random", "nan", "infinite", "large", "64", "bfloat16", "odd"])
 def test_other_weights_do_not(what: str) -> None:
     weight = quantized(80, 64, "Q4_1")
     if what == "one off":  # behind the outputs that are looked at first
         weight[77, 5] += 2.0**-20
         assert grids.itemsize(weight) == 0.75
-    elif what in ("nan", "infinite", "large"):
-        weight[79, 63] = {"nan": torch.nan, "infinite": torch.inf, "large": 1e30}[what]
+    elif what in ("nan", "infinite", "large", "64"):  # distances from 64 on do not fit in whole numbers
+        weight[79, 63] = {"nan": torch.nan, "infinite": torch.inf, "large": 1e30, "64": -64}[what]
     elif what == "random":
         weight = torch.randn(80, 64)
     elif what == "bfloat16":
@@ -82,7 +91,7 @@ def test_other_weights_do_not(what: str) -> None:
     else:
         weight = quantized(80, 64, "Q4_1")[:, :48].contiguous()
     assert Grid.of(weight) is None
-    if what not in ("one off", "nan", "infinite", "large"):
+    if what not in ("one off", "nan", "infinite", "large", "64"):
         assert grids.itemsize(weight) is None
 
 

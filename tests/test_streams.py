@@ -101,7 +101,7 @@ def test_streams_of_a_large_model_run_over_its_own_weights(tiny: LlamaForCausalL
     own = runner.top.get_submodule(name).weight
     for room, shared in ((2**40, False), (8, True)):
         monkeypatch.setattr(layers, "_ALWAYS", 0)
-        part = layers.stream_layers(runner._unhooked, runner.adapter, room).get_submodule(name)
+        part = layers.stream_layers(runner._unhooked, runner.adapter, runner._unhooked, room).get_submodule(name)
         assert (part.weight is own) == shared
         assert bool(part._forward_hooks) == shared
     assert not runner._unhooked.get_submodule(name)._forward_hooks

@@ -59,7 +59,7 @@ class LowRank(nn.Module):
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
         """`[out, in]`, W + B A, summed in float32."""
-        return (weight.float() + self.up.float() @ self.down.float()).to(weight.dtype)
+        return torch.addmm(weight.float(), self.up.float(), self.down.float()).to(weight.dtype)
 
 
 class Transition(nn.Module):

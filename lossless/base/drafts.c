@@ -1,4 +1,5 @@
-/* What a draft tree is drawn from: one level of a recurrent head over streams, and the likeliest tokens of rows of logits (drafts.py). */
+/* What a draft tree is drawn from: one level of a recurrent head over streams, and the likeliest tokens of rows of logits (drafts.py); and
+   weights rounded to bytes, for all that drafts are multiplied with. */
 
 #include "projections.h"
 
@@ -62,5 +63,30 @@ void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, pt
         for (ptrdiff_t i = 0; i < vocab; i += LANES) total += exponential(load(row + i) - score[0]);
         float sum = logf(sums(total, none, none, none)[0]), most = score[0];
         for (ptrdiff_t k = 0; k < count; k++) score[k] -= most + sum;
+    }
+}
+
+/* weights [outs, ins] -> EIGHT_BITS: numbers [panels, ins / 4, PANEL, 4], 0 before, and scales [panels, 2, PANEL]. */
+void lossless_lay_bytes(const float *weights, ptrdiff_t outs, ptrdiff_t ins, int32_t *numbers, float *scales, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (ptrdiff_t n = 0; n < outs; n++) {
+        const float *own = weights + n * ins;
+        int8_t rounded[ins];
+        int32_t furthest = 0, bits, sum = 0; /* bits of numbers without a sign are in order */
+        float *scale = scales + n / PANEL * 2 * PANEL + n % PANEL, largest;
+        for (ptrdiff_t i = 0; i < ins; i++) {
+            memcpy(&bits, own + i, sizeof bits);
+            bits &= INT32_MAX;
+            furthest = bits > furthest ? bits : furthest;
+        }
+        memcpy(&largest, &furthest, sizeof largest);
+        scale[0] = fmaxf(largest, 1e-12f) / 127;
+        for (ptrdiff_t i = 0; i < ins; i++) {
+            int32_t number = (int32_t)rintf(own[i] / scale[0]);
+            rounded[i] = (int8_t)number;
+            sum += number;
+        }
+        memcpy(scale + PANEL, &sum, sizeof sum);
+        for (ptrdiff_t i = 0; i < ins / 4; i++) memcpy(numbers + (n / PANEL * (ins / 4) + i) * PANEL + n % PANEL, rounded + 4 * i, 4);
     }
 }

@@ -91,6 +91,7 @@ def _declared(library: Any) -> Any:
     library.lossless_stored.argtypes = [number, *[pointer] * 3, *[size] * 3, number]
     library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 4, number]
     library.lossless_lay_grid.argtypes = [pointer, size, size, size, number, pointer, pointer, number]
+    library.lossless_lay_bytes.argtypes = [pointer, size, size, pointer, pointer, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
     library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
     library.lossless_before.argtypes = [*[pointer] * 8, size, number]
@@ -104,7 +105,7 @@ def _declared(library: Any) -> Any:
         library.lossless_norm_exactly.argtypes = [pointer, pointer, pointer, size, size]
         for name in ("attend", "layers", "norm"):
             getattr(library, f"lossless_{name}_exactly").restype = None
-    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest"):
+    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest", "lay_bytes"):
         getattr(library, f"lossless_{name}").restype = None
     return library
 

@@ -178,13 +178,11 @@ class EightBits:
     @classmethod
     def of(cls, weight: torch.Tensor) -> EightBits:
         """`[out, in]`, rounded."""
-        panel, (outs, ins) = kernels.panel(), weight.shape
-        padded = F.pad(weight.detach().float(), (0, 0, 0, -outs % panel))
-        scales = padded.abs().amax(1).clamp_min(1e-12) / 127
-        numbers = (padded / scales[:, None]).round().to(torch.int8)
-        sums = numbers.sum(1, dtype=torch.int32).view(torch.float32)
-        both = torch.stack([scales.view(-1, panel), sums.view(-1, panel)], dim=1)
-        return cls(numbers.view(-1, panel, ins // 4, 4).transpose(1, 2).contiguous(), both, outs)
+        panel, (outs, ins), given = kernels.panel(), weight.shape, weight.detach().float().contiguous()
+        panels = -(-outs // panel)
+        numbers, scales = torch.zeros(panels, ins // 4, panel, 4, dtype=torch.int8), torch.zeros(panels, 2, panel)
+        kernels.compiled().lossless_lay_bytes(given.data_ptr(), outs, ins, numbers.data_ptr(), scales.data_ptr(), torch.get_num_threads())
+        return cls(numbers, scales, outs)
 
     @property
     def kind(self) -> int:

@@ -7,6 +7,7 @@ into them is not hooked into the base; and what tells that the base has changed 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ def structure_of(model: Module) -> Module:
             module.init_8bit_state()
     shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     for module in model.modules():
+        shared |= {id(value): OrderedDict() for value in vars(module).values() if type(value) is OrderedDict and not value}  # hooks: most time
         if hasattr(module, "alike"):  # a packed weight cannot be copied
             shared[id(module)] = module.alike()
     with _SharedTensors(shared):

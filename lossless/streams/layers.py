@@ -19,7 +19,7 @@ from .hooks import adapt, turn_values
 _ALWAYS = 64 * 2**20  # bytes that a copy of the top layers' projections may take in any case
 
 
-def stream_layers(top: nn.ModuleList, adapter: StreamAdapter, base_bytes: int) -> nn.ModuleList:
+def stream_layers(top: nn.ModuleList, adapter: StreamAdapter, weights: nn.ModuleList, base_bytes: int) -> nn.ModuleList:
     """Layers for streams that run alone: a copy of the base's top layers, each projection W + B A in one product where that is to be
     had, else over the base's own weights, with the adapters hooked into it.
 
@@ -27,6 +27,7 @@ def stream_layers(top: nn.ModuleList, adapter: StreamAdapter, base_bytes: int) -
     layers' weights is little. Drafts may be wrong, so the products are the cheapest ones.
 
     Args:
+        top: those that passes run through; weights: the same with weights that may be easier to read, the base's own.
         base_bytes: what the base's weights take; the copy takes at most an eighth of that.
     """
     layers = structure_of(top)
@@ -43,7 +44,7 @@ def stream_layers(top: nn.ModuleList, adapter: StreamAdapter, base_bytes: int) -
         adapt(layers, adapter)
         return layers
     for name, low_rank in adapter.adapters():
-        weight, bias = dense(projections[name])  # type: ignore[misc]
+        weight, bias = dense(weights.get_submodule(name))  # type: ignore[misc]
         parent, _, own = name.rpartition(".")
         setattr(layers.get_submodule(parent), own, draft_linear(low_rank.merged_into(weight), bias))
     turn_values(layers, adapter)

@@ -119,7 +119,8 @@ class StreamRunner:
     @cached_property
     def stream_layers(self) -> nn.ModuleList:
         """The layers that streams run through alone."""
-        return stream_layers(self._unhooked, self.adapter, model_bytes(self.base))
+        weights = decoder_layers(self.base)[self.first_top :]
+        return stream_layers(self._unhooked, self.adapter, weights, model_bytes(self.base))
 
     @cached_property
     def _stream_paths(self) -> AloneRows:
