@@ -24,11 +24,13 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.cache_utils import DynamicCache
 
 import lossless
 from lossless.adapter.compat import new_adapter
 from lossless.base import kernels
 from lossless.base.fused import FusedLayer, FusedLayers, PlainForward, unfuse_plain
+from lossless.base.layers import CACHE
 from lossless.base.loading import freeze
 from lossless.base.packed import packed_twin
 from lossless.drafting.tree import DraftTree
@@ -293,8 +295,9 @@ def test_a_part_that_is_exchanged_is_not_passed_over() -> None:
     model, ids = packed("llama", torch.float32), prompt_ids(9)
 
     def logits(which: Any) -> torch.Tensor:
-        out = which(ids[:, :8], use_cache=True)
-        return which(ids[:, 8:], past_key_values=out.past_key_values, use_cache=True).logits
+        cache = DynamicCache(config=which.config)
+        which(ids[:, :8], **{CACHE: cache}, use_cache=True)
+        return which(ids[:, 8:], **{CACHE: cache}, use_cache=True).logits
 
     with torch.no_grad():
         before = logits(model)

@@ -53,9 +53,9 @@ class LowRank(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _linear(_linear(x, self.down), self.up) if self._cheap is None else self._cheap(x)
 
-    def cheapen(self) -> None:
-        """From now on as one product, the cheapest there is; the weights learn no more."""
-        self._cheap = draft_linear((self.up.float() @ self.down.float()).to(self.up.dtype), None)
+    def cheapen(self, dtype: torch.dtype) -> None:
+        """From now on as one product, the cheapest there is for inputs of this dtype; the weights learn no more."""
+        self._cheap = draft_linear((self.up.float() @ self.down.float()).to(dtype), None)
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
         """`[out, in]`, W + B A, summed in float32."""
@@ -101,9 +101,9 @@ class Transition(nn.Module):
         """s_j + V r_j, what the LM head reads: `[..., dim]`."""
         return stream + self._times("out", r)
 
-    def cheapen(self) -> None:
-        """From now on with the cheapest products there are; the weights learn no more."""
-        self._cheap = {name: draft_linear(getattr(self, name), None) for name in ("start", "recur", "token", "stream", "out")}
+    def cheapen(self, dtype: torch.dtype) -> None:
+        """From now on with the cheapest products there are for inputs of this dtype; the weights learn no more."""
+        self._cheap = {name: draft_linear(getattr(self, name).to(dtype), None) for name in ("start", "recur", "token", "stream", "out")}
 
     def fused(self, head: Any, scale: float) -> FusedLevel | None:
         """`advance`, `adjust` and the head in one, where the cheapest products allow it; scale: of the logits."""
@@ -129,7 +129,7 @@ class NoTransition(nn.Module):
     def adjust(self, stream: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         return stream
 
-    def cheapen(self) -> None:
+    def cheapen(self, dtype: torch.dtype) -> None:
         pass
 
     def fused(self, head: Any, scale: float) -> FusedLevel | None:
@@ -220,11 +220,13 @@ class StreamAdapter(nn.Module):
         return {name: low_rank.shape for name, low_rank in self.adapters()}
 
     def copy_as(self, device: torch.device, dtype: torch.dtype) -> StreamAdapter:
-        """A frozen copy for inference: drafts need no more precision than the base's own activations."""
-        copied = copy.deepcopy(self).to(device, dtype).eval().requires_grad_(False)
+        """A frozen copy for inference, over the same numbers where they are on that device already: drafts need no more precision than
+        the base's own activations, which are of this dtype."""
+        shared: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in self.parameters()}
+        copied = copy.deepcopy(self, shared | {id(buffer): buffer for buffer in self.buffers()}).to(device).eval()
         for part in (copied.transition, copied.told, copied.start):
             if part is not None:
-                part.cheapen()
+                part.cheapen(dtype)
         return copied
 
     @property

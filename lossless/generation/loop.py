@@ -31,6 +31,7 @@ from .sequence import Sequence, result
 from .stats import Stats
 from .verdict import keep
 
+_ROOM = 256  # rows behind the prompts, at first
 
 class DecodeLoop:
     """One call of `generate`.
@@ -69,7 +70,7 @@ class DecodeLoop:
             padding = attention_mask == 0
         self.stats.exact = exactness(self.attached.guarantee.level, len(input_ids), padding is not None)
         sequences = self._sequences(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
-        cache = RowCache(len(self.runner.layers), width + 256, padding)
+        cache = RowCache(len(self.runner.layers), width + min(_ROOM, sequences[0].remaining + self.drafting.tree_nodes), padding)
         if past is not None and past.get_seq_length():
             cache.adopt(past)
 

@@ -6,6 +6,7 @@ Knows: which rows of a projection's input are streams, by the plan. Does not kno
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,13 +48,16 @@ def keep_bits(limits: dict[nn.Module, int]) -> None:
         module.forward = careful(module.forward, most)
 
 
-def adapting(low_rank: nn.Module) -> Any:
+def adapting(low_rank: Any) -> Any:
     """A forward hook that adds an MSA adapter to the stream rows of a projection's output."""
 
     def add(projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         plan = PASS.get()
         if plan is None or (plan.nodes is None and plan.main is not None):
             return None
+        nonlocal low_rank
+        if low_rank.down.dtype != args[0].dtype and not low_rank.down.requires_grad:  # else it would be converted in every pass
+            low_rank = copy.deepcopy(low_rank).to(args[0].dtype)
         if plan.main_rows == 0:
             return output + low_rank(args[0])
         # some families fold batch and rows into one dimension
