@@ -23,6 +23,7 @@ from .packed import TWIN_SHARE, put, stand_in
 from .processes import free_memory
 from .structure import structure_of
 
+_SEVERAL = 256  # outputs of a product that is tried; of fewer, torch has other ways with some
 _STEP, _LARGEST = 32, 4096  # chunks that are looked for: multiples, up to so many inputs
 _LENGTHS = (*range(2, 24), 34, 51, 127, 300, 511, 512, 513, 514, 515, 1026, 1539)  # of texts that attention is tried with
 _HEADS = 16  # with so many heads
@@ -63,7 +64,7 @@ def _exact(module: Any) -> PackedLinear | FourBitLinear | None:
         made = FourBitLinear(module, in_pairs=True)
         rows = torch.randn(2, 1, 1, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.compute_dtype or torch.float32)
         return made if all(torch.equal(made(row), module(row)) for row in rows) else None
-    if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and _some_bits(module.in_features, min(module.out_features, 64)):
+    if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and _some_bits(module.in_features, min(module.out_features, _SEVERAL)):
         return PackedLinear(module.weight, module.bias, layout=in_torchs_order)
     return None
 
@@ -96,9 +97,14 @@ def chunk_of(ins: int) -> int | None:
 def _some_bits(ins: int, outs: int) -> bool:
     """Whether some numbers here have torch's bits: where they have not, there is no use in packing anything."""
     generator = torch.Generator().manual_seed(0)
-    weight, rows = (torch.randn(count, ins, generator=generator).bfloat16() for count in (outs, 16))
-    packed = in_torchs_order(weight)
-    return all(torch.equal(packed.multiply(row[None, None], None), F.linear(row[None, None], weight)) for row in rows)
+    for _ in range(16):
+        row, weight = (torch.randn(count, ins, generator=generator).bfloat16() for count in (1, outs))
+        place = row.abs().argmax()
+        others = weight.double() @ row[0].double() - (weight[:, place] * row[0, place]).double()
+        weight[:, place] = (-others / row[0, place].double()).bfloat16()  # a sum of nearly 0 shows the order in which it was added up
+        if not torch.equal(in_torchs_order(weight).multiply(row[None], None), F.linear(row[None], weight)):
+            return False
+    return True
 
 
 def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:

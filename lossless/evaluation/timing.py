@@ -125,4 +125,6 @@ def timed_generate(model: Any, ids: torch.Tensor, decoding: Decoding, **options:
         **decoding.arguments(),
         **options,
     )
-    return out[0, ids.shape[1] :].tolist(), clock
+    tokens = out[0, ids.shape[1] :].tolist()
+    del clock.ticks[len(tokens) :]  # the criteria may be shown drafts behind the last token, which are then cut off
+    return tokens, clock
