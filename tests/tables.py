@@ -18,6 +18,7 @@ from lossless.adapter.hub import shipped_adapter
 from lossless.adapter.weights import StreamAdapter
 from lossless.training.ablation import table
 
+from . import versions
 from .chat import measure
 
 ROOT = Path(__file__).parent.parent
@@ -246,6 +247,10 @@ def chat_figures() -> str:
     return measure.table(reports("chat")["demo"])
 
 
+def versions_tried() -> str:
+    return versions.table(reports("versions")["tried"])
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"front": front, "both steps": in_all, "best without us": best_without_us, "certified": certified},
     "lossless/evaluation/README.md": {
@@ -255,6 +260,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "acceptance": acceptance, "ablation": ablation("bfloat16"), "second ablation": ablation("float32"), "pruning": pruning,
     },
     "chat_app/README.md": {"measured": chat_figures},
+    ".github/CONTRIBUTING.md": {"versions": versions_tried},
 }  # fmt: skip
 
 

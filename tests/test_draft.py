@@ -62,9 +62,9 @@ def test_memory_goes_on_where_streams_end(fast: AcceleratedModel) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("rows", [1, 5, 13])
 def test_a_level_in_c_is_that_of_the_transition_head(rows: int, scale: float) -> None:
-    transition, head = Transition(48, 32, 4), draft_linear(torch.randn(80, 48), None)
+    transition, head = Transition(48, 32, 4), draft_linear(torch.randn(80, 48), None, torch.float32)
     torch.nn.init.normal_(transition.out)
-    transition.cheapen()
+    transition.cheapen(torch.float32)
     r, heard = torch.randn(rows, 32), torch.randn(rows, 32)
     embedding, stream = torch.randn(2, rows, 48)
     fused = transition.fused(head, scale)
@@ -79,9 +79,9 @@ def test_a_level_in_c_is_that_of_the_transition_head(rows: int, scale: float) ->
 
 def test_a_level_is_in_c_only_where_its_products_are() -> None:
     transition = Transition(48, 24, 4)
-    assert transition.fused(draft_linear(torch.randn(80, 48), None), 1.0) is None  # it learns
-    transition.cheapen()
-    assert transition.fused(draft_linear(torch.randn(80, 48), None), 1.0) is None  # a rank that vectors do not fit
+    assert transition.fused(draft_linear(torch.randn(80, 48), None, torch.float32), 1.0) is None  # it learns
+    transition.cheapen(torch.float32)
+    assert transition.fused(draft_linear(torch.randn(80, 48), None, torch.float32), 1.0) is None  # a rank that vectors do not fit
 
 
 @pytest.mark.parametrize("vocab", [80, 1001])

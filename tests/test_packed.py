@@ -96,7 +96,7 @@ def test_eight_bits_are_nearly_right(in_panels: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(panels, "eight_bits_available", lambda ins: in_panels)
     weight, rows = torch.randn(70, 48), torch.randn(2, 5, 48)
     weight[3] = 0
-    found = draft_linear(weight, torch.ones(70))
+    found = draft_linear(weight, torch.ones(70), weight.dtype)
     assert isinstance(found, Int8Linear)
     assert isinstance(found.packed, panels.EightBits) == in_panels
     assert (found(rows) - F.linear(rows, weight, torch.ones(70))).abs().max() < 0.2 * weight.norm(dim=1).mean()
@@ -109,7 +109,7 @@ def test_drafts_go_without_what_is_not_there(float_drafts: bool, monkeypatch: py
     monkeypatch.setattr(linears, "eight_bits_packable", lambda ins: False)
     monkeypatch.setattr(linears, "packable", lambda dtype, ins: float_drafts)
     weight, rows = torch.randn(6, 4), torch.randn(3, 4)
-    found = draft_linear(weight, None)
+    found = draft_linear(weight, None, weight.dtype)
     assert isinstance(found, PackedLinear if float_drafts else nn.Linear)
     torch.testing.assert_close(found(rows), rows @ weight.T)
 

@@ -76,7 +76,7 @@ def test_every_number_comes_from_a_stored_report(path: str, name: str) -> None:
 
 def test_no_report_is_left_out() -> None:
     kinds = {path.name.partition("-")[0] for path in tables.REPORTS.glob("*.json")}
-    assert kinds == {"speed", "memory", "certificate", "verify", "benchmarks", "accept", "ablation", "pruning", "paper", "chat"}
+    assert kinds == {"speed", "memory", "certificate", "verify", "benchmarks", "accept", "ablation", "pruning", "paper", "chat", "versions"}
 
 
 def test_reports_are_of_the_versions_that_are_named() -> None:

@@ -24,7 +24,7 @@ from lossless.base.processes import of_processor
 from lossless.storage import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
-REPORT = Path("versions.json")
+REPORT = ROOT / "data" / "reports" / "versions-tried.json"
 ROWS = ("3.11 2.14.1 5.24.0", "3.13 2.15.0 5.24.0", "3.12 2.11.0 5.20.2", "3.11 2.13.0 5.17.0")
 QUICK = "not conformance and not demo and not commands"
 _LIMIT_S = 3600  # of an installation, or of the tests

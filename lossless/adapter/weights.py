@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from ..base.drafts import FusedLevel
 from ..base.fingerprint import fingerprint_differences
 from ..base.linears import draft_linear
+from ..base.processes import own_pages
 from ..errors import UsageError
 from ..storage import ensure_room, read_json, versions, write_json
 from .config import AdapterConfig
@@ -55,11 +56,12 @@ class LowRank(nn.Module):
 
     def cheapen(self, dtype: torch.dtype) -> None:
         """From now on as one product, the cheapest there is for inputs of this dtype; the weights learn no more."""
-        self._cheap = draft_linear((self.up.float() @ self.down.float()).to(dtype), None)
+        self._cheap = draft_linear(self.up.float() @ self.down.float(), None, dtype)
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
-        """`[out, in]`, W + B A, summed in float32."""
-        return torch.addmm(weight.float(), self.up.float(), self.down.float()).to(weight.dtype)
+        """`[out, in]`, W + B A, in float32."""
+        found = own_pages(*weight.shape) if weight.device.type == "cpu" else torch.empty_like(weight, dtype=torch.float32)
+        return found.copy_(weight).addmm_(self.up.detach().float(), self.down.detach().float())
 
 
 class Transition(nn.Module):
@@ -103,7 +105,7 @@ class Transition(nn.Module):
 
     def cheapen(self, dtype: torch.dtype) -> None:
         """From now on with the cheapest products there are for inputs of this dtype; the weights learn no more."""
-        self._cheap = {name: draft_linear(getattr(self, name).to(dtype), None) for name in ("start", "recur", "token", "stream", "out")}
+        self._cheap = {name: draft_linear(getattr(self, name), None, dtype) for name in ("start", "recur", "token", "stream", "out")}
 
     def fused(self, head: Any, scale: float) -> FusedLevel | None:
         """`advance`, `adjust` and the head in one, where the cheapest products allow it; scale: of the logits."""

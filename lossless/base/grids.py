@@ -15,6 +15,7 @@ import torch
 
 from . import kernels
 from .kernels import EIGHT_BIT_GRID, FOUR_BIT_GRID
+from .processes import own_pages
 
 _BLOCKS = (32, 16)  # inputs with one step, as GGUF's formats have them
 _SOME = 64  # outputs that are looked at before all are
@@ -47,8 +48,8 @@ class Grid:
     def _laid(cls, weight: torch.Tensor, bits: int, block: int) -> Grid | None:
         panel, (outs, ins) = kernels.panel(), weight.shape
         panels = -(-outs // panel)
-        numbers = torch.zeros(panels, ins // 4, panel * bits // 8, 4, dtype=torch.uint8)
-        scales = torch.zeros(panels, ins // block, 2, panel)
+        numbers = own_pages(panels, ins // 4, panel * bits // 8, 4, dtype=torch.uint8)
+        scales = own_pages(panels, ins // block, 2, panel)
         fits = kernels.compiled().lossless_lay_grid(
             weight.data_ptr(), outs, ins, block, bits, numbers.data_ptr(), scales.data_ptr(), torch.get_num_threads()
         )

@@ -266,13 +266,15 @@ def draft_itemsize(device: torch.device, dtype: torch.dtype) -> int:
     return 1 if device.type == "cpu" and eight_bits_packable(4) else dtype.itemsize
 
 
-def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """The cheapest product with this weight that is to be had here, for drafts: they cost time if they are wrong, never a token."""
+def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """The cheapest product of rows of this dtype with this weight that is to be had here, for drafts: they cost time if they are wrong, never a
+    token."""
     if weight.device.type == "cpu" and eight_bits_packable(weight.shape[1]):
         return Int8Linear(weight, bias)
+    weight = weight.detach().to(dtype)
     if weight.device.type == "cpu" and packable(weight.dtype, weight.shape[1]):
         return PackedLinear(weight, bias)
     plain: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
     plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return plain

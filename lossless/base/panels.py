@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from . import kernels
 from .kernels import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS, PAIRED_FOUR_BITS
+from .processes import own_pages
 
 _BLOCK = 64  # 4-bit numbers with one scale
 _SOME = 1024  # outputs that are looked at together
@@ -54,6 +55,11 @@ def itemsize(weight: torch.Tensor) -> int:
     return 4 if any(bool((part.contiguous().view(torch.int32) & _LOW_BITS).any()) for part in some) else 2
 
 
+def _laid_out(numbers: torch.Tensor) -> torch.Tensor:
+    """The same, in one piece."""
+    return own_pages(*numbers.shape, dtype=numbers.dtype).copy_(numbers)
+
+
 @dataclass(frozen=True, eq=False)
 class Panels:
     """A weight in float32 or bfloat16.
@@ -74,12 +80,13 @@ class Panels:
     def of(cls, weight: torch.Tensor, chunk: int | None = None) -> Panels:
         """`[out, in]`, which is left as it is."""
         panel, (outs, ins) = kernels.panel(), weight.shape
-        blocks = F.pad(weight.detach(), (0, 0, 0, -outs % panel)).view(-1, panel, ins)
+        whole = weight.detach() if outs % panel == 0 else F.pad(weight.detach(), (0, 0, 0, -outs % panel))
+        blocks = whole.contiguous().view(-1, panel, ins)
         if itemsize(weight) == 2:
             numbers = blocks.to(torch.bfloat16).view(-1, panel, ins // 2, 2).transpose(1, 2)
         else:
             numbers = blocks.transpose(1, 2)
-        return cls(numbers.contiguous(), outs, weight.dtype, chunk)
+        return cls(_laid_out(numbers), outs, weight.dtype, chunk)
 
     @property
     def kind(self) -> int:
@@ -127,9 +134,9 @@ class FourBits:
         panel = kernels.panel()
         four = torch.stack([pairs.reshape(-1) >> 4, pairs.reshape(-1) & 15], dim=-1).view(outs, -1)  # [out, in]
         four = F.pad(four, (0, 0, 0, -outs % panel)).view(-1, 2, panel // 2, four.shape[1] // 4, 4)
-        numbers = (four[:, 0] | four[:, 1] << 4).transpose(1, 2).contiguous()
+        numbers = _laid_out((four[:, 0] | four[:, 1] << 4).transpose(1, 2))
         each = F.pad(scales.float().view(outs, -1), (0, 0, 0, -outs % panel))
-        return cls(numbers, each.view(-1, panel, each.shape[1]).transpose(1, 2).contiguous(), code.float().contiguous(), outs, in_pairs)
+        return cls(numbers, _laid_out(each.view(-1, panel, each.shape[1]).transpose(1, 2)), code.float().contiguous(), outs, in_pairs)
 
     @property
     def kind(self) -> int:
@@ -180,7 +187,7 @@ class EightBits:
         """`[out, in]`, rounded."""
         panel, (outs, ins), given = kernels.panel(), weight.shape, weight.detach().float().contiguous()
         panels = -(-outs // panel)
-        numbers, scales = torch.zeros(panels, ins // 4, panel, 4, dtype=torch.int8), torch.zeros(panels, 2, panel)
+        numbers, scales = own_pages(panels, ins // 4, panel, 4, dtype=torch.int8), own_pages(panels, 2, panel)
         kernels.compiled().lossless_lay_bytes(given.data_ptr(), outs, ins, numbers.data_ptr(), scales.data_ptr(), torch.get_num_threads())
         return cls(numbers, scales, outs)
 

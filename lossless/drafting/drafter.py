@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..adapter.weights import StreamAdapter
 from ..base.drafts import likeliest
 from ..base.linears import Int8Linear, draft_linear
+from ..base.processes import own_pages
 from .builder import TreeBuilder
 from .costs import CostCurve
 from .ngram import NGramCache
@@ -43,10 +44,10 @@ class Drafter:
         with align_module_device(head):  # Accelerate may keep the weight elsewhere
             weight = getattr(head, "weight", None)
             if adapter.draft_ids is not None and weight is not None and weight.is_floating_point():
-                self._rows = weight.detach()[adapter.draft_ids].contiguous()  # [draft vocabulary, dim]
+                self._rows = _gathered(weight.detach(), adapter.draft_ids)  # [draft vocabulary, dim]
         learning = any(parameter.requires_grad for parameter in adapter.parameters())
         if self._rows is not None and not learning:  # drafts need no bits
-            self._head, self._rows = draft_linear(self._rows, None), None
+            self._head, self._rows = draft_linear(self._rows, None, self._rows.dtype), None
         self._fused = None if self._head is None else adapter.transition.fused(self._head, scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -149,3 +150,10 @@ class Drafter:
         """The best tokens of each row of `[rows, draft vocabulary]`, with their log probabilities."""
         numbers, scores = likeliest(logits, min(self.adapter.config.drafting.tree_top_k, logits.shape[1]))
         return [dict(zip(*row, strict=True)) for row in zip(self.token_ids(numbers).tolist(), scores.tolist(), strict=True)]
+
+
+def _gathered(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a weight."""
+    if weight.device.type != "cpu":
+        return weight[rows].contiguous()
+    return torch.index_select(weight, 0, rows, out=own_pages(len(rows), weight.shape[1], dtype=weight.dtype))

@@ -46,6 +46,6 @@ def stream_layers(top: nn.ModuleList, adapter: StreamAdapter, weights: nn.Module
     for name, low_rank in adapter.adapters():
         weight, bias = dense(weights.get_submodule(name))  # type: ignore[misc]
         parent, _, own = name.rpartition(".")
-        setattr(layers.get_submodule(parent), own, draft_linear(low_rank.merged_into(weight), bias))
+        setattr(layers.get_submodule(parent), own, draft_linear(low_rank.merged_into(weight), bias, weight.dtype))
     turn_values(layers, adapter)
     return layers
