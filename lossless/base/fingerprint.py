@@ -35,8 +35,10 @@ def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> dict[str, Any]
         "weights": [round(x, 4) for x in (sample @ probe / sample.norm(dim=1).clamp_min(1e-9)).tolist()],
     }
     if tokenizer is not None:
-        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        found["tokenizer"] = _sha256(repr(vocabulary))
+        numbers = tokenizer.get_vocab()
+        # the `repr` of pairs that are never made: a hundred thousand of them set off the garbage collector
+        pairs = (f"({token!r}, {numbers[token]!r})" for token in sorted(numbers, key=numbers.__getitem__))
+        found["tokenizer"] = _sha256(f"[{', '.join(pairs)}]")
         found["chat_template"] = _sha256(str(tokenizer.chat_template))
     return found
 

@@ -8,6 +8,7 @@ replaced (base/packed.py, base/exact.py).
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from typing import Any, Self
 
@@ -118,22 +119,25 @@ def fused(module: nn.Module) -> FusedNorm | None:
 
 @torch.no_grad()
 def exact(module: nn.Module) -> ExactNorm | None:
-    """What may stand in for a norm in bfloat16 and has its bits, None if nothing has.
-
-    In every second row one number swallows parts of the others, as they are added up: so the order shows.
-    """
+    """What may stand in for a norm in bfloat16 and has its bits, None if nothing has."""
     if isinstance(module, FusedNorm) or (eps := _eps(module)) is None or not kernels.compiled().lossless_pairs():
         return None
     weight: Any = module.weight
     if weight.dtype != torch.bfloat16 or len(weight) % kernels.LANES:
         return None
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_ROWS, len(weight), generator=generator)
-    rows[::2].scatter_(1, torch.randint(len(weight), (len(rows[::2]), 1), generator=generator), _SWALLOWS)
-    rows = rows.bfloat16()
+    rows = _rows(len(weight))
     expected, alone = module(rows), module(rows[None, :1])
     for offset, twice in ((0.0, True), (1.0, False), (0.0, False), (1.0, True)):
         made = ExactNorm(module, eps, offset, twice)
         if torch.equal(made(rows), expected) and torch.equal(made(rows[None, :1]), alone):
             return made
     return None
+
+
+@functools.cache
+def _rows(dim: int) -> torch.Tensor:
+    """`[rows, dim]`: in every second one a number swallows parts of the others, as they are added up, so that the order shows."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_ROWS, dim, generator=generator)
+    rows[::2].scatter_(1, torch.randint(dim, (len(rows[::2]), 1), generator=generator), _SWALLOWS)
+    return rows.bfloat16()
