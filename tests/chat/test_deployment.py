@@ -94,7 +94,8 @@ def cluster(tiny_folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathF
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "LOSSLESS_API_KEY": KEY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"
+        "LOSSLESS_API_KEY": KEY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine starts slowly
     }  # fmt: skip
     log = tmp_path_factory.mktemp("serve") / "log"
     line = [sys.executable, "-c", _SERVE, str(tiny_folder), str(adapter), str(port)]
