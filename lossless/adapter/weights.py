@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ..base.drafts import FusedLevel
 from ..base.fingerprint import fingerprint_differences
 from ..base.linears import draft_linear
-from ..base.processes import own_pages
+from ..base.pages import own_pages
 from ..errors import UsageError
 from ..storage import ensure_room, read_json, versions, write_json
 from .config import AdapterConfig
@@ -60,7 +60,7 @@ class LowRank(nn.Module):
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
         """`[out, in]`, W + B A, in float32."""
-        found = own_pages(*weight.shape) if weight.device.type == "cpu" else torch.empty_like(weight, dtype=torch.float32)
+        found = own_pages(*weight.shape, apart=True) if weight.device.type == "cpu" else torch.empty_like(weight, dtype=torch.float32)
         return found.copy_(weight).addmm_(self.up.detach().float(), self.down.detach().float())
 
 

@@ -20,6 +20,7 @@ from . import kernels, norms, panels
 from .layers import features
 from .linears import FourBitLinear, PackedLinear
 from .packed import TWIN_SHARE, put, stand_in
+from .pages import together
 from .processes import free_memory
 from .structure import structure_of
 
@@ -40,7 +41,8 @@ def exact_twin(model: Any) -> Any | None:
     modules: dict[str, Any] = {name: module for name, module in model.named_modules() if stand_in(module) is not None}
     if sum(module.weight.nbytes for module in modules.values()) > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
         return None
-    found = {name: made for name, module in modules.items() if (made := _exact(module)) is not None}
+    with together():
+        found = {name: made for name, module in modules.items() if (made := _exact(module)) is not None}
     if not found:
         return None
     if any(isinstance(made, FourBitLinear) for made in found.values()):

@@ -15,7 +15,7 @@ import torch
 
 from . import kernels
 from .kernels import EIGHT_BIT_GRID, FOUR_BIT_GRID
-from .processes import own_pages
+from .pages import own_pages
 
 _BLOCKS = (32, 16)  # inputs with one step, as GGUF's formats have them
 _SOME = 64  # outputs that are looked at before all are

@@ -30,6 +30,7 @@ from .layers import CACHE, decoder_layers, features
 from .linears import FourBitLinear, PackedLinear, StoredLinear, packable, scales_of, stored_pairs
 from .loading import require_model
 from .norms import FusedNorm, fused
+from .pages import together
 from .processes import free_memory
 from .structure import structure_of
 
@@ -92,16 +93,17 @@ def _storable(module: Any) -> bool:
 
 def _replace(model: nn.Module, kinds: dict[str, type]) -> None:
     """Others in the places of these modules, and of norms."""
-    for name, kind in kinds.items():
-        module: Any = model.get_submodule(name)
-        if kind is FourBitLinear:
-            made: nn.Module = FourBitLinear(module)
-        elif kind is StoredLinear:
-            made = StoredLinear.over(module.weight, module.bias)
-        else:
-            weight, bias = dense(module)  # type: ignore[misc]
-            made = PackedLinear(weight, bias, type(module))
-        put(model, name, made.train(module.training))
+    with together():
+        for name, kind in kinds.items():
+            module: Any = model.get_submodule(name)
+            if kind is FourBitLinear:
+                made: nn.Module = FourBitLinear(module)
+            elif kind is StoredLinear:
+                made = StoredLinear.over(module.weight, module.bias)
+            else:
+                weight, bias = dense(module)  # type: ignore[misc]
+                made = PackedLinear(weight, bias, type(module))
+            put(model, name, made.train(module.training))
     for name, module in list(model.named_modules()):
         if (norm := fused(module)) is not None:
             put(model, name, norm.train(module.training))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import kernels
 from .kernels import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS, PAIRED_FOUR_BITS
-from .processes import own_pages
+from .pages import own_pages
 
 _BLOCK = 64  # 4-bit numbers with one scale
 _SOME = 1024  # outputs that are looked at together

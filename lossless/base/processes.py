@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
-import mmap
 import os
 import platform
 from collections.abc import Iterator
@@ -21,7 +19,6 @@ from accelerate.utils import get_max_memory
 
 from ..storage import alone_with
 
-_OWN_PAGES = 2**16  # bytes from which on a tensor may have pages of its own
 _SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # as `accelerate launch` names them to its processes
 
 
@@ -82,12 +79,3 @@ def give_back_memory() -> None:
     """Let the system have what was freed: glibc keeps it otherwise, and what attaching takes for a while is much of a small model."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def own_pages(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Zeros in pages that the system is given back when they are freed: from malloc, what stays and what is needed for a moment would lie
-    side by side, and the holes of the one are kept by the other."""
-    wanted = math.prod(shape) * dtype.itemsize
-    if wanted < _OWN_PAGES:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, wanted), dtype=dtype).view(shape)

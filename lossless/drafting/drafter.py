@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..adapter.weights import StreamAdapter
 from ..base.drafts import likeliest
 from ..base.linears import Int8Linear, draft_linear
-from ..base.processes import own_pages
+from ..base.pages import own_pages
 from .builder import TreeBuilder
 from .costs import CostCurve
 from .ngram import NGramCache

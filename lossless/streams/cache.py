@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..base.processes import own_pages
+from ..base.pages import own_pages
 
 _BLOCK = 256  # rows by which the storage grows
 

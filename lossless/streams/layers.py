@@ -12,7 +12,8 @@ from torch import nn
 from ..adapter.weights import StreamAdapter
 from ..base.layers import device_of
 from ..base.linears import draft_itemsize, draft_linear
-from ..base.packed import dense, product_dtype
+from ..base.packed import dense, product_dtype, put
+from ..base.pages import together
 from ..base.structure import structure_of
 from .hooks import adapt, turn_values
 
@@ -43,9 +44,9 @@ def stream_layers(top: nn.ModuleList, adapter: StreamAdapter, weights: nn.Module
     if learning or needed is None or needed > max(_ALWAYS, base_bytes // 8):
         adapt(layers, adapter)
         return layers
-    for name, low_rank in adapter.adapters():
-        weight, bias = dense(weights.get_submodule(name))  # type: ignore[misc]
-        parent, _, own = name.rpartition(".")
-        setattr(layers.get_submodule(parent), own, draft_linear(low_rank.merged_into(weight), bias, weight.dtype))
+    with together():
+        for name, low_rank in adapter.adapters():
+            weight, bias = dense(weights.get_submodule(name))  # type: ignore[misc]
+            put(layers, name, draft_linear(low_rank.merged_into(weight), bias, weight.dtype))
     turn_values(layers, adapter)
     return layers
