@@ -135,6 +135,18 @@ def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sampl
     assert fast.stats.drafted
 
 
+def test_the_head_of_a_prompt_has_the_bits_of_the_base_s_and_does_not_lay_out_its_weight(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
+    own, head = base.lm_head, fast.reader.lm_head
+    several, alone = (torch.randn(count, 7, 128).bfloat16()[:, -1:] for count in (3, 1))
+    assert torch.equal(head(several), own(several))
+    expected = own(alone)
+    monkeypatch.setattr(F, "linear", lambda *given: pytest.fail("torch's own product"))
+    assert torch.equal(head(alone), expected)
+    monkeypatch.undo()
+    assert "forward" not in vars(own)
+
+
 def four_bit(model: LlamaForCausalLM, compute_dtype: torch.dtype, quant_type: str, nested: bool) -> LlamaForCausalLM:
     """The model as transformers quantizes one: its layers' projections, not its head."""
     for layer in model.model.layers:

@@ -86,6 +86,8 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     runner = twin if twin is not None and serves else reader
     if runner is twin and same_bits:
         runner.attends_exactly, runner.fused = guarantee.attends_exactly, guarantee.fused
+        if (guarantee.limits or {}).get(twin.lm_head):
+            _share_head(reader, twin)
     if guarantee.limits is not None:
         runner.keep_bits(guarantee.limits)
     elif runner is twin and same_bits:
@@ -101,3 +103,14 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     if runner is not reader:
         vars(reader).pop("stream_layers", None)  # of the trial; nothing of it runs through them from now on
     return Attachment(reader, runner, drafter, guarantee, passes, kept)
+
+
+def _share_head(reader: StreamRunner, twin: StreamRunner) -> None:
+    """Let the reader multiply a single row, the last one of a prompt, with the twin's LM head, which has the same bits: torch lays out the
+    largest of all weights anew for it, which is most of what such a pass takes in memory."""
+    own, packed = reader.lm_head.forward, twin.lm_head
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        return type(packed).forward(packed, rows) if rows.numel() == rows.shape[-1] else own(rows)
+
+    reader.lm_head.forward = head
