@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..base.pages import own_pages
-
 _BLOCK = 256  # rows by which the storage grows
 
 
@@ -43,8 +41,7 @@ class RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
-        shape = (*like.shape[:2], self.capacity, like.shape[3])
-        return own_pages(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.new_zeros(shape)
+        return like.new_zeros(*like.shape[:2], self.capacity, like.shape[3])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
