@@ -23,11 +23,12 @@ class _Slabs:
     """Regions that tensors are cut from, one behind the other. Each is given back when its last tensor is."""
 
     def __init__(self) -> None:
-        self.region, self.used = mmap.mmap(-1, _HUGE), _HUGE  # full
+        self.region: mmap.mmap | None = None
+        self.used = 0
 
     def cut(self, wanted: int) -> tuple[mmap.mmap, int]:
         """A region, and where in it there is room for so many bytes."""
-        if self.used + wanted > len(self.region):
+        if self.region is None or self.used + wanted > len(self.region):
             self.region, self.used = _region(max(_SLAB, -(-wanted // _HUGE) * _HUGE)), 0
         offset, self.used = self.used, -(-(self.used + wanted) // _PAGE) * _PAGE
         return self.region, offset
