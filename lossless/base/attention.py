@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from . import kernels
+from . import gpu, kernels
 
 GROUPED = "lossless_grouped"
 SDPA = ("sdpa", GROUPED)  # attentions that take boolean masks, and are causal by themselves over rows that are all of their keys
@@ -41,6 +41,8 @@ def _attend(
     """transformers' own attention through torch, but for one row that sees all keys (layers with a window have a mask even then)."""
     alone = query.shape[2] == 1 and kwargs.get("position_bias") is None
     if alone and (attention_mask is None or (attention_mask.dtype == torch.bool and bool(attention_mask.all()))):
+        if gpu.attendable(query, key):
+            return gpu.attend_rows(query, key, value, scaling, [[0]]), None
         if kernels.attendable(query, key):
             return kernels.attend(query, key, value, scaling, _ITSELF), None
         if query.shape[1] > key.shape[1]:

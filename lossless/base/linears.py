@@ -5,6 +5,7 @@ of their modules are to be replaced (base/packed.py).
 
     PackedLinear    a copy of the weight in another layout: in panels, on a grid, or in oneDNN's
     StoredLinear    the weight as it is stored, multiplied by a kernel of ours
+    PaddedLinear    the weight as it is stored, multiplied with rows of one number: on a GPU
     FourBitLinear   bitsandbytes' 4-bit numbers, in panels
     Int8Linear      rounded to 8 bits, for drafts
 """
@@ -22,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from . import grids, kernels, panels, products
+
+PADDED, PADDED_MOST = 16, 64  # rows of a product of `PaddedLinear`, and of a pass from which on it multiplies as torch does
 
 
 def packable(dtype: torch.dtype, ins: int) -> bool:
@@ -137,6 +140,39 @@ class StoredLinear(nn.Linear):
     def original(self) -> nn.Linear:
         """A plain one, of the same parameters."""
         return _linear_of(nn.Linear, self.weight, self.bias)
+
+
+class PaddedLinear(nn.Linear):
+    """An `nn.Linear` over the same parameters that multiplies a few rows always as so many: on a GPU, where a product takes another kernel, and
+    adds up in another order, for other numbers of rows, and where the time is that of reading the weight. A row has the same bits beside any
+    number of others, up to as many as are read of trees."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        count = rows.numel() // self.in_features
+        if not 0 < count <= PADDED_MOST or (rows.requires_grad and torch.is_grad_enabled()):
+            return super().forward(rows)
+        pieces = rows.reshape(count, self.in_features).split(PADDED)
+        done = [super(PaddedLinear, self).forward(_padded(piece))[: len(piece)] for piece in pieces]
+        return (done[0] if len(done) == 1 else torch.cat(done)).view(*rows.shape[:-1], self.out_features)
+
+    @classmethod
+    def over(cls, weight: Any, bias: Any) -> Self:
+        """Of these parameters."""
+        return _linear_of(cls, weight, bias)
+
+    def original(self) -> nn.Linear:
+        """A plain one, of the same parameters."""
+        return _linear_of(nn.Linear, self.weight, self.bias)
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """`[PADDED, in]`: these rows, and behind them whatever was there, for the rows of a product do not meet."""
+    if len(rows) == PADDED:
+        return rows
+    whole = rows.new_empty(PADDED, rows.shape[1])
+    whole[: len(rows)] = rows
+    return whole
 
 
 def _linear_of(kind: Any, weight: Any, bias: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from . import kernels
+from . import gpu, kernels
 
 _ROWS, _SWALLOWS = 512, 2.0**11  # that `exact` tries
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03}  # of outputs that are about as large as the weight
@@ -33,12 +33,14 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.weight: Any = module.weight
         self._module, self.eps, self.offset = [module], eps, offset  # in a list: it is no part of the model
+        self._by = _kernel(module.weight), self.weight.device.type  # type: ignore[arg-type]
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., dim]`."""
         if rows.dtype is not self.weight.dtype or rows.dtype not in _CLOSE or (rows.requires_grad and torch.is_grad_enabled()):
             return self.original()(rows)
-        return kernels.norm(rows, self.weight, self.offset, self.eps)
+        kernel, kind = self._by
+        return kernel(rows, self.weight, self.offset, self.eps) if rows.device.type == kind else self.original()(rows)
 
     def original(self) -> nn.Module:
         """The norm that it stands in for, with the weight as it is now."""
@@ -87,6 +89,13 @@ class Norm(ctypes.Structure):
         return cls(weight.data_ptr(), norm.eps, getattr(norm, "twice", False))
 
 
+def _kernel(weight: torch.Tensor) -> Any:
+    """What computes norms where this weight is; None if there is nothing."""
+    if weight.device.type == gpu.device().type and gpu.available():
+        return gpu.norm
+    return kernels.norm if weight.device.type == "cpu" and kernels.available() else None
+
+
 def _eps(module: Any) -> float | None:
     """What a norm adds to the mean of squares; None if that is not to be seen, or it is no norm that a kernel here could compute."""
     if not type(module).__name__.endswith("RMSNorm"):  # first of all: the weight of a packed product would be unpacked to be looked at
@@ -94,7 +103,7 @@ def _eps(module: Any) -> float | None:
     weight: Any = getattr(module, "weight", None)
     if [name for name, _ in module.named_parameters()] != ["weight"] or weight.ndim != 1:
         return None
-    if module._forward_hooks or module._forward_pre_hooks or weight.device.type != "cpu" or weight.dtype not in _CLOSE or not kernels.available():
+    if module._forward_hooks or module._forward_pre_hooks or weight.dtype not in _CLOSE or _kernel(weight) is None:
         return None
     found = [getattr(module, name) for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)]
     return found[0] if found else None
@@ -109,6 +118,7 @@ def fused(module: nn.Module) -> FusedNorm | None:
         return None
     weight: Any = module.weight
     rows = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.01], [1.0], [30.0]])
+    rows = rows.to(weight.device)
     expected = module(rows.to(weight.dtype)).float()
     for offset in (0.0, 1.0):
         made = FusedNorm(module, eps, offset)
@@ -120,10 +130,12 @@ def fused(module: nn.Module) -> FusedNorm | None:
 @torch.no_grad()
 def exact(module: nn.Module) -> ExactNorm | None:
     """What may stand in for a norm in bfloat16 and has its bits, None if nothing has."""
-    if isinstance(module, FusedNorm) or (eps := _eps(module)) is None or not kernels.compiled().lossless_pairs():
+    if isinstance(module, FusedNorm) or (eps := _eps(module)) is None:
         return None
     weight: Any = module.weight
-    if weight.dtype != torch.bfloat16 or len(weight) % kernels.LANES:
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or len(weight) % kernels.LANES or not kernels.available():
+        return None
+    if not kernels.compiled().lossless_pairs():
         return None
     rows = _rows(len(weight))
     expected, alone = module(rows), module(rows[None, :1])

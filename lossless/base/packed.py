@@ -23,11 +23,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from . import grids, kernels, panels, products
+from . import gpu, grids, kernels, panels, products
 from .attention import GROUPED
 from .fused import fuse_plain, unfuse_plain
 from .layers import CACHE, decoder_layers, features
-from .linears import FourBitLinear, PackedLinear, StoredLinear, packable, scales_of, stored_pairs
+from .linears import FourBitLinear, PackedLinear, PaddedLinear, StoredLinear, packable, scales_of, stored_pairs
 from .loading import require_model
 from .norms import FusedNorm, fused
 from .pages import together
@@ -36,7 +36,7 @@ from .structure import structure_of
 
 TWIN_SHARE = 0.5  # of the memory that is free, a twin takes at most so much
 _SAME = 1e-3  # of the spread of logits: further off, a layer computes something else
-_STANDING_IN = (PackedLinear, StoredLinear, FourBitLinear, FusedNorm)
+_STANDING_IN = (PackedLinear, StoredLinear, PaddedLinear, FourBitLinear, FusedNorm)
 
 
 def dense(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -60,7 +60,7 @@ def product_dtype(module: nn.Module) -> torch.dtype | None:
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta:
         return None
-    if type(module) in (nn.Linear, StoredLinear, Conv1D):
+    if type(module) in (nn.Linear, StoredLinear, PaddedLinear, Conv1D):
         return weight.dtype
     if _is_four_bit(module):
         computed: Any = module.compute_dtype
@@ -78,12 +78,21 @@ def stand_in(module: Any) -> type | None:
     """What may stand in for a module here, or None: it stays as it is."""
     heard = module._forward_hooks or module._forward_pre_hooks  # somebody's own: they would be lost
     dtype = None if heard or isinstance(module, _STANDING_IN) else product_dtype(module)
-    if dtype is None or module.weight.device.type != "cpu":
+    if dtype is None:
+        return None
+    if on_gpu(module):
+        return PaddedLinear if type(module) is nn.Linear and dtype in gpu.DTYPES else None
+    if module.weight.device.type != "cpu":
         return None
     ins = features(module)[0]
     if _is_four_bit(module) and panels.four_bits_available(ins):
         return FourBitLinear
     return PackedLinear if packable(dtype, ins) else None
+
+
+def on_gpu(module: Any) -> bool:
+    """Whether its weight is where kernels for a GPU run, and they are to be had."""
+    return bool(module.weight.device.type == gpu.device().type) and gpu.available()
 
 
 def _storable(module: Any) -> bool:
@@ -98,8 +107,8 @@ def _replace(model: nn.Module, kinds: dict[str, type]) -> None:
             module: Any = model.get_submodule(name)
             if kind is FourBitLinear:
                 made: nn.Module = FourBitLinear(module)
-            elif kind is StoredLinear:
-                made = StoredLinear.over(module.weight, module.bias)
+            elif kind in (StoredLinear, PaddedLinear):
+                made = kind.over(module.weight, module.bias)
             else:
                 weight, bias = dense(module)  # type: ignore[misc]
                 made = PackedLinear(weight, bias, type(module))
@@ -161,11 +170,12 @@ def pack(model: Any) -> Any:
     if not kinds:
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
         raise UsageError(f"{type(model).__name__} in {dtype} on {getattr(model, 'device', 'its device')} has no weight that can be packed: "
-                         "packing takes a CPU, and float32, bfloat16 (from AVX-512 on, or with gcc) or 4 bits (with gcc)")  # fmt: skip
+                         "packing takes a CPU, and float32, bfloat16 (from AVX-512 on, or with gcc) or 4 bits (with gcc); or a GPU, and float32, bfloat16 or float16")  # fmt: skip
     _replace(model, kinds)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED)
-    _fuse(model)
+    if not is_padded(model):
+        _fuse(model)
     return model
 
 
@@ -228,6 +238,11 @@ def model_bytes(model: nn.Module) -> int:
 
 def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, _STANDING_IN) for module in model.modules())
+
+
+def is_padded(model: nn.Module) -> bool:
+    """Whether it was packed for a GPU."""
+    return any(isinstance(module, PaddedLinear) for module in model.modules())
 
 
 def packed_twin(model: Any) -> Any | None:

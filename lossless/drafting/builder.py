@@ -43,6 +43,11 @@ class TreeBuilder:
         # a row that is less likely to give a token than to cost one is never taken, nor one behind as many better ones as there may be
         self._least = math.log(max(1e-9, (curve.verify_s(2) - curve.verify_s(1)) / curve.verify_s(1) / 8)) if curve else _NEVER
 
+    @property
+    def widest(self) -> int:
+        """The most nodes that its frontier may have."""
+        return max(1, self.max_nodes // 4)
+
     def grow(self, drafted: Sequence[dict[int, float]]) -> list[int]:
         """Add children to the frontier, one dict of likely tokens with their log probabilities for each of its nodes.
 
@@ -67,7 +72,7 @@ class TreeBuilder:
         self._best = sorted(self._best + [child[:2] for child in children])[: self.max_nodes - 1]
         if len(self._best) == self.max_nodes - 1:
             self._least = max(self._least, -self._best[-1][0])
-        best = children[: max(1, self.max_nodes // 4)]
+        best = children[: self.widest]
         self.frontier = [candidate for _, candidate, _ in best]
         self.paths = [(*self.paths[row], self.tokens[candidate]) for _, candidate, row in best]
         return [row for _, _, row in best]

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapter.weights import StreamAdapter
-from ..base.drafts import likeliest
 from ..base.linears import Int8Linear, draft_linear
 from ..base.pages import own_pages
 from .builder import TreeBuilder
 from .costs import CostCurve
+from .levels import GraphedLevels, Levels
 from .ngram import NGramCache
 from .noise import NoiseBias
 from .pruning import worth_streams
@@ -48,6 +48,7 @@ class Drafter:
         learning = any(parameter.requires_grad for parameter in adapter.parameters())
         if self._rows is not None and not learning:  # drafts need no bits
             self._head, self._rows = draft_linear(self._rows, None, self._rows.dtype), None
+        self._levels: GraphedLevels | None = None  # on a GPU
         self._fused = None if self._head is None else adapter.transition.fused(self._head, scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -118,23 +119,17 @@ class Drafter:
 
     def _grow(self, builders: list[TreeBuilder], streams: torch.Tensor, roots: Sequence[int], noise_bias: NoiseBias | None) -> None:
         """Levels of drafts, as many as there are streams or are worth it; one product for all nodes of a level."""
-        transition, device, fused = self.adapter.transition, streams.device, self._fused
-        streams = streams if fused is None else streams.float()
-        tokens = torch.tensor(roots, device=device)
-        r, heard = transition.begin(streams[:, 0]), transition.hear(streams)  # [frontier of all sequences, rank], [batch, gamma, rank]
-        owner = torch.arange(len(roots), device=device)  # whose each row of the frontier is
+        levels: Levels | GraphedLevels
+        if len(roots) == 1 and streams.is_cuda:
+            levels = self._graphed(builders[0]).begin(streams, noise_bias)
+        else:
+            levels = Levels(self, self._fused, streams, noise_bias)
+        chosen: list[int] = []
+        tokens = list(roots)
         for j in range(self.adapter.config.num_streams):
             if not any(builder.worth_a_level() for builder in builders):
                 break
-            told = self.embed(tokens).to(streams.dtype)
-            if fused is not None:
-                r, logits = fused(r, told, heard[owner, j], streams[owner, j])
-            else:
-                r = transition.advance(r, told, heard[owner, j])
-                logits = self.logits(transition.adjust(streams[owner, j], r))  # [frontier, draft vocabulary]
-            if noise_bias is not None:
-                logits = noise_bias.perturb(logits, owner, j, self.adapter.draft_ids)
-            likely = iter(self._likely(logits))
+            likely = iter(levels.read(j, chosen, tokens))
             first, chosen = 0, []
             for builder in builders:
                 count = len(builder.frontier)
@@ -143,13 +138,17 @@ class Drafter:
                 first += count
             if not chosen:
                 break
-            r, owner = r[chosen], owner[chosen]
-            tokens = torch.tensor([path[-1] for builder in builders for path in builder.paths], device=device)
+            tokens = [path[-1] for builder in builders for path in builder.paths]
 
-    def _likely(self, logits: torch.Tensor) -> list[dict[int, float]]:
-        """The best tokens of each row of `[rows, draft vocabulary]`, with their log probabilities."""
-        numbers, scores = likeliest(logits, min(self.adapter.config.drafting.tree_top_k, logits.shape[1]))
-        return [dict(zip(*row, strict=True)) for row in zip(self.token_ids(numbers).tolist(), scores.tolist(), strict=True)]
+    def _graphed(self, builder: TreeBuilder) -> GraphedLevels:
+        """Captured levels for frontiers as large as this tree's."""
+        if self._levels is None or self._levels.most < builder.widest:
+            self._levels = GraphedLevels(self, builder.widest)
+        return self._levels
+
+    def top_k(self, logits: torch.Tensor) -> int:
+        """How many tokens are looked at behind each node, given `[rows, draft vocabulary]`."""
+        return min(self.adapter.config.drafting.tree_top_k, logits.shape[1])
 
 
 def _gathered(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

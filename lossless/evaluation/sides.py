@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from ..base import gpu
 from ..base.layers import decoder_layers
 from ..base.linears import packable
 from ..base.loading import Base, load_base, precision
@@ -164,10 +165,9 @@ def _installed(module: str) -> bool:
 
 
 def _packed(name: str, base: Base, dtype: str) -> Side | str:
-    if base.model.device.type != "cpu":
-        return f"weights are packed for a CPU, and the model is on {base.model.device}"
-    if not packable(getattr(torch, dtype), 2):
-        return f"weights of {dtype} cannot be packed on this processor"
+    there, on_cpu = getattr(torch, dtype), base.model.device.type == "cpu"
+    if not (packable(there, 2) if on_cpu else gpu.available() and there in gpu.DTYPES):
+        return f"weights of {dtype} cannot be packed on this {'processor' if on_cpu else 'GPU'}"
     return Side(name, _generating(base, dtype, pack), dtype, plain=True, same_tokens=dtype == _dtype(base))
 
 

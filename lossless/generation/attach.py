@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from ..adapter.weights import StreamAdapter
 from ..base.exact import exact_twin
-from ..base.layers import device_of
-from ..base.packed import packed_twin, warm_up
+from ..base.layers import device_of, input_device
+from ..base.packed import is_padded, packed_twin, warm_up
 from ..drafting.drafter import Drafter
 from ..streams.fusing import exact_when_fused, fuse_passes, fuse_streams
+from ..streams.graphs import GraphedRunner, PiecewiseRunner
 from ..streams.runner import StreamRunner, logit_scale
 from .exactness import Guarantee, Passes, at_a_time, check_level, find_guarantee
 from .limits import projections
@@ -61,14 +62,14 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     dtype: Any = embeddings.weight.dtype
     adapter = adapter.copy_as(device_of(head), dtype)
-    reader = StreamRunner(base, adapter)
+    reader = _runner(base)(base, adapter)
     # of 16 bits, and 4, no guard is wide enough for a twin that rounds otherwise, and without a guard only `off` takes it
     coarse = exact != "off" and (dtype in (torch.bfloat16, torch.float16) or getattr(base, "is_quantized", False))
     model = exact_twin(base) if coarse and exact != "near-tie" and not reader.own_attention else None
     same_bits = model is not None
     if model is None and exact != "bitwise" and (exact == "off" or dtype not in (torch.bfloat16, torch.float16)):
         model = packed_twin(base)
-    twin = None if model is None else StreamRunner(base, adapter, model)
+    twin = None if model is None else _runner(model)(base, adapter, model)
     if twin is not None and same_bits:
         twin.fused = exact_when_fused(twin)
     elif twin is not None:
@@ -103,6 +104,13 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     if runner is not reader:
         vars(reader).pop("stream_layers", None)  # of the trial; nothing of it runs through them from now on
     return Attachment(reader, runner, drafter, guarantee, passes, kept)
+
+
+def _runner(model: Any) -> type[StreamRunner]:
+    """The kind of runner for passes through a model."""
+    if is_padded(model):
+        return GraphedRunner
+    return PiecewiseRunner if input_device(model).type == "cuda" else StreamRunner
 
 
 def _share_head(reader: StreamRunner, twin: StreamRunner) -> None:

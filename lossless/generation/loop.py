@@ -177,7 +177,7 @@ class DecodeLoop:
             # a padding row sees itself, so that its softmax has something to sum
             mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
         nodes = torch.tensor([rows - 1]) if self._streams_join(alone=True) else None
-        return self.reader.verify(prompt.to(device), positions.to(device), mask, cache, nodes, last_only=True)
+        return self.reader.verify(prompt, positions, mask, cache, nodes, last_only=True)
 
     def _peek_noise(self, sequences: list[Sequence], logits: torch.Tensor) -> NoiseBias | None:
         """The noise that sampling will draw for the tokens of a tree under each text, if it draws any."""
@@ -191,7 +191,7 @@ class DecodeLoop:
 
     def _read_trees(self, trees: list[DraftTree], sequences: list[Sequence], cache: RowCache, noise_bias: NoiseBias | None, drafting: bool) -> PassOutput:
         """One target pass over a tree for each text; with the parallel schedule every node speculates, while drafts pay."""
-        width, device = max(map(len, trees)), input_device(self.reader.base)
+        width = max(map(len, trees))
         ids, positions = torch.zeros(len(trees), width, dtype=torch.long), torch.zeros(len(trees), width, dtype=torch.long)
         mask = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # what fills a smaller tree sees itself
         for i, (tree, sequence) in enumerate(zip(trees, sequences, strict=True)):
@@ -199,8 +199,7 @@ class DecodeLoop:
             positions[i, : len(tree)] = torch.tensor(tree.depths) + sequence.position
             mask[i, : len(tree), : len(tree)] = tree.mask()
         nodes = self._speculators(trees, width, noise_bias) if drafting and self._streams_join(alone=width == 1) else None
-        chosen = None if width == 1 else mask.to(device)
-        out = self.runner.verify(ids.to(device), positions.to(device), chosen, cache, nodes)
+        out = self.runner.verify(ids, positions, None if width == 1 else mask, cache, nodes)
         self.stats.speculated += len(trees) * len(out.nodes)
         return out
 
@@ -261,11 +260,11 @@ class DecodeLoop:
         if out.streams is not None:
             self.stats.pruned_wrongly += sum(row not in out.nodes for row in chosen)
         entry = out.entry[going, chosen][:, None]  # [texts, 1, dim]
-        positions = torch.tensor([[sequence.position - 1] for sequence in active], device=entry.device)
+        positions = torch.tensor([[sequence.position - 1] for sequence in active])
         context = cache.visible()
         if context is None:
             context = torch.ones(len(active), cache.length, dtype=torch.bool)
         told = None
         if self.adapter.told is not None:
             told = self.drafter.embed(torch.tensor([[sequence.last] for sequence in active], device=entry.device))
-        return active, self.runner.speculate(entry, positions, context[:, None].to(entry.device), cache, told)[:, 0]
+        return active, self.runner.speculate(entry, positions, context[:, None], cache, told)[:, 0]

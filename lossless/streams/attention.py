@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..base import exact, kernels
+from ..base import exact, gpu, kernels
 from ..base.attention import GROUPED, SDPA, grouped
 from .invariance import AloneRows, one_by_one
 from .masks import PositionMask, Window, as_mask
@@ -60,6 +60,8 @@ def _rows_alone(
     """Main rows, each with the bits of a pass of its own: `[1, rows, heads, head_dim]`."""
     lengths = alone.lengths(key.shape[2] - query.shape[2])
     masks = [mask for length in sorted(set(lengths)) if (mask := window.mask_of_last(length)) is not None]
+    if plan.implementation == GROUPED and kwargs.get("position_bias") is None and window.chunk is None and gpu.attendable(query, key):
+        return gpu.attend_rows(query, key, value, kwargs.get("scaling"), alone.paths, window.size)
     if (by := _in_one_call(plan, kwargs, query, key, masks)) is not None:
         starts = None if window == Window() else [window.first(length - 1) for length in lengths]
         return by(query, key, value, kwargs.get("scaling"), alone.tensors, starts)
@@ -73,7 +75,7 @@ def _rows_alone(
     return one_by_one(attend, query, key, value, alone.calls, window.kept if takes_masks else lambda length: window.first(length - 1))
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -89,7 +91,11 @@ def _attend(
     plan = PASS.get()
     if plan is None:
         raise RuntimeError("lossless attention was called outside a pass")
+    if plan.pieces is not None:
+        return plan.pieces.leave_out(query.transpose(1, 2), module, query, key, value, kwargs), None
     window = _window(module, kwargs)
+    if plan.told is not None:
+        return _as_told(plan.told, window, module, kwargs, query, key, value), None
     rows, outputs = plan.main_rows, []
     if plan.main is not None:
         keys = key.shape[2] - (query.shape[2] - rows)
@@ -101,6 +107,15 @@ def _attend(
     if plan.stream is not None and query.shape[2] > rows:  # not in the lower layers
         outputs.append(_masked(plan, plan.stream, window, module, kwargs, query[:, :, rows:], key, value))
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
+
+
+def _as_told(
+    told: gpu.Told, window: Window, module: Any, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """All rows of a pass that is captured, which have paths; raises RuntimeError for an attention that no kernel knows."""
+    if kwargs.get("position_bias") is not None or window.chunk is not None or not gpu.attendable(query, key):
+        raise RuntimeError("an attention that is not captured")
+    return gpu.attend(query, key, value, kwargs.get("scaling"), told, module.layer_idx, window.size)
 
 
 def _masked(
@@ -120,4 +135,4 @@ def _masked(
     return grouped(kwargs.get("scaling"), query, key, value, seen)
 
 
-AttentionInterface.register(ATTENTION, _attend)
+AttentionInterface.register(ATTENTION, attend)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..base import gpu
+
 _BLOCK = 256  # rows by which the storage grows
 
 
@@ -154,19 +156,27 @@ class RowCache(Cache):
         """Accept for each sequence its own provisional rows (counted from `length`), at least one each."""
         length, ends = self.length, self._ends or [self.length] * len(paths)
         if any(end < length or list(path) != list(range(len(path))) for end, path in zip(ends, paths, strict=True)):
-            # shorter paths repeat their last row: the same column written twice with the same value
-            steps = [[min(i, len(path) - 1) for i in range(max(map(len, paths)))] for path in paths]
-            source = torch.tensor([[length + path[i] for i in step] for path, step in zip(paths, steps, strict=True)])
-            target = torch.tensor([[end + i for i in step] for end, step in zip(ends, steps, strict=True)])
-            there = {layer.device for layer in self.rows if layer.is_initialized}
-            moves = {device: (source.to(device), target.to(device)) for device in there}
-            for layer in self.rows:
-                if layer.is_initialized:  # not a layer that the base passes over
-                    layer.move(*moves[layer.device])
+            self._move_up(paths, ends)
         ends = [end + len(path) for end, path in zip(ends, paths, strict=True)]
         self._ends = None if min(ends) == max(ends) else ends
         for layer in self.rows:
             layer.length = max(ends)
+
+    def _move_up(self, paths: Sequence[Sequence[int]], ends: Sequence[int]) -> None:
+        """Accepted rows of each sequence go to its end."""
+        kept = [(layer.keys, layer.values) for layer in self.rows if layer.is_initialized]  # not of layers that the base passes over
+        alike = len({(each.shape, each.device) for pair in kept for each in pair}) == 1
+        if alike and gpu.movable(kept[0][0]):
+            gpu.move(kept, ends[0], paths[0])
+            return
+        # shorter paths repeat their last row: the same column written twice with the same value
+        steps = [[min(i, len(path) - 1) for i in range(max(map(len, paths)))] for path in paths]
+        source = torch.tensor([[self.length + path[i] for i in step] for path, step in zip(paths, steps, strict=True)])
+        target = torch.tensor([[end + i for i in step] for end, step in zip(ends, steps, strict=True)])
+        moves = {device: (source.to(device), target.to(device)) for device in {keys.device for keys, _ in kept}}
+        for layer in self.rows:
+            if layer.is_initialized:
+                layer.move(*moves[layer.device])
 
     def forget(self, length: int) -> None:
         """Drop the certain rows from column `length` on, of a batch of one."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..base.gpu import Told
+from ..base.graphs import Pieces
 from .invariance import AloneRows
 from .masks import PositionMask
 
@@ -33,6 +35,8 @@ class Pass:
     paths: AloneRows | None = None  # of the main rows, of one text without padding, behind a prompt
     alone: AloneRows | None = None  # main rows that are read as passes of one row
     exactly: bool = False  # such rows attend by base/exact.py
+    told: Told | None = None  # what a captured pass knows of the cache (graphs.py)
+    pieces: Pieces | None = None  # a pass that is captured now, but for its attention
     done: int = 0  # layers below this one have been computed by one before them (fusing.py)
     rotaries: list[tuple[Callable[..., Any], Any]] = field(default_factory=list)  # and what each call gave
     filled: dict[Any, Any] = field(default_factory=dict)  # what fills the layers' arguments, by rows and window

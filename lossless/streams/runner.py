@@ -175,7 +175,9 @@ class StreamRunner:
             last_only: logits for the last row only (a prefill).
             apart: every row as in a pass of its own, in a runner that can (`keep_bits`); not of padded texts, nor of several.
         """
-        device, count = ids.device, ids.shape[1]
+        device, count = input_device(self.base), ids.shape[1]
+        ids, positions = ids.to(device), positions.to(device)
+        tree_mask = None if tree_mask is None else tree_mask.to(device)
 
         def own(some: torch.Tensor) -> torch.Tensor:  # [batch or 1, some rows, rows], what they see of this pass
             return (torch.arange(count) <= some[:, None])[None].to(device) if tree_mask is None else tree_mask[:, some]
@@ -268,21 +270,23 @@ class StreamRunner:
             with torch.no_grad():
                 self.observe_anything()
         keys = cache.places().to(entry.device).expand(len(entry), -1)
-        mask = self._stream_mask(context, positions, keys)
+        context = context.to(entry.device)
+        mask = self._stream_mask(context, positions.to(entry.device), keys)
         plan = Pass(self.implementation, len(entry), 0, stream=mask, cache=cache)
         if self.fused_streams and entry.shape[:2] == (1, 1) and cache.visible() is None and context.all():
             plan.paths = self._stream_paths
 
-        def through_the_layers() -> torch.Tensor:
-            hidden = self.adapter.start_streams(entry, told)
-            for number, layer in enumerate(self.stream_layers, self.first_top):
-                if number not in self._calls or plan.done:
-                    continue  # a layer that the base itself passes over, or that was done by one before it
-                hidden = layer(hidden, **self._calls.filled(number, plan, hidden))
-                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            return hidden
+        return with_plan(plan, lambda: self._through_streams(plan, entry, told))
 
-        return self.finish(with_plan(plan, through_the_layers)).unflatten(1, (-1, self.adapter.config.num_streams))
+    def _through_streams(self, plan: Pass, entry: torch.Tensor, told: torch.Tensor | None) -> torch.Tensor:
+        """`[batch, nodes, num_streams, dim]` after the final norm."""
+        hidden = self.adapter.start_streams(entry, told)
+        for number, layer in enumerate(self.stream_layers, self.first_top):
+            if number not in self._calls or plan.done:
+                continue  # a layer that the base itself passes over, or that was done by one before it
+            hidden = layer(hidden, **self._calls.filled(number, plan, hidden))
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return self.finish(hidden).unflatten(1, (-1, self.adapter.config.num_streams))
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """From the last layer to what the LM head reads."""

@@ -1,0 +1,89 @@
+"""Kernels for a GPU, in Triton (base/gpu.py calls them; nobody else may import this module, for Triton may not be there).
+
+Knows: attention of the rows of a draft tree, RMS norms, and how accepted rows of a cache move up. Of the first two, a program computes one
+row, so that a row has the same bits beside any number of others. No argument is specialized: what is compiled for a pass over a tree is what
+is compiled for a token alone. Does not know: tensors, or when what is called.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads what stands here; arguments are pointers and numbers
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_INTS = ["layer", "heads_per", "window", "query_head", "query_row", "new_head", "new_row", "value_head", "value_row", "deepest"]
+
+
+@triton.jit(do_not_specialize=_INTS)
+def attend(
+    query, new_keys, new_values, out, told, lengths, paths, scale, layer, heads_per, window,
+    query_head, query_row, new_head, new_row, value_head, value_row, deepest,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Program (row, kv head): softmax attention of the heads of a group over the past, in blocks from the first place that it sees, and
+    over the rows on the path of this one; then its own key and value are written behind the past, if they are to be kept."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    past, stride = tl.load(told), tl.load(told + 1)
+    length = past + tl.load(lengths + row)
+    keys = tl.load(told + FIRST + 2 * layer).to(tl.pointer_type(query.dtype.element_ty)) + head * stride
+    values = tl.load(told + FIRST + 2 * layer + 1).to(tl.pointer_type(query.dtype.element_ty)) + head * stride
+    group, dims, places = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    real = (group < heads_per)[:, None] & (dims < DIM)[None, :]
+    at = row.to(tl.int64) * query_row + (head * heads_per + group)[:, None] * query_head + dims[None, :]
+    queries = tl.load(query + at, mask=real, other=0.0)
+    best = tl.full([GROUP], -float("inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    sums = tl.zeros([GROUP, WIDTH], tl.float32)
+    first = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    for start in range(first, length, BLOCK):
+        place = start + places
+        seen, old = place < length, place < past
+        node = tl.load(paths + row * deepest + (place - past), mask=seen & (place >= past), other=0)
+        kept = (seen & old)[:, None] & (dims < DIM)[None, :]
+        new = (seen & (place >= past))[:, None] & (dims < DIM)[None, :]
+        where = place[:, None] * DIM + dims[None, :]
+        key = tl.load(keys + where, mask=kept, other=0.0)
+        fresh = tl.load(new_keys + head * new_head + node[:, None] * new_row + dims[None, :], mask=new, other=0.0)
+        key = tl.where(old[:, None], key, fresh)
+        value = tl.load(values + where, mask=kept, other=0.0)
+        fresh = tl.load(new_values + head * value_head + node[:, None] * value_row + dims[None, :], mask=new, other=0.0)
+        value = tl.where(old[:, None], value, fresh)
+        scores = tl.dot(queries, tl.trans(key), input_precision=EXACT) * scale
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        shrink, weights = tl.exp(best - higher), tl.exp(scores - higher[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=EXACT)
+        best = higher
+    heads = heads_per * tl.num_programs(1)
+    to = (row * heads + head * heads_per + group)[:, None] * DIM + dims[None, :]
+    tl.store(out + to, (sums / total[:, None]).to(query.dtype.element_ty), mask=real)
+    keep = (dims < DIM) & (tl.load(told + 2) > 0)
+    own = (past + row) * DIM + dims
+    tl.store(keys + own, tl.load(new_keys + head * new_head + row * new_row + dims, mask=keep, other=0.0), mask=keep)
+    tl.store(values + own, tl.load(new_values + head * value_head + row * value_row + dims, mask=keep, other=0.0), mask=keep)
+
+
+@triton.jit
+def norm(rows, weight, out, eps, offset, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (row): x / sqrt(mean(x^2) + eps) * (weight + offset), in float32, rounded once."""
+    dims = tl.arange(0, WIDTH)
+    at = tl.program_id(0).to(tl.int64) * DIM + dims
+    x = tl.load(rows + at, mask=dims < DIM, other=0.0).to(tl.float32)
+    w = tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps) * (w + offset)
+    tl.store(out + at, y.to(rows.dtype.element_ty), mask=dims < DIM)
+
+
+@triton.jit(do_not_specialize=["count", "past", "stride"])
+def move(addresses, sources, like, count, past, stride, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (keys or values of a layer, kv head): the rows at these places behind the past move up to its end, one after the other, for a
+    row may stand where one before it came from."""
+    dims = tl.arange(0, WIDTH)
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.load(addresses + tl.program_id(0)).to(tl.pointer_type(like.dtype.element_ty)) + head * stride
+    for i in range(0, count):
+        row = tl.load(rows + (past + tl.load(sources + i)) * DIM + dims, mask=dims < DIM, other=0.0)
+        tl.store(rows + (past + i) * DIM + dims, row, mask=dims < DIM)

@@ -1,0 +1,120 @@
+"""Levels of a draft tree, read off the streams one after the other.
+
+Knows: what the transition head carries from level to level, and how a level becomes likely tokens; on a GPU as a captured graph for each
+level of a tree under one text. Does not know: trees, or which of its nodes go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..base.drafts import FusedLevel, likeliest
+from ..base.graphs import Outputs, Recorded, listed
+from .noise import NoiseBias
+
+Likely = list[dict[int, float]]  # for each node of a frontier its likely tokens, with their log probabilities
+
+
+class Levels:
+    """The levels of one draft.
+
+    Args:
+        drafter: whose transition head, embeddings and draft vocabulary they are; fused: the head's short way, or None.
+        streams: `[texts, num_streams, dim]`.
+        noise_bias: of these texts, None if decoding is greedy.
+    """
+
+    def __init__(self, drafter: Any, fused: FusedLevel | None, streams: torch.Tensor, noise_bias: NoiseBias | None) -> None:
+        self.drafter, self.fused, self.noise_bias = drafter, fused, noise_bias
+        self.streams = streams if fused is None else streams.float()
+        transition = drafter.adapter.transition
+        self.r, self.heard = transition.begin(self.streams[:, 0]), transition.hear(self.streams)  # [frontier, rank], [texts, gamma, rank]
+        self.owner = torch.arange(len(streams), device=streams.device)  # whose each row of the frontier is
+
+    def read(self, ahead: int, chosen: Sequence[int], tokens: Sequence[int]) -> Likely:
+        """What is likely behind each node of a level.
+
+        Args:
+            ahead: number of the stream, from 0.
+            chosen: of each node, the row of its parent in the level before; tokens: its token.
+        """
+        drafter, device = self.drafter, self.streams.device
+        transition = drafter.adapter.transition
+        if ahead:
+            self.r, self.owner = self.r[list(chosen)], self.owner[list(chosen)]
+        told = drafter.embed(torch.tensor(tokens, device=device)).to(self.streams.dtype)
+        heard, streams = self.heard[self.owner, ahead], self.streams[self.owner, ahead]
+        if self.fused is not None:
+            self.r, logits = self.fused(self.r, told, heard, streams)
+        else:
+            self.r = transition.advance(self.r, told, heard)
+            logits = drafter.logits(transition.adjust(streams, self.r))  # [frontier, draft vocabulary]
+        if self.noise_bias is not None:
+            logits = self.noise_bias.perturb(logits, self.owner, ahead, drafter.adapter.draft_ids)
+        return as_likely(drafter, *likeliest(logits, drafter.top_k(logits)))
+
+
+def as_likely(drafter: Any, numbers: torch.Tensor, scores: torch.Tensor) -> Likely:
+    """Of numbers in the draft vocabulary, `[frontier, count]`, and their log probabilities."""
+    return [dict(zip(*row, strict=True)) for row in zip(drafter.token_ids(numbers).tolist(), scores.tolist(), strict=True)]
+
+
+class GraphedLevels:
+    """The same of one text on a GPU, captured once for each level and used for every draft: up to `most` nodes a level.
+
+    Of sampled texts the noise of each position is given to the graph in place of nothing.
+    """
+
+    def __init__(self, drafter: Any, most: int) -> None:
+        self.drafter, self.most = drafter, most
+        self._graphs: dict[tuple[int, bool], Recorded] = {}
+        self._before: torch.Tensor | None = None  # [most, rank], of the level that was read last
+        self.streams: torch.Tensor | None = None
+        self.noise_bias: NoiseBias | None = None
+
+    def begin(self, streams: torch.Tensor, noise_bias: NoiseBias | None) -> GraphedLevels:
+        """The levels of another draft; streams: `[1, num_streams, dim]`."""
+        self.streams, self.noise_bias = streams, noise_bias
+        return self
+
+    def read(self, ahead: int, chosen: Sequence[int], tokens: Sequence[int]) -> Likely:
+        """As `Levels.read`."""
+        filling = [0] * (self.most - len(tokens))
+        numbers = listed([*tokens, *filling, *(chosen or [0] * len(tokens)), *filling])
+        inputs = (numbers, self.streams, *(() if ahead == 0 else (self._before,)))
+        key = (ahead, self.noise_bias is not None)
+        if key not in self._graphs:
+            self._graphs[key] = Recorded(self._level(*key), numbers.to(self.streams.device), *inputs[1:])  # type: ignore[union-attr]
+        self._before, best = self._graphs[key](*inputs)
+        if self.noise_bias is not None:
+            best = self._perturbed(best, ahead)
+        count = best.shape[1] // 2
+        rows = best[: len(tokens)].tolist()
+        return [dict(zip(map(int, row[:count]), row[count:], strict=True)) for row in rows]
+
+    def _level(self, ahead: int, sampled: bool) -> Callable[..., Outputs]:
+        """What is captured of a level: numbers `[2 * most]`, streams, r of the level before -> r and the best tokens with their log
+        probabilities `[most, 2 * count]`; of sampled texts, for which it comes to the noise, logits `[most, draft vocabulary]`."""
+        drafter, transition = self.drafter, self.drafter.adapter.transition
+
+        def run(numbers: torch.Tensor, streams: torch.Tensor, before: torch.Tensor | None = None) -> Outputs:
+            tokens, chosen = numbers.view(2, self.most)
+            own, heard = streams[:, ahead], transition.hear(streams)[:, ahead]
+            r = transition.begin(streams[:, 0]).expand(self.most, -1) if before is None else before[chosen]
+            r = transition.advance(r, drafter.embed(tokens).to(streams.dtype), heard)
+            logits = drafter.logits(transition.adjust(own, r))
+            return r, logits if sampled else self._best(logits)
+
+        return run
+
+    def _perturbed(self, logits: torch.Tensor, ahead: int) -> torch.Tensor:
+        owner = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        return self._best(self.noise_bias.perturb(logits, owner, ahead, self.drafter.adapter.draft_ids))  # type: ignore[union-attr]
+
+    def _best(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[rows, 2 * count]`, in one tensor, so that they come in one copy: token ids are whole in float64."""
+        numbers, scores = likeliest(logits, self.drafter.top_k(logits))
+        return torch.cat([self.drafter.token_ids(numbers).double(), scores.double()], dim=1)

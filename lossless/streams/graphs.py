@@ -1,0 +1,186 @@
+"""Passes as CUDA graphs (base/graphs.py): the hundreds of small kernels of a pass are launched at once.
+
+Knows: which passes can be run so, and how one that was captured is told of another. Every other pass goes the runner's usual way. Does
+not know: trees, or what is accepted.
+
+    PiecewiseRunner    of a base as it is loaded: attention, whose kernels hang on the length of a text, is called as ever, by the base's own
+                       function, between the pieces; captured for each number of rows
+    GraphedRunner      of a model that was packed for a GPU (base/packed.py): all of a pass, and streams, for its attention is a kernel of
+                       ours; captured for 16 and 32 rows, for on a GPU the time of a pass is that of reading the weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..base.attention import SDPA
+from ..base.gpu import Told
+from ..base.graphs import Outputs, Pieces, Recorded, listed
+from ..base.layers import rotary_turns
+from .attention import attend
+from .cache import RowCache
+from .masks import PositionMask
+from .passes import Pass, PassOutput, with_plan
+from .runner import StreamRunner
+
+_ROWS = (16, 32)  # of the passes of a packed model; fewer are filled up
+
+
+class _CapturingRunner(StreamRunner):
+    """A runner that captures passes.
+
+    Attributes:
+        recordable: whether passes can be captured; not, if something in the base waits for the GPU, as experts do that are chosen by what they
+            are given.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recordable = not self.own_attention and not rotary_turns(self.base)
+
+    def _readable(self, cache: Any) -> bool:
+        """Whether a captured pass can look back at what is in a cache."""
+        return self.recordable and isinstance(cache, RowCache) and cache.visible() is None and all(layer.is_initialized for layer in cache.rows)
+
+    def _captured(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any | None:
+        """What is kept under a key, made if it is not there; None if it cannot be captured."""
+        if key not in kept:
+            try:
+                kept[key] = make()
+            except RuntimeError:
+                self.recordable = False
+                return None
+        return kept[key]
+
+    def _no_cache(self) -> RowCache:
+        """A cache that gives a layer its own rows, and keeps none."""
+        return RowCache(len(self.layers), keep_from=len(self.layers))
+
+
+class PiecewiseRunner(_CapturingRunner):
+    """A runner through a base as it is loaded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pieces: dict[Any, tuple[Pieces, torch.Tensor, Outputs, Any]] = {}  # by rows, and how each keeps its bits
+
+    def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """As `StreamRunner._run`, in pieces if that can be."""
+        count, bare = ids.shape[1], plan.begin is None and plan.pieces is None
+        fits = bare and ids.ndim == 2 and len(ids) == 1 and count <= _ROWS[-1] and (count == 1 or not plan.last_only)
+        if not fits or not self._readable(cache):
+            return super()._run(plan, ids, positions, cache)
+        numbers, limits = torch.stack([ids, positions]), self.limits if plan.keeps_bits else None
+        shape = (count, plan.keeps_bits, plan.alone is None, id(limits))
+        made = self._captured(self._pieces, shape, lambda: self._capture(plan, numbers, limits))
+        if made is None:
+            return super()._run(plan, ids, positions, cache)
+        pieces, own, (logits, entry), _ = made
+        own.copy_(numbers)
+        plan.cache = cache
+
+        def answer(out: torch.Tensor, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> None:
+            keys, values = cache.rows[module.layer_idx].update(key, value)
+            out.copy_(attend(module, query, keys, values, None, **kwargs)[0])
+
+        def replay() -> torch.Tensor:
+            pieces.replay(answer)
+            return logits.clone()
+
+        found = with_plan(plan, replay)
+        plan.entry = entry.clone()
+        return found
+
+    def _capture(self, like: Pass, numbers: torch.Tensor, limits: Any) -> tuple[Pieces, torch.Tensor, Outputs, Any]:
+        """A pass over these ids and positions `[2, 1, rows]`: its pieces, the tensor of the numbers, logits and entry, and the limits that it was
+        captured under."""
+        pieces, own = Pieces(), numbers.clone()
+        ids, positions = own
+
+        def run(pieces: Pieces) -> Outputs:
+            plan = Pass(self.implementation, 1, ids.shape[1], PositionMask(None, positions, positions), pieces=pieces)
+            plan.keeps_bits, plan.alone = like.keeps_bits, like.alone
+            logits = StreamRunner._run(self, plan, ids, positions, self._no_cache())
+            return logits, plan.entry
+
+        return pieces, own, pieces.capture(run), limits
+
+
+class GraphedRunner(_CapturingRunner):
+    """A runner through a model that was packed for a GPU.
+
+    What a pass is told, its rows, their places and paths, and where keys and values lie, stands in a tensor of its own. What the filling
+    rows leave in the cache lies behind the rows of the pass, and the next one overwrites it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._recorded: dict[int, Recorded] = {}  # by rows; -1, -2: streams alone, by what they are given
+        self.recordable = self.recordable and self.implementation in SDPA
+
+    def verify(
+        self, ids: torch.Tensor, positions: torch.Tensor, tree_mask: torch.Tensor | None, cache: Any, nodes: Any, last_only: bool = False, apart: bool = False
+    ) -> PassOutput:
+        """As `StreamRunner.verify`; the cheapest with ids, positions and mask on the CPU."""
+        count = ids.shape[1]
+        fits = ids.ndim == 2 and len(ids) == 1 and count <= _ROWS[-1] and nodes is None and not apart and (count == 1 or not last_only)
+        if fits and self._readable(cache):
+            rows = next(rows for rows in _ROWS if count <= rows)
+            paths = [[*range(row + 1)] for row in range(count)] if tree_mask is None else _paths(tree_mask)
+            filling = [0] * (rows - count)
+            numbers = [*Told.listed(cache.length, self._room(cache, rows), True, paths, rows), *ids[0].tolist(), *filling, *positions[0].tolist(), *filling]
+            if (found := self._replayed(rows, numbers, self._pass_over(rows))) is not None:
+                return PassOutput(found[0][:, :count], found[1][:, :count])
+        return super().verify(ids, positions, tree_mask, cache, nodes, last_only, apart)
+
+    def speculate(
+        self, entry: torch.Tensor, positions: torch.Tensor, context: torch.Tensor, cache: Any, told: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `StreamRunner.speculate`; the cheapest with positions and context on the CPU."""
+        if entry.shape[:2] == (1, 1) and self._readable(cache) and self._calls and context.shape[-1] == cache.length and bool(context.all()):
+            gamma, place = self.adapter.config.num_streams, int(positions)
+            paths, places = [[*range(j + 1)] for j in range(gamma)], [min(place + j, self.places - 1) for j in range(1, gamma + 1)]
+            numbers = [*Told.listed(cache.length, self._room(cache, gamma), False, paths, gamma), *places]
+            inputs = (entry,) if told is None else (entry, told)
+            if (found := self._replayed(-len(inputs), numbers, self._streams_alone, *inputs)) is not None:
+                return found[0]
+        return super().speculate(entry, positions, context, cache, told)
+
+    def _room(self, cache: RowCache, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of all layers, with room for so many rows."""
+        return cache.room(range(len(self.layers)), rows, cache.rows[0].keys)
+
+    def _replayed(self, key: int, numbers: Sequence[int], run: Callable[..., Outputs], *inputs: torch.Tensor) -> Outputs | None:
+        """What a pass gives, in tensors of its own; captured if it was not before; None if it cannot be."""
+        given = listed(numbers)
+        made = self._captured(self._recorded, key, lambda: Recorded(run, given.to(self.adapter.device), *inputs))
+        return None if made is None else tuple(output.clone() for output in made(given, *inputs))
+
+    def _pass_over(self, rows: int) -> Callable[[torch.Tensor], Outputs]:
+        """What is captured of a pass over so many rows: numbers -> logits `[1, rows, vocab]` and entry `[1, rows, dim]`."""
+
+        def run(numbers: torch.Tensor) -> Outputs:
+            told, (ids, positions) = self._told(numbers, rows), numbers[-2 * rows :].view(2, 1, rows)
+            plan = Pass(self.implementation, 1, rows, PositionMask(None, positions, positions), told=told)
+            logits = self._run(plan, ids, positions, self._no_cache())
+            return logits, plan.entry
+
+        return run
+
+    def _streams_alone(self, numbers: torch.Tensor, entry: torch.Tensor, told: torch.Tensor | None = None) -> Outputs:
+        """The same of streams: numbers, entry and the next token's embedding, `[1, 1, dim]` -> `[1, 1, num_streams, dim]`."""
+        gamma = self.adapter.config.num_streams
+        places = numbers[None, -gamma:]
+        plan = Pass(self.implementation, 1, 0, stream=PositionMask(None, places, places), cache=self._no_cache(), told=self._told(numbers, gamma))
+        return (with_plan(plan, lambda: self._through_streams(plan, entry, told)),)
+
+    def _told(self, numbers: torch.Tensor, rows: int) -> Told:
+        return Told.over(numbers, len(self.layers), rows)
+
+
+def _paths(tree_mask: torch.Tensor) -> list[list[int]]:
+    """Of each row of `[1, rows, rows]` the rows that it sees."""
+    return [[i for i, seen in enumerate(row) if seen] for row in tree_mask[0].tolist()]
