@@ -38,7 +38,7 @@ def exact_twin(model: Any) -> Any | None:
 
     Weights in float32 beside such in 4 bits (an LM head) are packed, too, and round otherwise.
     """
-    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if stand_in(module) is not None}
+    modules: dict[str, Any] = {name: module for name, module in model.named_modules() if stand_in(module) in (FourBitLinear, PackedLinear)}
     if sum(module.weight.nbytes for module in modules.values()) > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
         return None
     with together():

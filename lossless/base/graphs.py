@@ -86,7 +86,7 @@ class Pieces:
         self._begin()
         return out
 
-    def replay(self, answer: Callable[..., torch.Tensor]) -> None:
+    def replay(self, answer: Callable[..., None]) -> None:
         """Do it again; `answer` is given each call's arguments and its tensor, which it fills."""
         for number, graph in enumerate(self.graphs):
             graph.replay()

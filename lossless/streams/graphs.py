@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 
+from ..base import gpu
 from ..base.attention import SDPA
 from ..base.gpu import Told
 from ..base.graphs import Outputs, Pieces, Recorded, listed
@@ -30,34 +32,64 @@ _ROWS = (16, 32)  # of the passes of a packed model; fewer are filled up
 
 
 class _CapturingRunner(StreamRunner):
-    """A runner that captures passes.
+    """A runner that captures passes, and streams that run alone: these may be wrong, and attend by a kernel of ours.
 
     Attributes:
-        recordable: whether passes can be captured; not, if something in the base waits for the GPU, as experts do that are chosen by what they
-            are given.
+        recordable: whether passes can be captured. Not, if somebody's hooks are to be called in each of them, if the base is on several devices, or
+            if something in it waits for the GPU, as experts do that are chosen by what they are given.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.recordable = not self.own_attention and not rotary_turns(self.base)
+        self.recordable = not self.own_attention and not rotary_turns(self.base) and _is_nothing_but_itself(self.base)
+        self._recorded: dict[int, Recorded] = {}  # all of a pass, by rows; -1, -2: streams alone, by what they are given
+        self._by_kernel = self.implementation in SDPA and gpu.available()  # whether rows may attend by a kernel of ours
 
     def _readable(self, cache: Any) -> bool:
         """Whether a captured pass can look back at what is in a cache."""
         return self.recordable and isinstance(cache, RowCache) and cache.visible() is None and all(layer.is_initialized for layer in cache.rows)
 
-    def _captured(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any | None:
-        """What is kept under a key, made if it is not there; None if it cannot be captured."""
-        if key not in kept:
-            try:
-                kept[key] = make()
-            except RuntimeError:
-                self.recordable = False
-                return None
-        return kept[key]
-
     def _no_cache(self) -> RowCache:
         """A cache that gives a layer its own rows, and keeps none."""
         return RowCache(len(self.layers), keep_from=len(self.layers))
+
+    def speculate(
+        self, entry: torch.Tensor, positions: torch.Tensor, context: torch.Tensor, cache: Any, told: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `StreamRunner.speculate`; the cheapest with positions and context on the CPU."""
+        if self._by_kernel and entry.shape[:2] == (1, 1) and self._readable(cache) and self._calls and context.shape[-1] == cache.length and bool(context.all()):
+            gamma, place = self.adapter.config.num_streams, int(positions)
+            paths, places = [[*range(j + 1)] for j in range(gamma)], [min(place + j, self.places - 1) for j in range(1, gamma + 1)]
+            numbers = [*Told.listed(cache.length, self._room(cache, gamma), False, paths, gamma), *places]
+            inputs = (entry,) if told is None else (entry, told)
+            if (found := self._replayed(-len(inputs), numbers, self._streams_alone, *inputs)) is not None:
+                return found[0]
+        return super().speculate(entry, positions, context, cache, told)
+
+    def _room(self, cache: RowCache, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of all layers, with room for so many rows."""
+        return cache.room(range(len(self.layers)), rows, cache.rows[0].keys)
+
+    def _replayed(self, key: int, numbers: Sequence[int], run: Callable[..., Outputs], *inputs: torch.Tensor) -> Outputs | None:
+        """What a pass gives, in tensors of its own; captured if it was not before; None if it cannot be."""
+        given = listed(numbers)
+        if key not in self._recorded:
+            try:
+                self._recorded[key] = Recorded(run, given.to(self.adapter.device), *inputs)
+            except RuntimeError:
+                self._by_kernel = False
+                return None
+        return tuple(output.clone() for output in self._recorded[key](given, *inputs))
+
+    def _streams_alone(self, numbers: torch.Tensor, entry: torch.Tensor, told: torch.Tensor | None = None) -> Outputs:
+        """The same of streams: numbers, entry and the next token's embedding, `[1, 1, dim]` -> `[1, 1, num_streams, dim]`."""
+        gamma = self.adapter.config.num_streams
+        places = numbers[None, -gamma:]
+        plan = Pass(self.implementation, 1, 0, stream=PositionMask(None, places, places), cache=self._no_cache(), told=self._told(numbers, gamma))
+        return (with_plan(plan, lambda: self._through_streams(plan, entry, told)),)
+
+    def _told(self, numbers: torch.Tensor, rows: int) -> Told:
+        return Told.over(numbers, len(self.layers), rows)
 
 
 class PiecewiseRunner(_CapturingRunner):
@@ -75,10 +107,13 @@ class PiecewiseRunner(_CapturingRunner):
             return super()._run(plan, ids, positions, cache)
         numbers, limits = torch.stack([ids, positions]), self.limits if plan.keeps_bits else None
         shape = (count, plan.keeps_bits, plan.alone is None, id(limits))
-        made = self._captured(self._pieces, shape, lambda: self._capture(plan, numbers, limits))
-        if made is None:
-            return super()._run(plan, ids, positions, cache)
-        pieces, own, (logits, entry), _ = made
+        if shape not in self._pieces:
+            try:
+                self._pieces[shape] = self._capture(plan, numbers, limits)
+            except RuntimeError:
+                self.recordable = False
+                return super()._run(plan, ids, positions, cache)
+        pieces, own, (logits, entry), _ = self._pieces[shape]
         own.copy_(numbers)
         plan.cache = cache
 
@@ -116,18 +151,13 @@ class GraphedRunner(_CapturingRunner):
     rows leave in the cache lies behind the rows of the pass, and the next one overwrites it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._recorded: dict[int, Recorded] = {}  # by rows; -1, -2: streams alone, by what they are given
-        self.recordable = self.recordable and self.implementation in SDPA
-
     def verify(
         self, ids: torch.Tensor, positions: torch.Tensor, tree_mask: torch.Tensor | None, cache: Any, nodes: Any, last_only: bool = False, apart: bool = False
     ) -> PassOutput:
         """As `StreamRunner.verify`; the cheapest with ids, positions and mask on the CPU."""
         count = ids.shape[1]
         fits = ids.ndim == 2 and len(ids) == 1 and count <= _ROWS[-1] and nodes is None and not apart and (count == 1 or not last_only)
-        if fits and self._readable(cache):
+        if fits and self._by_kernel and self._readable(cache):
             rows = next(rows for rows in _ROWS if count <= rows)
             paths = [[*range(row + 1)] for row in range(count)] if tree_mask is None else _paths(tree_mask)
             filling = [0] * (rows - count)
@@ -135,29 +165,6 @@ class GraphedRunner(_CapturingRunner):
             if (found := self._replayed(rows, numbers, self._pass_over(rows))) is not None:
                 return PassOutput(found[0][:, :count], found[1][:, :count])
         return super().verify(ids, positions, tree_mask, cache, nodes, last_only, apart)
-
-    def speculate(
-        self, entry: torch.Tensor, positions: torch.Tensor, context: torch.Tensor, cache: Any, told: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As `StreamRunner.speculate`; the cheapest with positions and context on the CPU."""
-        if entry.shape[:2] == (1, 1) and self._readable(cache) and self._calls and context.shape[-1] == cache.length and bool(context.all()):
-            gamma, place = self.adapter.config.num_streams, int(positions)
-            paths, places = [[*range(j + 1)] for j in range(gamma)], [min(place + j, self.places - 1) for j in range(1, gamma + 1)]
-            numbers = [*Told.listed(cache.length, self._room(cache, gamma), False, paths, gamma), *places]
-            inputs = (entry,) if told is None else (entry, told)
-            if (found := self._replayed(-len(inputs), numbers, self._streams_alone, *inputs)) is not None:
-                return found[0]
-        return super().speculate(entry, positions, context, cache, told)
-
-    def _room(self, cache: RowCache, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of all layers, with room for so many rows."""
-        return cache.room(range(len(self.layers)), rows, cache.rows[0].keys)
-
-    def _replayed(self, key: int, numbers: Sequence[int], run: Callable[..., Outputs], *inputs: torch.Tensor) -> Outputs | None:
-        """What a pass gives, in tensors of its own; captured if it was not before; None if it cannot be."""
-        given = listed(numbers)
-        made = self._captured(self._recorded, key, lambda: Recorded(run, given.to(self.adapter.device), *inputs))
-        return None if made is None else tuple(output.clone() for output in made(given, *inputs))
 
     def _pass_over(self, rows: int) -> Callable[[torch.Tensor], Outputs]:
         """What is captured of a pass over so many rows: numbers -> logits `[1, rows, vocab]` and entry `[1, rows, dim]`."""
@@ -170,15 +177,17 @@ class GraphedRunner(_CapturingRunner):
 
         return run
 
-    def _streams_alone(self, numbers: torch.Tensor, entry: torch.Tensor, told: torch.Tensor | None = None) -> Outputs:
-        """The same of streams: numbers, entry and the next token's embedding, `[1, 1, dim]` -> `[1, 1, num_streams, dim]`."""
-        gamma = self.adapter.config.num_streams
-        places = numbers[None, -gamma:]
-        plan = Pass(self.implementation, 1, 0, stream=PositionMask(None, places, places), cache=self._no_cache(), told=self._told(numbers, gamma))
-        return (with_plan(plan, lambda: self._through_streams(plan, entry, told)),)
 
-    def _told(self, numbers: torch.Tensor, rows: int) -> Told:
-        return Told.over(numbers, len(self.layers), rows)
+def _is_nothing_but_itself(base: Any) -> bool:
+    """Whether a pass through a base is work on one device and nothing else: what Python does in it is not done again."""
+    return not any(map(_is_heard, base.modules())) and not base.training and len({tensor.device for tensor in (*base.parameters(), *base.buffers())}) == 1
+
+
+def _is_heard(module: Any) -> bool:
+    """Whether somebody hooked or patched it; Accelerate's hooks do nothing where nothing is kept elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    patched = "forward" in vars(module) and not (type(hook) is AlignDevicesHook and not hook.offload)
+    return bool(patched or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _paths(tree_mask: torch.Tensor) -> list[list[int]]:
