@@ -185,7 +185,7 @@ def _is_nothing_but_itself(base: Any) -> bool:
 
 def _is_heard(module: Any) -> bool:
     """Whether somebody hooked or patched it; Accelerate's hooks do nothing where nothing is kept elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     patched = "forward" in vars(module) and not (type(hook) is AlignDevicesHook and not hook.offload)
     return bool(patched or module._forward_hooks or module._forward_pre_hooks)
 
