@@ -13,17 +13,21 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lossless
 from lossless.adapter.compat import new_adapter
 from lossless.base import graphs
 from lossless.base.graphs import Recorded
+from lossless.base.layers import CACHE
 from lossless.base.linears import PADDED, PADDED_MOST, PaddedLinear
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.levels import GraphedLevels, Levels
 from lossless.drafting.noise import NoiseBias
 from lossless.generation.limits import projections
 from lossless.streams import graphs as streams_graphs
+from lossless.streams.attention import laid_out_alone
 from lossless.streams.cache import RowCache
 from lossless.streams.graphs import GraphedRunner, PiecewiseRunner
 from lossless.streams.runner import StreamRunner
@@ -123,6 +127,18 @@ def test_what_was_captured_takes_other_inputs() -> None:
 
 
 @pytest.mark.usefixtures("double")
+def test_what_was_captured_in_inference_mode_serves_outside_of_it() -> None:
+    model = llama()
+    adapter = new_adapter(model, SHAPE, None)
+    pieces = PiecewiseRunner(model, adapter)
+    with torch.inference_mode():
+        first = [each.clone() for each in read(pieces)]
+    for expected, found in zip(first, read(pieces), strict=True):
+        assert torch.equal(expected, found)
+    assert pieces.recordable
+
+
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("sampled", [False, True])
 def test_captured_levels_are_the_levels(sampled: bool) -> None:
     model = llama()
@@ -139,6 +155,25 @@ def test_captured_levels_are_the_levels(sampled: bool) -> None:
                 for expected, found in zip(plain.read(ahead, chosen, tokens), levels.read(ahead, chosen, tokens), strict=True):
                     assert list(expected) == list(found)
                     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_are_laid_out_as_the_bases_own_pass_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN knows an attention by sizes and strides, those of dimensions of one included."""
+    model, seen = llama(), []
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watch(module: Any, *tensors: torch.Tensor, **kwargs: Any) -> Any:
+        seen.append([(each.shape, each.stride()) for each in tensors[:3]])
+        return own(module, *tensors, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watch)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.arange(1, 10)[None], **{CACHE: cache})
+        seen.clear()
+        model(torch.tensor([[5]]), **{CACHE: cache})
+    rows = torch.randn(1, 3, 6, 16).transpose(1, 2), torch.randn(1, 2, 40, 16)[:, :, :10], torch.randn(1, 2, 40, 16)[:, :, :10]
+    assert [(each.shape, each.stride()) for each in laid_out_alone(rows[0][:, :, 1:2], *rows[1:])] == seen[0]
 
 
 @pytest.mark.parametrize("count", [1, 5, PADDED, PADDED + 3, PADDED_MOST + 1])

@@ -48,9 +48,11 @@ def available() -> bool:
         return False
 
 
-def device() -> torch.device:
-    """Where the kernels run."""
-    return torch.device("cpu" if interpreted() else "cuda")
+def here(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is where the kernels run: on the GPU that is the current one."""
+    if tensor.device.type == "cuda":
+        return tensor.get_device() == torch.cuda.current_device()
+    return tensor.device.type == "cpu" and interpreted()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ class Told:
 
 def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `attend` has a kernel for these here."""
-    alike = query.dtype in DTYPES and key.dtype == query.dtype and query.device.type == device().type and not query.requires_grad
+    alike = query.dtype in DTYPES and key.dtype == query.dtype and here(query) and not query.requires_grad
     return alike and len(query) == 1 and query.shape[-1] <= 256 and query.shape[1] // key.shape[1] <= 64 and available()
 
 
@@ -132,7 +134,7 @@ def attend_rows(
 
 def movable(key: torch.Tensor) -> bool:
     """Whether `move` has a kernel for keys like these, `[1, kv_heads, capacity, dim]`."""
-    return len(key) == 1 and key.device.type == device().type and key.dtype in DTYPES and key.is_contiguous() and available()
+    return len(key) == 1 and key.dtype in DTYPES and here(key) and key.is_contiguous() and available()
 
 
 def move(kept: Sequence[tuple[torch.Tensor, torch.Tensor]], past: int, sources: Sequence[int]) -> None:
@@ -157,7 +159,7 @@ def norm(rows: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) ->
 
 def _right() -> bool:
     """Whether the kernels compute what torch computes, and keep the bits of a row beside others."""
-    generator, there = torch.Generator().manual_seed(0), device()
+    generator, there = torch.Generator().manual_seed(0), torch.device("cpu" if interpreted() else "cuda")
     query, key, value = (torch.randn(1, heads, count, 64, generator=generator).to(there) for heads, count in ((6, 3), (2, 150), (2, 150)))
     paths, seen = [[0], [0, 1], [0, 2]], torch.ones(3, 150, dtype=torch.bool, device=there)
     seen[0, 148:] = seen[1, 149] = seen[2, 148] = False

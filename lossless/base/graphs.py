@@ -26,8 +26,11 @@ class Recorded:
     """
 
     def __init__(self, run: Callable[..., Outputs], *inputs: torch.Tensor) -> None:
-        self.inputs = tuple(given.clone() for given in inputs)
-        self.replay, self.outputs = capture(lambda: run(*self.inputs))
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not be written to outside of it
+            self.inputs = tuple(given.clone() for given in inputs)
+            pieces = Pieces()
+            self.outputs = pieces.capture(lambda _: run(*self.inputs))
+        self.replay = pieces.graphs[0].replay
 
     def __call__(self, *inputs: torch.Tensor) -> Outputs:
         """The outputs for other inputs, which may be on the CPU: good until the next call."""
@@ -35,13 +38,6 @@ class Recorded:
             own.copy_(given, non_blocking=True)  # from memory that is not pinned: it is read before this returns
         self.replay()
         return self.outputs
-
-
-def capture(run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """What does again what `run` does on the GPU, and the tensors that it fills."""
-    pieces = Pieces()
-    outputs = pieces.capture(lambda _: run())
-    return pieces.graphs[0].replay, outputs
 
 
 class Pieces:
@@ -58,7 +54,11 @@ class Pieces:
         self._capturing = False
 
     def capture(self, run: Callable[[Pieces], Outputs]) -> Outputs:
-        """The outputs of `run`, which calls `leave_out`."""
+        """The outputs of `run`, which calls `leave_out`.
+
+        Raises:
+            RuntimeError: it waits for the GPU.
+        """
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):

@@ -33,14 +33,13 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.weight: Any = module.weight
         self._module, self.eps, self.offset = [module], eps, offset  # in a list: it is no part of the model
-        self._by = _kernel(module.weight), self.weight.device.type  # type: ignore[arg-type]
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., dim]`."""
         if rows.dtype is not self.weight.dtype or rows.dtype not in _CLOSE or (rows.requires_grad and torch.is_grad_enabled()):
             return self.original()(rows)
-        kernel, kind = self._by
-        return kernel(rows, self.weight, self.offset, self.eps) if rows.device.type == kind else self.original()(rows)
+        kernel = _kernel(rows)  # the model may have been moved
+        return self.original()(rows) if kernel is None else kernel(rows, self.weight, self.offset, self.eps)
 
     def original(self) -> nn.Module:
         """The norm that it stands in for, with the weight as it is now."""
@@ -89,11 +88,11 @@ class Norm(ctypes.Structure):
         return cls(weight.data_ptr(), norm.eps, getattr(norm, "twice", False))
 
 
-def _kernel(weight: torch.Tensor) -> Any:
-    """What computes norms where this weight is; None if there is nothing."""
-    if weight.device.type == gpu.device().type and gpu.available():
+def _kernel(tensor: torch.Tensor) -> Any:
+    """What computes norms where this is; None if there is nothing."""
+    if gpu.here(tensor) and gpu.available():
         return gpu.norm
-    return kernels.norm if weight.device.type == "cpu" and kernels.available() else None
+    return kernels.norm if tensor.device.type == "cpu" and kernels.available() else None
 
 
 def _eps(module: Any) -> float | None:

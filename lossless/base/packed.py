@@ -92,7 +92,7 @@ def stand_in(module: Any) -> type | None:
 
 def on_gpu(module: Any) -> bool:
     """Whether its weight is where kernels for a GPU run, and they are to be had."""
-    return bool(module.weight.device.type == gpu.device().type) and gpu.available()
+    return gpu.here(module.weight) and gpu.available()
 
 
 def _storable(module: Any) -> bool:

@@ -36,7 +36,7 @@ def conditions(base: Any) -> dict[str, Any]:
     gpu: Any = torch.backends.cuda
     mkldnn: Any = torch.backends.mkldnn
     return {
-        "devices": [str(device_of(end)) for end in ends],
+        "devices": [str(device_of(end)) for end in ends], "current": torch.cuda.current_device() if torch.cuda.is_initialized() else None,
         "dtypes": [str(product_dtype(end) or end.weight.dtype) for end in ends],  # a packed weight is not unpacked for it
         "attention": base.config.get_text_config()._attn_implementation,
         "threads": torch.get_num_threads(),

@@ -70,10 +70,7 @@ class DecodeLoop:
             padding = attention_mask == 0
         self.stats.exact = exactness(self.attached.guarantee.level, len(input_ids), padding is not None)
         sequences = self._sequences(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
-        room = width + min(_ROOM, sequences[0].remaining + self.drafting.tree_nodes)
-        if input_device(self.reader.base).type == "cuda":  # cuDNN plans attention anew for keys of other strides, which takes longer than a pass
-            room = -(-room // _ROOM) * _ROOM
-        cache = RowCache(len(self.runner.layers), room, padding)
+        cache = RowCache(len(self.runner.layers), width + min(_ROOM, sequences[0].remaining + self.drafting.tree_nodes), padding)
         if past is not None and past.get_seq_length():
             cache.adopt(past)
 

@@ -70,9 +70,20 @@ def _rows_alone(
 
     def attend(row: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: int) -> torch.Tensor:
         mask = as_mask(window.mask_of_last(length), row, plan.implementation) if takes_masks else None
+        if row.is_cuda:
+            row, keys, values = laid_out_alone(row, keys, values)
         return attention(module, row, keys, values, mask, **kwargs)[0]
 
     return one_by_one(attend, query, key, value, alone.calls, window.kept if takes_masks else lambda length: window.first(length - 1))
+
+
+def laid_out_alone(row: torch.Tensor, *kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A query `[1, heads, 1, dim]`, keys and values with the very strides that they have in the base's own pass over one row.
+
+    On a GPU attention may choose its kernel by them, and cuDNN makes a plan for each layout, which takes longer than a pass: so it finds
+    those again that it made for the base.
+    """
+    return row.clone(memory_format=torch.contiguous_format), *(each.contiguous() for each in kept)
 
 
 def attend(

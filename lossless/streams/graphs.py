@@ -41,7 +41,7 @@ class _CapturingRunner(StreamRunner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.recordable = not self.own_attention and not rotary_turns(self.base) and _is_nothing_but_itself(self.base)
+        self.recordable = not self.own_attention and not rotary_turns(self.base) and _is_work_alone(self.base)
         self._recorded: dict[int, Recorded] = {}  # all of a pass, by rows; -1, -2: streams alone, by what they are given
         self._by_kernel = self.implementation in SDPA and gpu.available()  # whether rows may attend by a kernel of ours
 
@@ -132,16 +132,17 @@ class PiecewiseRunner(_CapturingRunner):
     def _capture(self, like: Pass, numbers: torch.Tensor, limits: Any) -> tuple[Pieces, torch.Tensor, Outputs, Any]:
         """A pass over these ids and positions `[2, 1, rows]`: its pieces, the tensor of the numbers, logits and entry, and the limits that it was
         captured under."""
-        pieces, own = Pieces(), numbers.clone()
-        ids, positions = own
+        with torch.inference_mode(False), torch.no_grad():
+            pieces, own = Pieces(), numbers.clone()
+            ids, positions = own
 
-        def run(pieces: Pieces) -> Outputs:
-            plan = Pass(self.implementation, 1, ids.shape[1], PositionMask(None, positions, positions), pieces=pieces)
-            plan.keeps_bits, plan.alone = like.keeps_bits, like.alone
-            logits = StreamRunner._run(self, plan, ids, positions, self._no_cache())
-            return logits, plan.entry
+            def run(pieces: Pieces) -> Outputs:
+                plan = Pass(self.implementation, 1, ids.shape[1], PositionMask(None, positions, positions), pieces=pieces)
+                plan.keeps_bits, plan.alone = like.keeps_bits, like.alone
+                logits = StreamRunner._run(self, plan, ids, positions, self._no_cache())
+                return logits, plan.entry
 
-        return pieces, own, pieces.capture(run), limits
+            return pieces, own, pieces.capture(run), limits
 
 
 class GraphedRunner(_CapturingRunner):
@@ -178,9 +179,11 @@ class GraphedRunner(_CapturingRunner):
         return run
 
 
-def _is_nothing_but_itself(base: Any) -> bool:
-    """Whether a pass through a base is work on one device and nothing else: what Python does in it is not done again."""
-    return not any(map(_is_heard, base.modules())) and not base.training and len({tensor.device for tensor in (*base.parameters(), *base.buffers())}) == 1
+def _is_work_alone(base: Any) -> bool:
+    """Whether a pass through a base is work on the current GPU and nothing else: what Python does in it is not done again."""
+    there = {tensor.device for tensor in (*base.parameters(), *base.buffers())}
+    here = there == {torch.device("cuda", torch.cuda.current_device())} if torch.cuda.is_available() else len(there) == 1
+    return here and not base.training and not any(map(_is_heard, base.modules()))
 
 
 def _is_heard(module: Any) -> bool:
