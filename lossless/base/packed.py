@@ -9,7 +9,8 @@ or when packed products pay.
     packed_twin     a second model of the same structure beside it. The base keeps its own weights and its own bits.
 
 What stands in for a module has its weight in panels, for a kernel of ours, or where there is none in oneDNN's layout
-(base/linears.py); 4-bit weights have a kernel, or are decoded for a twin.
+(base/linears.py); 4-bit weights have a kernel, or are decoded for a twin. On a GPU weights stay as they are, and products take a fixed number of
+rows.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def pack(model: Any) -> Any:
     if not kinds:
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
         raise UsageError(f"{type(model).__name__} in {dtype} on {getattr(model, 'device', 'its device')} has no weight that can be packed: "
-                         "packing takes a CPU, and float32, bfloat16 (from AVX-512 on, or with gcc) or 4 bits (with gcc); or a GPU, and float32, bfloat16 or float16")  # fmt: skip
+                         "packing takes a CPU, and float32, bfloat16 (from AVX-512 on, or with gcc) or 4 bits (with gcc); or the current GPU, with Triton, and float32, bfloat16 or float16")  # fmt: skip
     _replace(model, kinds)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED)
