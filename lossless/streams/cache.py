@@ -165,8 +165,7 @@ class RowCache(Cache):
     def _move_up(self, paths: Sequence[Sequence[int]], ends: Sequence[int]) -> None:
         """Accepted rows of each sequence go to its end."""
         kept = [(layer.keys, layer.values) for layer in self.rows if layer.is_initialized]  # not of layers that the base passes over
-        alike = len({(each.shape, each.device) for pair in kept for each in pair}) == 1
-        if alike and gpu.movable(kept[0][0]):
+        if gpu.movable(kept[0][0]) and len({(each.shape, each.device) for pair in kept for each in pair}) == 1:
             gpu.move(kept, ends[0], paths[0])
             return
         # shorter paths repeat their last row: the same column written twice with the same value
