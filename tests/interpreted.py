@@ -11,9 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lossless
-from lossless.base import gpu, graphs
 from lossless.base.linears import PaddedLinear
 from lossless.generation import exactness, measure
+from lossless.kernels import gpu, graphs
 from lossless.streams import graphs as streams_graphs
 from lossless.streams.cache import RowCache
 from lossless.streams.graphs import GraphedRunner

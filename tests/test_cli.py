@@ -15,7 +15,6 @@ import torch
 
 from lossless.adapter.compat import new_adapter
 from lossless.adapter.weights import StreamAdapter
-from lossless.base import products
 from lossless.base.loading import load_base
 from lossless.cli import training
 from lossless.cli.parser import _parser, _renamed, main
@@ -23,6 +22,7 @@ from lossless.distillation.answers import Answers
 from lossless.evaluation import sides
 from lossless.generation import attach
 from lossless.generation.model import AcceleratedModel
+from lossless.kernels import products
 
 from .conftest import tiny_config
 

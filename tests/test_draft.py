@@ -8,12 +8,12 @@ from transformers import LlamaForCausalLM
 
 from lossless.adapter.compat import new_adapter
 from lossless.adapter.weights import Transition
-from lossless.base import kernels
 from lossless.base.drafts import likeliest
 from lossless.base.linears import draft_linear
 from lossless.drafting.ngram import NGramCache
 from lossless.drafting.tree import DraftTree
 from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.kernels import native
 from lossless.streams.cache import RowCache
 
 from .conformance.families import build
@@ -58,7 +58,7 @@ def test_memory_goes_on_where_streams_end(fast: AcceleratedModel) -> None:
     assert (18, 11, 12, 13, 14, 15, 16) in paths(tree)
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+@pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("rows", [1, 5, 13])
 def test_a_level_in_c_is_that_of_the_transition_head(rows: int, scale: float) -> None:
@@ -100,7 +100,7 @@ def test_rows_of_what_is_no_number_draft_nothing() -> None:
     assert not (scores > -torch.inf).any()
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+@pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
 def test_trees_are_the_same_with_levels_in_c(tiny: LlamaForCausalLM) -> None:
     adapter = new_adapter(tiny, tiny_config(transition_rank=16, draft_vocab_size=80), draft_ids=torch.arange(10, 90))
     fast = accelerate(tiny, adapter.randomize(1))

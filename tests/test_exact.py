@@ -23,7 +23,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lossless.adapter.compat import new_adapter
-from lossless.base import exact, kernels, norms, panels
+from lossless.base import exact, norms
 from lossless.base.exact import chunk_of, exact_twin, in_torchs_order
 from lossless.base.fused import FusedLayers
 from lossless.base.layers import as_decoding
@@ -35,6 +35,7 @@ from lossless.generation import attach, verdict
 from lossless.generation.limits import find_limits
 from lossless.generation.model import accelerate
 from lossless.generation.trial import plain_pass
+from lossless.kernels import native, panels
 from lossless.streams.cache import RowCache
 
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -93,7 +94,7 @@ def test_a_row_attends_to_its_own_path_with_torchs_own_bits(past: int, dim: int,
     tree = [[0], [0, 1], [0, 1, 2], [0, 3], [0, 1, 4]]
     query, key, value = (torch.randn(1, heads, count, dim).bfloat16() for heads, count in ((6, 5), (2, past + 5), (2, past + 5)))
     begins = [min(past, 3 * row) for row in range(5)] if starts else [0] * 5
-    found = exact.attend(query, key, value, 0.2, kernels.Paths.of(tree), begins if starts else None)
+    found = exact.attend(query, key, value, 0.2, native.Paths.of(tree), begins if starts else None)
     for row, (path, begin) in enumerate(zip(tree, begins, strict=True)):
         seen = [*range(begin, past), *(past + node for node in path)]
         own = [each[:, :, seen].repeat_interleave(3, 1) for each in (key, value)]
@@ -108,7 +109,7 @@ def test_sums_that_nearly_cancel_are_torchs_own_too(dim: int) -> None:
     for length in (*range(2, 70), 509, 510, 513, 1030, 1500):
         query, key, value = (torch.randn(1, 8, count, dim).bfloat16() for count in (1, length, length))
         value = exact.cancelling(query, key, value)
-        found, own = exact.attend(query, key, value, None, kernels.Paths.of([[0]])), F.scaled_dot_product_attention(query, key, value)
+        found, own = exact.attend(query, key, value, None, native.Paths.of([[0]])), F.scaled_dot_product_attention(query, key, value)
         assert own.abs().median() < 0.02
         assert torch.equal(found, own.transpose(1, 2))
 

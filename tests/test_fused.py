@@ -28,13 +28,13 @@ from transformers.cache_utils import DynamicCache
 
 import lossless
 from lossless.adapter.compat import new_adapter
-from lossless.base import kernels
 from lossless.base.fused import FusedLayer, FusedLayers, PlainForward, unfuse_plain
 from lossless.base.layers import CACHE
 from lossless.base.loading import freeze
 from lossless.base.packed import packed_twin
 from lossless.drafting.tree import DraftTree
 from lossless.generation.model import accelerate
+from lossless.kernels import native
 from lossless.streams import fusing
 from lossless.streams.cache import RowCache
 from lossless.streams.runner import StreamRunner
@@ -42,7 +42,7 @@ from lossless.streams.runner import StreamRunner
 from .conftest import prompt_ids, tiny_config
 from .test_lossless import both
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+pytestmark = pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,

@@ -18,14 +18,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lossless
 from lossless.adapter.compat import new_adapter
-from lossless.base import graphs
-from lossless.base.graphs import Recorded
 from lossless.base.layers import CACHE
 from lossless.base.linears import PADDED, PADDED_MOST, PaddedLinear
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.levels import GraphedLevels, Levels
 from lossless.drafting.noise import NoiseBias
 from lossless.generation.limits import projections
+from lossless.kernels import graphs
+from lossless.kernels.graphs import Recorded
 from lossless.streams import graphs as streams_graphs
 from lossless.streams.attention import laid_out_alone
 from lossless.streams.cache import RowCache
@@ -48,7 +48,8 @@ def llama(dtype: torch.dtype = torch.float32) -> Any:
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs are stood in for."""
+    """CUDA graphs are stood in for, and there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(graphs, "Pieces", Pieces)
     monkeypatch.setattr(streams_graphs, "Pieces", Pieces)
 

@@ -10,15 +10,16 @@ from torch.nn import functional as F
 
 import lossless
 from lossless.adapter.compat import new_adapter
-from lossless.base import grids, kernels, packed
-from lossless.base.grids import Grid
+from lossless.base import packed
 from lossless.base.linears import PackedLinear
 from lossless.generation.model import accelerate
+from lossless.kernels import grids, native
+from lossless.kernels.grids import Grid
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="there is no C compiler here")
+pytestmark = pytest.mark.skipif(not native.available(), reason="there is no C compiler here")
 
 
 def quantized(outs: int, ins: int, form: str, spread: float = 0.05) -> torch.Tensor:
@@ -49,7 +50,7 @@ def test_nothing_is_lost_and_rows_keep_their_bits(shape: tuple[int, int], form: 
     assert grid is not None
     assert (grid.bits, grid.block) == (bits, block)
     assert torch.equal(grid.dense(), weight)
-    laid_out = -(-shape[0] // kernels.panel()) * kernels.panel() * shape[1]  # weights, with those of outputs that are not there
+    laid_out = -(-shape[0] // native.panel()) * native.panel() * shape[1]  # weights, with those of outputs that are not there
     assert grid.nbytes == laid_out * (bits / 8 + 8 / block)
     rows, bias = torch.randn(17, shape[1]), torch.randn(shape[0])
     expected = F.linear(rows.double(), weight.double(), bias.double())

@@ -19,7 +19,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lossless
 from lossless.adapter.compat import new_adapter
-from lossless.base import kernels, panels
 from lossless.base.attention import GROUPED
 from lossless.base.fused import unfuse_plain
 from lossless.base.linears import FourBitLinear, PackedLinear, StoredLinear
@@ -28,25 +27,26 @@ from lossless.base.norms import fused
 from lossless.base.packed import dense, is_packed, packed_twin
 from lossless.errors import UsageError
 from lossless.generation.model import accelerate
+from lossless.kernels import native, panels
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
-needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+needs_kernels = pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
 def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Kernels as in a new process, with an empty cache."""
-    monkeypatch.setattr(kernels, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(native, "cache_dir", lambda: tmp_path)
     forget()
     yield tmp_path / "kernels"
     forget()
 
 
 def forget() -> None:
-    for cached in (kernels.available, kernels.compiled, kernels.panel, panels._right):
+    for cached in (native.available, native.compiled, native.panel, panels._right):
         cached.cache_clear()
 
 
@@ -54,11 +54,11 @@ def forget() -> None:
 def test_compiled_kernels_are_found_again_and_nothing_is_left_beside_them(afresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    assert kernels.available()
+    assert native.available()
     [library] = afresh.iterdir()
     made = library.stat().st_mtime_ns
-    kernels.compiled.cache_clear()
-    assert kernels.compiled() is not None
+    native.compiled.cache_clear()
+    assert native.compiled() is not None
     assert [(path, path.stat().st_mtime_ns) for path in afresh.iterdir()] == [(library, made)]
     assert not [path for path in (tmp_path / "temporary").iterdir() if path.name.startswith("lossless-")]
 
@@ -129,14 +129,14 @@ def test_a_sum_that_is_no_number_stays_none() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("count", [kernels._MANY - 1, kernels._MANY])
+@pytest.mark.parametrize("count", [native._MANY - 1, native._MANY])
 def test_many_rows_are_multiplied_by_torch_with_weights_as_they_are_stored(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = F.linear
-    monkeypatch.setattr(kernels.F, "linear", lambda rows, *rest: calls.append(len(rows)) or real(rows, *rest))
+    monkeypatch.setattr(native.F, "linear", lambda rows, *rest: calls.append(len(rows)) or real(rows, *rest))
     weight, rows = torch.randn(8, 64), torch.randn(count, 64)
-    torch.testing.assert_close(kernels.linear(rows, weight, None), rows @ weight.T)
-    assert calls == [count] * (count >= kernels._MANY)
+    torch.testing.assert_close(native.linear(rows, weight, None), rows @ weight.T)
+    assert calls == [count] * (count >= native._MANY)
 
 
 @needs_kernels
@@ -184,11 +184,11 @@ def test_a_row_attends_to_its_own_path_with_the_bits_that_it_has_alone(past: int
     query = torch.randn(1, rows, heads, dim).to(dtype).transpose(1, 2)
     key, value = (torch.randn(1, kv_heads, past + rows + 5, dim).to(dtype)[:, :, : past + rows] for _ in range(2))
     for starts in (None, [max(0, past + len(path) - 30) for path in paths], [past] * rows):
-        found = kernels.attend(query, key, value, 0.2, kernels.Paths.of(paths), starts)
+        found = native.attend(query, key, value, 0.2, native.Paths.of(paths), starts)
         for node, path in enumerate(paths):
             seen = [*range(past), *(past + other for other in path)][0 if starts is None else starts[node] :]
             own = (query[:, :, node : node + 1], key[:, :, seen], value[:, :, seen])
-            assert torch.equal(found[:, node : node + 1], kernels.attend(*own, 0.2, kernels.Paths.of([[0]]))), (node, starts)
+            assert torch.equal(found[:, node : node + 1], native.attend(*own, 0.2, native.Paths.of([[0]]))), (node, starts)
             expected = F.scaled_dot_product_attention(*(t.float() for t in own), scale=0.2, enable_gqa=True).transpose(1, 2)
             torch.testing.assert_close(found[:, node : node + 1].float(), expected, rtol=1e-2, atol=1e-5 if dtype == torch.float32 else 1e-2)
 
@@ -227,15 +227,15 @@ def test_what_is_no_such_norm_has_no_stand_in() -> None:
 
 @needs_kernels
 def test_what_has_no_kernel_is_told_apart() -> None:
-    assert not kernels.multipliable(8, 24, torch.float32)  # inputs in whole vectors
-    assert not kernels.multipliable(8, 32, torch.float16)
-    assert not kernels.multipliable(3, 32, torch.float32)
+    assert not native.multipliable(8, 24, torch.float32)  # inputs in whole vectors
+    assert not native.multipliable(8, 32, torch.float16)
+    assert not native.multipliable(3, 32, torch.float32)
     assert not panels.available(torch.float32, 7)
     assert not panels.available(torch.float16, 8)
     assert not panels.four_bits_available(96)
     rows = torch.randn(1, 4, 2, 48)
-    assert not kernels.attendable(rows, rows)  # dimensions in whole vectors
-    assert not kernels.attendable(rows[..., :32].expand(2, -1, -1, -1), rows[..., :32])  # a batch
+    assert not native.attendable(rows, rows)  # dimensions in whole vectors
+    assert not native.attendable(rows[..., :32].expand(2, -1, -1, -1), rows[..., :32])  # a batch
     product = StoredLinear.over(nn.Parameter(torch.randn(8, 32).half(), requires_grad=False), None)
     torch.testing.assert_close(product(torch.ones(1, 32).half()), product.original()(torch.ones(1, 32).half()))
 
@@ -276,8 +276,8 @@ def test_a_four_bit_base_has_a_twin_that_decodes_as_it_multiplies() -> None:
 @needs_kernels
 def test_a_packed_models_attention_is_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    real = kernels.attend
-    monkeypatch.setattr(kernels, "attend", lambda query, *rest: rows.append(query.shape[2]) or real(query, *rest))
+    real = native.attend
+    monkeypatch.setattr(native, "attend", lambda query, *rest: rows.append(query.shape[2]) or real(query, *rest))
     model = lossless.pack(build_tiny(seed=5, hidden=128, inner=160))  # heads of 32
     assert unfuse_plain(model.model.layers)  # as in a model whose layers are others
     assert model.config._attn_implementation == GROUPED
@@ -310,19 +310,19 @@ def test_a_sliding_window_is_kept_to(do_sample: bool) -> None:
 
 @needs_kernels
 def test_kernels_are_compiled_once_and_a_broken_file_is_made_anew(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.available()
+    assert native.available()
     (made,) = afresh.iterdir()
     when = made.stat().st_mtime_ns
     forget()
-    assert kernels.available()
+    assert native.available()
     assert made.stat().st_mtime_ns == when
     elsewhere = afresh.parent / "elsewhere"
     broken = elsewhere / "kernels" / made.name
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"cut")
-    monkeypatch.setattr(kernels, "cache_dir", lambda: elsewhere)
+    monkeypatch.setattr(native, "cache_dir", lambda: elsewhere)
     forget()
-    assert kernels.available()
+    assert native.available()
     assert broken.stat().st_size == made.stat().st_size
     assert list(broken.parent.iterdir()) == [broken]
 
@@ -330,13 +330,13 @@ def test_kernels_are_compiled_once_and_a_broken_file_is_made_anew(afresh: Path, 
 @needs_kernels
 def test_a_cache_that_cannot_be_written_to_costs_a_compilation(afresh: Path) -> None:
     afresh.write_text("a file where the folder would be")
-    assert kernels.available()
+    assert native.available()
 
 
 @pytest.mark.parametrize("compiler", ["", "no-such-compiler", "false"])
 def test_without_a_compiler_there_are_none_and_the_rest_serves(afresh: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOSSLESS_CC", compiler)
-    assert not kernels.available()
+    assert not native.available()
     model = build_tiny(seed=5)
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
     expected, found = both(fast, prompt_ids())
@@ -346,7 +346,7 @@ def test_without_a_compiler_there_are_none_and_the_rest_serves(afresh: Path, com
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "linear", lambda rows, *_: rows.new_zeros(len(rows), 70))
-    assert not kernels._right()
-    monkeypatch.setattr(kernels, "multiply", lambda kind, weight, outs, rows, *_, **__: rows.new_zeros(len(rows), outs))
+    monkeypatch.setattr(native, "linear", lambda rows, *_: rows.new_zeros(len(rows), 70))
+    assert not native._right()
+    monkeypatch.setattr(native, "multiply", lambda kind, weight, outs, rows, *_, **__: rows.new_zeros(len(rows), outs))
     assert not panels._right.__wrapped__()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lossless
 from lossless.adapter.compat import new_adapter
-from lossless.base import kernels, linears, panels, products
+from lossless.base import linears
 from lossless.base import packed as module
 from lossless.base.linears import Int8Linear, PackedLinear, StoredLinear, draft_linear
 from lossless.base.loading import freeze
@@ -22,6 +22,7 @@ from lossless.base.packed import dense, is_packed, packed_bytes, packed_twin
 from lossless.base.structure import state_of, structure_of
 from lossless.errors import UsageError
 from lossless.generation.model import accelerate
+from lossless.kernels import native, panels, products
 
 from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -48,7 +49,7 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(shape: tuple[int, i
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there is no gcc."""
-    monkeypatch.setattr(kernels, "available", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
 
 
 @needs_packing
@@ -61,7 +62,7 @@ def test_where_there_are_no_kernels_onednn_packs(shape: tuple[int, int], dtype: 
     assert {type(part.packed) for part in model.modules() if isinstance(part, PackedLinear)} == {products.Packed}
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine: they take gcc")
+@pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
 def test_tiles_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     for tiles in (False, True):
         monkeypatch.setattr(products, "has_tiles", lambda tiles=tiles: tiles)
@@ -91,7 +92,7 @@ def test_gradients_flow_to_rows_of_packed_products() -> None:
 @pytest.mark.skipif(not linears.eight_bits_packable(48), reason="there are no 8-bit products on this machine")
 @pytest.mark.parametrize("in_panels", [True, False])
 def test_eight_bits_are_nearly_right(in_panels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (kernels.available() if in_panels else products.int8_packable()):
+    if not (native.available() if in_panels else products.int8_packable()):
         pytest.skip("there are none of this kind on this machine")
     monkeypatch.setattr(panels, "eight_bits_available", lambda ins: in_panels)
     weight, rows = torch.randn(70, 48), torch.randn(2, 5, 48)
@@ -216,16 +217,16 @@ def test_a_twin_is_a_second_model_over_its_own_weights(monkeypatch: pytest.Monke
     assert packed_bytes(model) == sum(part.weight.nbytes for part in products_of)
     assert packed_bytes(lossless.pack(build_tiny(seed=5))) == 0
     monkeypatch.setattr(module, "free_memory", lambda device: 1e-6)
-    monkeypatch.setattr(kernels, "available", lambda: False)
+    monkeypatch.setattr(native, "available", lambda: False)
     assert packed_twin(model) is None  # no memory
 
 
 @pytest.mark.parametrize("compiler", [True, False], ids=["kernels", "no kernels"])
 def test_a_base_without_memory_for_a_twin_is_served_all_the_same(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if compiler and not kernels.available():
+    if compiler and not native.available():
         pytest.skip("no kernels on this machine: they take gcc")
     monkeypatch.setattr(module, "free_memory", lambda device: 0.0)
-    monkeypatch.setattr(kernels, "available", lambda: compiler)
+    monkeypatch.setattr(native, "available", lambda: compiler)
     model = build_tiny(seed=5)
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
     assert fast.guarantee.twin == (fast.runner is not fast.reader) == compiler

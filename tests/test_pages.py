@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from lossless.base.pages import own_pages, together
+from lossless.kernels.pages import own_pages, together
 
 from .robustness.report import resident_mib
 

@@ -33,7 +33,7 @@ def test_a_wheel_is_small_and_works_by_itself(tmp_path: Path) -> None:
     inside = set(packed.namelist())
     missing = {str(p.relative_to(ROOT)) for folder in ("lossless", "chat_app") for end in ("py", "c", "h") for p in (ROOT / folder).rglob(f"*.{end}")} - inside
     assert not missing
-    assert {"lossless/py.typed", "lossless/base/kernels.c", "lossless/adapters/demo/adapter.safetensors"} <= inside
+    assert {"lossless/py.typed", "lossless/kernels/kernels.c", "lossless/adapters/demo/adapter.safetensors"} <= inside
     assert not any(name.startswith(("tests/", "data/")) for name in inside)
     packed.extractall(tmp_path / "alone")
     check = "import lossless, lossless.cli.parser, chat_app; print(lossless.__file__); from lossless.adapter.hub import shipped_adapter; print(shipped_adapter('demo'))"

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from ..base.drafts import FusedLevel
 from ..base.fingerprint import fingerprint_differences
 from ..base.linears import draft_linear
-from ..base.pages import own_pages
 from ..errors import UsageError
+from ..kernels.pages import own_pages
 from ..storage import ensure_room, read_json, versions, write_json
 from .config import AdapterConfig
 from .hub import CONFIG_FILE, WEIGHTS_FILE, find_adapter

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from . import gpu, kernels
+from ..kernels import gpu, native
 
 GROUPED = "lossless_grouped"
 SDPA = ("sdpa", GROUPED)  # attentions that take boolean masks, and are causal by themselves over rows that are all of their keys
@@ -43,14 +43,14 @@ def _attend(
     if alone and (attention_mask is None or (attention_mask.dtype == torch.bool and bool(attention_mask.all()))):
         if gpu.attendable(query, key):
             return gpu.attend_rows(query, key, value, scaling, [[0]]), None
-        if kernels.attendable(query, key):
-            return kernels.attend(query, key, value, scaling, _ITSELF), None
+        if native.attendable(query, key):
+            return native.attend(query, key, value, scaling, _ITSELF), None
         if query.shape[1] > key.shape[1]:
             return grouped(scaling, query, key, value), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0], None
 
 
-_ITSELF = kernels.Paths.of([[0]])
+_ITSELF = native.Paths.of([[0]])
 
 AttentionInterface.register(GROUPED, _attend)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)

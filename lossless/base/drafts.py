@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import kernels
+from ..kernels import native
 from .projections import Weight, multipliable
 
 
@@ -43,7 +43,7 @@ class FusedLevel:
             return None
         recur, token, _, head = parts
         dim, rank, vocab = token.in_features, recur.in_features, head.out_features
-        if any(size % kernels.LANES for size in (rank, vocab)):
+        if any(size % native.LANES for size in (rank, vocab)):
             return None
         kept: list[torch.Tensor] = []
         return cls(_Recurrent(*(Weight.of(part, kept) for part in parts), scale), kept, dim, rank, vocab)
@@ -56,7 +56,7 @@ class FusedLevel:
         rows = len(r)
         after, logits = torch.empty(rows, self.rank), torch.empty(rows, self.vocab)
         scratch = torch.empty(rows * (4 * self.dim + 3 * self.rank + 2))
-        kernels.compiled().lossless_level(
+        native.compiled().lossless_level(
             ctypes.byref(self.told), r.data_ptr(), embedding.data_ptr(), heard.data_ptr(), stream.data_ptr(), after.data_ptr(),
             logits.data_ptr(), scratch.data_ptr(), rows, torch.get_num_threads(),
         )  # fmt: skip
@@ -66,9 +66,9 @@ class FusedLevel:
 def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `[rows, vocab]` the `count` best of each row, best first, `[rows, count]`, and their log probabilities."""
     rows, vocab = logits.shape
-    if logits.dtype is torch.float32 and logits.device.type == "cpu" and vocab % kernels.LANES == 0 and kernels.available():
+    if logits.dtype is torch.float32 and logits.device.type == "cpu" and vocab % native.LANES == 0 and native.available():
         logits, numbers, scores = logits.contiguous(), torch.empty(rows, count, dtype=torch.int32), torch.empty(rows, count)
-        kernels.compiled().lossless_likeliest(
+        native.compiled().lossless_likeliest(
             logits.data_ptr(), rows, vocab, count, numbers.data_ptr(), scores.data_ptr(), torch.get_num_threads()
         )
         return numbers, scores

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import kernels, norms, panels
+from ..kernels import native, panels
+from ..kernels.pages import together
+from . import norms
 from .layers import features
 from .linears import FourBitLinear, PackedLinear
 from .packed import TWIN_SHARE, put, stand_in
-from .pages import together
 from .processes import free_memory
 from .structure import structure_of
 
@@ -111,16 +112,16 @@ def _some_bits(ins: int, outs: int) -> bool:
 
 def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether `attend` has the bits of torch's attention for such rows here."""
-    return query.dtype is torch.bfloat16 and kernels.attendable(query, key) and bool(kernels.compiled().lossless_pairs()) and attends(query.shape[-1])
+    return query.dtype is torch.bfloat16 and native.attendable(query, key) and bool(native.compiled().lossless_pairs()) and attends(query.shape[-1])
 
 
-attend = functools.partial(kernels.attend, exactly=True)  # each row with the bits of `F.scaled_dot_product_attention` of it alone
+attend = functools.partial(native.attend, exactly=True)  # each row with the bits of `F.scaled_dot_product_attention` of it alone
 
 
 @functools.cache
 def attends(dim: int) -> bool:
     """Whether attention over texts of some lengths has torch's bits; tried at the first call."""
-    generator, path = torch.Generator().manual_seed(0), kernels.Paths.of([[0]])
+    generator, path = torch.Generator().manual_seed(0), native.Paths.of([[0]])
     for length in _LENGTHS:
         query, key, value = (torch.randn(1, _HEADS, count, dim, generator=generator).bfloat16() for count in (1, length, length))
         value = cancelling(2 * query, key, value)

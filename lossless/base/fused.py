@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-from . import kernels
+from ..kernels import native
 from .layers import CACHE
 from .norms import ExactNorm, FusedNorm, Norm
 from .projections import Weight, multipliable
 
 _SILU = ("SiLU", "SiLUActivation")
-_IN_PAIRS = (kernels.BFLOAT16, kernels.PAIRED_FOUR_BITS)  # weights that are multiplied with pairs of bfloat16
+_IN_PAIRS = (native.BFLOAT16, native.PAIRED_FOUR_BITS)  # weights that are multiplied with pairs of bfloat16
 
 
 class _Layer(ctypes.Structure):
@@ -71,7 +71,7 @@ class FusedLayer:
         projections, norms = parts
         attention, inner = module.self_attn, projections[-1].in_features
         size, dim = attention.head_dim, projections[0].in_features
-        if size % (2 * kernels.LANES) or inner % kernels.LANES or not _sees_everything(attention):
+        if size % (2 * native.LANES) or inner % native.LANES or not _sees_everything(attention):
             return None
         kept: list[torch.Tensor] = []
         weights, scales = [Weight.of(part, kept) for part in projections], [Norm.of(norm, kept) for norm in norms]
@@ -100,20 +100,20 @@ class FusedLayer:
         query = torch.empty(rows, self.heads, self.head_dim)
         key, value = (torch.empty(rows, self.kv_heads, self.head_dim, dtype=self.dtype) for _ in range(2))
         scratch = torch.empty(self.scratch_before(rows))
-        kernels.compiled().lossless_before(
+        native.compiled().lossless_before(
             ctypes.byref(self.layer), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(),
             scratch.data_ptr(), rows, torch.get_num_threads(),
         )  # fmt: skip
         return query, key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 
-    def behind(self, hidden: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paths: kernels.Paths) -> torch.Tensor:
+    def behind(self, hidden: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paths: native.Paths) -> torch.Tensor:
         """`[1, rows, dim]`, what `before` gave, and keys and values of the past and of these rows, `[1, kv_heads, past + rows, head_dim]`
         -> `[1, rows, dim]`."""
         rows, threads, depth = hidden.shape[1], torch.get_num_threads(), paths.rows.shape[1]
         past, out = key.shape[2] - rows, torch.empty_like(hidden)
         scratch = torch.empty(self.scratch_behind(rows, past + depth, threads))
         strides = (ctypes.c_ssize_t * 4)(key.stride(1), key.stride(2), value.stride(1), value.stride(2))
-        kernels.compiled().lossless_behind(
+        native.compiled().lossless_behind(
             ctypes.byref(self.layer), hidden.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides,
             paths.lengths.data_ptr(), paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), self.longest, rows, threads,
         )  # fmt: skip
@@ -134,13 +134,13 @@ class FusedLayer:
 
     def scratch_behind(self, rows: int, keys: int, threads: int) -> int:
         """Numbers that `behind` needs if a row sees so many keys at most."""
-        attending = self.heads * rows * (keys + self.head_dim) + threads * kernels.panel() * self.head_dim
+        attending = self.heads * rows * (keys + self.head_dim) + threads * native.panel() * self.head_dim
         return rows * (2 * self.heads * self.head_dim + 3 * self.dim + 2 * self.inner + self.longest) + attending
 
     def scratch(self, rows: int, keys: int, threads: int) -> int:
         """Numbers that layers one behind the other need."""
         if self.exactly:  # rows of 16 bits: five as long as can be, keys and values
-            return rows * (3 * self.longest + self.kv_heads * self.head_dim) + kernels.scratch_exactly(self.head_dim, keys, threads)
+            return rows * (3 * self.longest + self.kv_heads * self.head_dim) + native.scratch_exactly(self.head_dim, keys, threads)
         own = rows * self.head_dim * (self.heads + 2 * self.kv_heads)
         return own + max(self.scratch_before(rows), self.scratch_behind(rows, keys, threads))
 
@@ -158,7 +158,7 @@ class FusedLayers:
 
     def __call__(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], past: int,
-        paths: kernels.Paths,
+        paths: native.Paths,
     ) -> torch.Tensor:  # fmt: skip
         """`[1, rows, dim]`, `[1, rows, head_dim]` twice -> `[1, rows, dim]`.
 
@@ -168,7 +168,7 @@ class FusedLayers:
         like, rows, depth, threads = self.like, hidden.shape[1], paths.rows.shape[1], torch.get_num_threads()
         stores = (_Kept * len(kept))(*(_Kept(key.data_ptr(), value.data_ptr(), key.shape[2]) for key, value in kept))
         out, scratch = torch.empty_like(hidden), torch.empty(like.scratch(rows, past + depth, threads))
-        library = kernels.compiled()
+        library = native.compiled()
         by = library.lossless_layers_exactly if like.exactly else library.lossless_layers
         by(
             self._told, stores, len(kept), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), paths.lengths.data_ptr(),
@@ -227,7 +227,7 @@ class PlainForward:
         )
 
 
-_ITSELF = kernels.Paths.of([[0]])
+_ITSELF = native.Paths.of([[0]])
 
 
 def fuse_plain(layers: nn.ModuleList, dtype: torch.dtype | None = None) -> bool:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from . import grids, kernels, panels, products
+from ..kernels import grids, native, panels, products
 
 PADDED, PADDED_MOST = 16, 64  # rows of a product of `PaddedLinear`, and of a pass from which on it multiplies as torch does
 
@@ -128,8 +128,8 @@ class StoredLinear(nn.Linear):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
-        if rows.device.type == "cpu" and kernels.multipliable(self.out_features, self.in_features, self.weight.dtype):
-            return kernels.linear(rows, self.weight, self.bias)
+        if rows.device.type == "cpu" and native.multipliable(self.out_features, self.in_features, self.weight.dtype):
+            return native.linear(rows, self.weight, self.bias)
         return super().forward(rows)  # the model was moved or converted since
 
     @classmethod

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from . import gpu, kernels
+from ..kernels import gpu, native
 
 _ROWS, _SWALLOWS = 512, 2.0**11  # that `exact` tries
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03}  # of outputs that are about as large as the weight
@@ -69,7 +69,7 @@ class ExactNorm(FusedNorm):
             return self.original()(rows)
         rows = rows.contiguous()
         out, dim = torch.empty_like(rows), rows.shape[-1]
-        kernels.compiled().lossless_norm_exactly(ctypes.byref(self._told), rows.data_ptr(), out.data_ptr(), rows.numel() // dim, dim)
+        native.compiled().lossless_norm_exactly(ctypes.byref(self._told), rows.data_ptr(), out.data_ptr(), rows.numel() // dim, dim)
         return out
 
 
@@ -92,7 +92,7 @@ def _kernel(tensor: torch.Tensor) -> Any:
     """What computes norms where this is; None if there is nothing."""
     if gpu.here(tensor) and gpu.available():
         return gpu.norm
-    return kernels.norm if tensor.device.type == "cpu" and kernels.available() else None
+    return native.norm if tensor.device.type == "cpu" and native.available() else None
 
 
 def _eps(module: Any) -> float | None:
@@ -132,9 +132,9 @@ def exact(module: nn.Module) -> ExactNorm | None:
     if isinstance(module, FusedNorm) or (eps := _eps(module)) is None:
         return None
     weight: Any = module.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or len(weight) % kernels.LANES or not kernels.available():
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or len(weight) % native.LANES or not native.available():
         return None
-    if not kernels.compiled().lossless_pairs():
+    if not native.compiled().lossless_pairs():
         return None
     rows = _rows(len(weight))
     expected, alone = module(rows), module(rows[None, :1])

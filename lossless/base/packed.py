@@ -24,14 +24,14 @@ from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from . import gpu, grids, kernels, panels, products
+from ..kernels import gpu, grids, native, panels, products
+from ..kernels.pages import together
 from .attention import GROUPED
 from .fused import fuse_plain, unfuse_plain
 from .layers import CACHE, decoder_layers, features
 from .linears import FourBitLinear, PackedLinear, PaddedLinear, StoredLinear, packable, scales_of, stored_pairs
 from .loading import require_model
 from .norms import FusedNorm, fused
-from .pages import together
 from .processes import free_memory
 from .structure import structure_of
 
@@ -98,7 +98,7 @@ def on_gpu(module: Any) -> bool:
 
 def _storable(module: Any) -> bool:
     """Whether a kernel of ours takes its weight as it is stored."""
-    return type(module) is nn.Linear and module.weight.device.type == "cpu" and kernels.multipliable(module.out_features, module.in_features, module.weight.dtype)
+    return type(module) is nn.Linear and module.weight.device.type == "cpu" and native.multipliable(module.out_features, module.in_features, module.weight.dtype)
 
 
 def _replace(model: nn.Module, kinds: dict[str, type]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .grids import Grid
+from ..kernels.grids import Grid
+from ..kernels.panels import EightBits, Panels
 from .linears import FourBitLinear, Int8Linear, PackedLinear
-from .panels import EightBits, Panels
 
 
 class Weight(ctypes.Structure):

@@ -16,7 +16,6 @@ import torch
 from transformers import TextStreamer
 
 from ..adapter.hub import shipped_adapter
-from ..base import kernels
 from ..base.loading import Base, precision
 from ..base.packed import copied_bytes, is_packed, packed_bytes
 from ..base.processes import device_name, free_memory
@@ -36,6 +35,7 @@ from ..evaluation.memory import table as memory_table
 from ..evaluation.report import categories_table, sides_table
 from ..evaluation.sides import STOCK, rivals, wanted
 from ..generation.model import AcceleratedModel, accelerate
+from ..kernels import native
 from ..storage import versions, write_json
 from .given import attach, decoding_of, journal_of, load, named_prompts, store, suite_or_file, untrained, with_given
 
@@ -66,7 +66,7 @@ def compare(arguments: argparse.Namespace) -> int:
     print(f"acceptance length {run.acceptance_length:.2f}: {run.tokens} tokens in {run.target_passes} passes after the first")
     if fast.runner is fast.reader and packed_bytes(base.model):  # neither packed in place nor with a twin, and could be
         print("lossless: note: with --pack (lossless.pack) this model answers faster by itself, and is the reference then", file=sys.stderr)
-    if not kernels.available() and base.model.device.type == "cpu":
+    if not native.available() and base.model.device.type == "cpu":
         print("lossless: note: there is no gcc on this machine; with it, passes are faster", file=sys.stderr)
     store(arguments, found)
     return _same(found)
@@ -174,7 +174,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         ("drafts", f"{fast.drafting.schedule}, {'trees that fit, ' if fast.drafting.adaptive else ''}of at most {fast.drafting.tree_nodes} rows"),
         ("exact", found.level),
         ("packed weights", _packed(fast)),
-        ("kernels of our own", "compiled" if kernels.available() else "none: they take gcc"),
+        ("kernels of our own", "compiled" if native.available() else "none: they take gcc"),
         ("noise", f"{found.noise:.2g} logits between passes of different shapes" if found.noise else "not measured"),
         *((f"  {kind}", f"{rows} rows at a time keep their bits") for kind, rows in found.operations.items()),
         ("plain token", f"{1000 * costs.plain_s:.1f} ms"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..adapter.weights import StreamAdapter
 from ..base.linears import Int8Linear, draft_linear
-from ..base.pages import own_pages
+from ..kernels.pages import own_pages
 from .builder import TreeBuilder
 from .costs import CostCurve
 from .levels import GraphedLevels, Levels

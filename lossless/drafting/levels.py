@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..base.drafts import FusedLevel, likeliest
-from ..base.graphs import Outputs, Recorded, listed
+from ..kernels.graphs import Outputs, Recorded, listed
 from .noise import NoiseBias
 
 Likely = list[dict[int, float]]  # for each node of a frontier its likely tokens, with their log probabilities

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from ..base import gpu
 from ..base.layers import decoder_layers
 from ..base.linears import packable
 from ..base.loading import Base, load_base, precision
 from ..base.packed import pack
 from ..errors import UsageError, nearest, require_one_of
+from ..kernels import gpu
 from .timing import Clock, Decoding, timed_generate
 
 STOCK, ACCELERATED, PROMPT_LOOKUP, COMPILED, LLAMA_CPP = "stock", "accelerated", "prompt-lookup", "compiled", "llama.cpp"

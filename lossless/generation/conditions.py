@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from ..base import gpu, kernels
 from ..base.layers import device_of, input_device
 from ..base.loading import precision
 from ..base.packed import is_packed, product_dtype
 from ..base.processes import device_name
+from ..kernels import gpu, native
 from ..storage import versions
 from ..streams.runner import StreamRunner
 
@@ -78,7 +78,7 @@ def circumstances(reader: StreamRunner, runner: StreamRunner) -> dict[str, Any]:
     return conditions(base) | {
         "base": type(base).__name__, "shape": shape, "precision": precision(base), "device": device_name(input_device(base)),
         "capability": torch.backends.cpu.get_cpu_capability(), "packed": is_packed(base), "twin": runner is not reader,
-        "modules": Counter(type(module).__name__ for module in runner.model.modules()), "kernels": [kernels.available(), gpu.available()],
+        "modules": Counter(type(module).__name__ for module in runner.model.modules()), "kernels": [native.available(), gpu.available()],
         "adapter": reader.adapter.config.to_dict(), "versions": versions(),
         "code": _code(), "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }  # fmt: skip

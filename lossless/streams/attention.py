@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..base import exact, gpu, kernels
+from ..base import exact
 from ..base.attention import GROUPED, SDPA, grouped
+from ..kernels import gpu, native
 from .invariance import AloneRows, one_by_one
 from .masks import PositionMask, Window, as_mask
 from .passes import PASS, Pass
@@ -47,8 +48,8 @@ def _in_one_call(plan: Pass, kwargs: dict[str, Any], query: torch.Tensor, key: t
     """
     if kwargs.get("position_bias") is not None:
         return None
-    if plan.implementation == GROUPED and all(mask.all() for mask in masks) and kernels.attendable(query, key):
-        return kernels.attend
+    if plan.implementation == GROUPED and all(mask.all() for mask in masks) and native.attendable(query, key):
+        return native.attend
     if plan.exactly and not masks and plan.implementation == "sdpa" and exact.attendable(query, key):
         return exact.attend
     return None

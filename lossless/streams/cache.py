@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..base import gpu
+from ..kernels import gpu
 
 _BLOCK = 256  # rows by which the storage grows
 

@@ -1,4 +1,4 @@
-"""Passes as CUDA graphs (base/graphs.py): the hundreds of small kernels of a pass are launched at once.
+"""Passes as CUDA graphs (kernels/graphs.py): the hundreds of small kernels of a pass are launched at once.
 
 Knows: which passes can be run so, and how one that was captured is told of another. Every other pass goes the runner's usual way. Does
 not know: trees, or what is accepted.
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook
 
-from ..base import gpu
 from ..base.attention import SDPA
-from ..base.gpu import Told
-from ..base.graphs import Outputs, Pieces, Recorded, listed
 from ..base.layers import rotary_turns
+from ..kernels import gpu
+from ..kernels.gpu import Told
+from ..kernels.graphs import Outputs, Pieces, Recorded, listed
 from .attention import attend
 from .cache import RowCache
 from .masks import PositionMask

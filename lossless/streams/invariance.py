@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from ..base.kernels import Paths
+from ..kernels.native import Paths
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from ..adapter.weights import StreamAdapter
 from ..base.layers import device_of
 from ..base.linears import draft_itemsize, draft_linear
 from ..base.packed import dense, product_dtype, put
-from ..base.pages import together
 from ..base.structure import structure_of
+from ..kernels.pages import together
 from .hooks import adapt, turn_values
 
 _ALWAYS = 64 * 2**20  # bytes that a copy of the top layers' projections may take in any case

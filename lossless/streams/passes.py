@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..base.gpu import Told
-from ..base.graphs import Pieces
+from ..kernels.gpu import Told
+from ..kernels.graphs import Pieces
 from .invariance import AloneRows
 from .masks import PositionMask
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import kernels
-from .kernels import EIGHT_BIT_GRID, FOUR_BIT_GRID
+from . import native
+from .native import EIGHT_BIT_GRID, FOUR_BIT_GRID
 from .pages import own_pages
 
 _BLOCKS = (32, 16)  # inputs with one step, as GGUF's formats have them
@@ -46,11 +46,11 @@ class Grid:
 
     @classmethod
     def _laid(cls, weight: torch.Tensor, bits: int, block: int) -> Grid | None:
-        panel, (outs, ins) = kernels.panel(), weight.shape
+        panel, (outs, ins) = native.panel(), weight.shape
         panels = -(-outs // panel)
         numbers = own_pages(panels, ins // 4, panel * bits // 8, 4, dtype=torch.uint8)
         scales = own_pages(panels, ins // block, 2, panel)
-        fits = kernels.compiled().lossless_lay_grid(
+        fits = native.compiled().lossless_lay_grid(
             weight.data_ptr(), outs, ins, block, bits, numbers.data_ptr(), scales.data_ptr(), torch.get_num_threads()
         )
         return cls(numbers, scales, outs, bits) if fits else None
@@ -79,7 +79,7 @@ class Grid:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
-        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias, self.scales, chunk=self.block)
+        return native.multiply(self.kind, self.numbers, self.outs, rows, bias, self.scales, chunk=self.block)
 
 
 def itemsize(weight: torch.Tensor) -> float | None:
@@ -89,7 +89,7 @@ def itemsize(weight: torch.Tensor) -> float | None:
 
 def _forms(weight: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Bits, and inputs with one step, of the grids on which some outputs of a weight stand, the smallest first."""
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[1] % _BLOCKS[0] or not kernels.available() or not _right():
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[1] % _BLOCKS[0] or not native.available() or not _right():
         return
     some = weight.detach()[:_SOME].contiguous()
     for block in _BLOCKS:

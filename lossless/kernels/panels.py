@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from . import kernels
-from .kernels import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS, PAIRED_FOUR_BITS
+from . import native
+from .native import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS, PAIRED_FOUR_BITS
 from .pages import own_pages
 
 _BLOCK = 64  # 4-bit numbers with one scale
@@ -29,22 +29,22 @@ _LOW_BITS = 0xFFFF  # of a number in float32: those that bfloat16 has not
 
 def available(dtype: torch.dtype, ins: int) -> bool:
     """Whether weights of this dtype, for so many inputs, can be laid out and multiplied here."""
-    return dtype in (torch.float32, torch.bfloat16) and ins % 2 == 0 and kernels.available() and _right()
+    return dtype in (torch.float32, torch.bfloat16) and ins % 2 == 0 and native.available() and _right()
 
 
 def multiplies_pairs(ins: int) -> bool:
     """Whether rows and weights in bfloat16, of so many inputs, are multiplied as pairs here, in one rounding each."""
-    return available(torch.bfloat16, ins) and bool(kernels.compiled().lossless_pairs())
+    return available(torch.bfloat16, ins) and bool(native.compiled().lossless_pairs())
 
 
 def four_bits_available(ins: int) -> bool:
     """Whether 4-bit weights for so many inputs, in blocks of 64, can be."""
-    return ins % _BLOCK == 0 and kernels.available() and _right()
+    return ins % _BLOCK == 0 and native.available() and _right()
 
 
 def eight_bits_available(ins: int) -> bool:
     """Whether weights for so many inputs can be rounded to 8 bits and multiplied here."""
-    return ins % 4 == 0 and kernels.available() and _right()
+    return ins % 4 == 0 and native.available() and _right()
 
 
 def itemsize(weight: torch.Tensor) -> int:
@@ -79,7 +79,7 @@ class Panels:
     @classmethod
     def of(cls, weight: torch.Tensor, chunk: int | None = None) -> Panels:
         """`[out, in]`, which is left as it is."""
-        panel, (outs, ins) = kernels.panel(), weight.shape
+        panel, (outs, ins) = native.panel(), weight.shape
         whole = weight.detach() if outs % panel == 0 else F.pad(weight.detach(), (0, 0, 0, -outs % panel))
         blocks = whole.contiguous().view(-1, panel, ins)
         if itemsize(weight) == 2:
@@ -103,7 +103,7 @@ class Panels:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
-        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias, chunk=self.chunk)
+        return native.multiply(self.kind, self.numbers, self.outs, rows, bias, chunk=self.chunk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class FourBits:
         """From bytes that hold two neighbours each, the first in the high half, as bitsandbytes stores them."""
         if in_pairs:
             scales, code = scales.bfloat16(), code.bfloat16()
-        panel = kernels.panel()
+        panel = native.panel()
         four = torch.stack([pairs.reshape(-1) >> 4, pairs.reshape(-1) & 15], dim=-1).view(outs, -1)  # [out, in]
         four = F.pad(four, (0, 0, 0, -outs % panel)).view(-1, 2, panel // 2, four.shape[1] // 4, 4)
         numbers = _laid_out((four[:, 0] | four[:, 1] << 4).transpose(1, 2))
@@ -163,9 +163,9 @@ class FourBits:
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
         if self.in_pairs:
-            out = kernels.multiply(self.kind, self.numbers, self.outs, rows.bfloat16(), None, self.scales, self.code).to(rows.dtype)
+            out = native.multiply(self.kind, self.numbers, self.outs, rows.bfloat16(), None, self.scales, self.code).to(rows.dtype)
             return out if bias is None else out + bias
-        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias, self.scales, self.code)
+        return native.multiply(self.kind, self.numbers, self.outs, rows, bias, self.scales, self.code)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +185,10 @@ class EightBits:
     @classmethod
     def of(cls, weight: torch.Tensor) -> EightBits:
         """`[out, in]`, rounded."""
-        panel, (outs, ins), given = kernels.panel(), weight.shape, weight.detach().float().contiguous()
+        panel, (outs, ins), given = native.panel(), weight.shape, weight.detach().float().contiguous()
         panels = -(-outs // panel)
         numbers, scales = own_pages(panels, ins // 4, panel, 4, dtype=torch.int8), own_pages(panels, 2, panel)
-        kernels.compiled().lossless_lay_bytes(given.data_ptr(), outs, ins, numbers.data_ptr(), scales.data_ptr(), torch.get_num_threads())
+        native.compiled().lossless_lay_bytes(given.data_ptr(), outs, ins, numbers.data_ptr(), scales.data_ptr(), torch.get_num_threads())
         return cls(numbers, scales, outs)
 
     @property
@@ -206,7 +206,7 @@ class EightBits:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows, which are rounded, too."""
-        return kernels.multiply(self.kind, self.numbers, self.outs, rows, bias, self.scales)
+        return native.multiply(self.kind, self.numbers, self.outs, rows, bias, self.scales)
 
 
 @functools.cache

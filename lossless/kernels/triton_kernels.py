@@ -1,4 +1,4 @@
-"""Kernels for a GPU, in Triton (base/gpu.py calls them; nobody else may import this module, for Triton may not be there).
+"""Kernels for a GPU, in Triton (kernels/gpu.py calls them; nobody else may import this module, for Triton may not be there).
 
 Knows: attention of the rows of a draft tree, RMS norms, and how accepted rows of a cache move up. Of the first two, a program computes one
 row, so that a row has the same bits beside any number of others. No argument is specialized: what is compiled for a pass over a tree is what
