@@ -116,9 +116,9 @@ def test_sums_that_nearly_cancel_are_torchs_own_too(dim: int) -> None:
 
 def test_only_bfloat16_on_a_cpu_attends_so() -> None:
     query, key = torch.randn(1, 4, 2, 64).bfloat16(), torch.randn(1, 2, 9, 64).bfloat16()
-    assert exact.attendable(query, key) == exact.attends(64)
-    assert not exact.attendable(query.float(), key.float())
-    assert not exact.attendable(query[..., :24], key[..., :24])
+    assert exact.attendable(query, key, key) == exact.attends(64)
+    assert not exact.attendable(query.float(), key.float(), key.float())
+    assert not exact.attendable(query[..., :24], key[..., :24], key[..., :24])
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

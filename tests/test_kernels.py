@@ -234,8 +234,11 @@ def test_what_has_no_kernel_is_told_apart() -> None:
     assert not panels.available(torch.float16, 8)
     assert not panels.four_bits_available(96)
     rows = torch.randn(1, 4, 2, 48)
-    assert not native.attendable(rows, rows)  # dimensions in whole vectors
-    assert not native.attendable(rows[..., :32].expand(2, -1, -1, -1), rows[..., :32])  # a batch
+    assert not native.attendable(rows, rows, rows)  # dimensions in whole vectors
+    rows = rows[..., :32]
+    assert native.attendable(rows, rows, rows)
+    assert not native.attendable(rows.expand(2, -1, -1, -1), rows, rows)  # a batch
+    assert not native.attendable(torch.randn(1, 4, 2, 64), torch.randn(1, 4, 2, 64), rows)  # values narrower than keys
     product = StoredLinear.over(nn.Parameter(torch.randn(8, 32).half(), requires_grad=False), None)
     torch.testing.assert_close(product(torch.ones(1, 32).half()), product.original()(torch.ones(1, 32).half()))
 

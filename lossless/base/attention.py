@@ -41,9 +41,9 @@ def _attend(
     """transformers' own attention through torch, but for one row that sees all keys (layers with a window have a mask even then)."""
     alone = query.shape[2] == 1 and kwargs.get("position_bias") is None
     if alone and (attention_mask is None or (attention_mask.dtype == torch.bool and bool(attention_mask.all()))):
-        if gpu.attendable(query, key):
+        if gpu.attendable(query, key, value):
             return gpu.attend_rows(query, key, value, scaling, [[0]]), None
-        if native.attendable(query, key):
+        if native.attendable(query, key, value):
             return native.attend(query, key, value, scaling, _ITSELF), None
         if query.shape[1] > key.shape[1]:
             return grouped(scaling, query, key, value), None

@@ -110,9 +110,9 @@ def _some_bits(ins: int, outs: int) -> bool:
     return True
 
 
-def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
+def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `attend` has the bits of torch's attention for such rows here."""
-    return query.dtype is torch.bfloat16 and native.attendable(query, key) and bool(native.compiled().lossless_pairs()) and attends(query.shape[-1])
+    return query.dtype is torch.bfloat16 and native.attendable(query, key, value) and bool(native.compiled().lossless_pairs()) and attends(query.shape[-1])
 
 
 attend = functools.partial(native.attend, exactly=True)  # each row with the bits of `F.scaled_dot_product_attention` of it alone

@@ -88,9 +88,9 @@ class Told:
         return told
 
 
-def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `attend` has a kernel for these here."""
-    alike = query.dtype in DTYPES and key.dtype == query.dtype and here(query) and not query.requires_grad
+def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend` has a kernel for these here: not for values that are wider or narrower than keys, for example."""
+    alike = key.shape == value.shape and query.dtype in DTYPES and key.dtype == query.dtype and here(query) and not query.requires_grad
     return alike and len(query) == 1 and query.shape[-1] <= 256 and query.shape[1] // key.shape[1] <= 64 and available()
 
 

@@ -196,9 +196,9 @@ class Paths:
         return cls(torch.tensor([len(path) for path in paths], dtype=torch.int32), torch.tensor(filled, dtype=torch.int32))
 
 
-def attendable(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `attend` has a kernel for these here."""
-    alike = query.dtype in _KINDS and key.dtype == query.dtype and query.device.type == "cpu" and not query.requires_grad
+def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend` has a kernel for these here: not for values that are wider or narrower than keys (DeepSeek's), for example."""
+    alike = key.shape == value.shape and query.dtype in _KINDS and key.dtype == query.dtype and query.device.type == "cpu" and not query.requires_grad
     return alike and len(query) == 1 and query.shape[-1] % (2 * LANES) == 0 and available()
 
 

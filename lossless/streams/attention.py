@@ -41,16 +41,18 @@ def _window(module: nn.Module, kwargs: dict[str, Any]) -> Window:
     return Window(kwargs.get("sliding_window"))
 
 
-def _in_one_call(plan: Pass, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, masks: list[torch.Tensor]) -> Any:
+def _in_one_call(
+    plan: Pass, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: list[torch.Tensor]
+) -> Any:
     """What attends for all rows that are read alone; None: they attend one by one, by the base's own attention.
 
     masks: those that the base itself would give to some of the rows.
     """
     if kwargs.get("position_bias") is not None:
         return None
-    if plan.implementation == GROUPED and all(mask.all() for mask in masks) and native.attendable(query, key):
+    if plan.implementation == GROUPED and all(mask.all() for mask in masks) and native.attendable(query, key, value):
         return native.attend
-    if plan.exactly and not masks and plan.implementation == "sdpa" and exact.attendable(query, key):
+    if plan.exactly and not masks and plan.implementation == "sdpa" and exact.attendable(query, key, value):
         return exact.attend
     return None
 
@@ -61,9 +63,9 @@ def _rows_alone(
     """Main rows, each with the bits of a pass of its own: `[1, rows, heads, head_dim]`."""
     lengths = alone.lengths(key.shape[2] - query.shape[2])
     masks = [mask for length in sorted(set(lengths)) if (mask := window.mask_of_last(length)) is not None]
-    if plan.implementation == GROUPED and kwargs.get("position_bias") is None and window.chunk is None and gpu.attendable(query, key):
+    if plan.implementation == GROUPED and kwargs.get("position_bias") is None and window.chunk is None and gpu.attendable(query, key, value):
         return gpu.attend_rows(query, key, value, kwargs.get("scaling"), alone.paths, window.size)
-    if (by := _in_one_call(plan, kwargs, query, key, masks)) is not None:
+    if (by := _in_one_call(plan, kwargs, query, key, value, masks)) is not None:
         starts = None if window == Window() else [window.first(length - 1) for length in lengths]
         return by(query, key, value, kwargs.get("scaling"), alone.tensors, starts)
     attention = _base_attention(module, plan.implementation)
@@ -125,7 +127,7 @@ def _as_told(
     told: gpu.Told, window: Window, module: Any, kwargs: dict[str, Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
     """All rows of a pass that is captured, which have paths; raises RuntimeError for an attention that no kernel knows."""
-    if kwargs.get("position_bias") is not None or window.chunk is not None or not gpu.attendable(query, key):
+    if kwargs.get("position_bias") is not None or window.chunk is not None or not gpu.attendable(query, key, value):
         raise RuntimeError("an attention that is not captured")
     return gpu.attend(query, key, value, kwargs.get("scaling"), told, module.layer_idx, window.size)
 

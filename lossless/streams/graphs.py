@@ -57,7 +57,8 @@ class _CapturingRunner(StreamRunner):
         self, entry: torch.Tensor, positions: torch.Tensor, context: torch.Tensor, cache: Any, told: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `StreamRunner.speculate`; the cheapest with positions and context on the CPU."""
-        if self._by_kernel and entry.shape[:2] == (1, 1) and self._readable(cache) and self._calls and context.shape[-1] == cache.length and bool(context.all()):
+        whole = entry.shape[:2] == (1, 1) and context.shape[-1] == cache.length and bool(context.all())
+        if whole and self._calls and self._by_kernel and self._readable(cache) and self._alike(cache):
             gamma, place = self.adapter.config.num_streams, int(positions)
             paths, places = [[*range(j + 1)] for j in range(gamma)], [min(place + j, self.places - 1) for j in range(1, gamma + 1)]
             numbers = [*Told.listed(cache.length, self._room(cache, gamma), False, paths, gamma), *places]
@@ -69,6 +70,10 @@ class _CapturingRunner(StreamRunner):
     def _room(self, cache: RowCache, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of all layers, with room for so many rows."""
         return cache.room(range(len(self.layers)), rows, cache.rows[0].keys)
+
+    def _alike(self, cache: RowCache) -> bool:
+        """Whether keys and values of all layers have the strides of the first one's, of which alone a kernel is told."""
+        return len({each.stride() for layer in cache.rows for each in (layer.keys, layer.values)}) == 1
 
     def _replayed(self, key: int, numbers: Sequence[int], run: Callable[..., Outputs], *inputs: torch.Tensor) -> Outputs | None:
         """What a pass gives, in tensors of its own; captured if it was not before; None if it cannot be."""
@@ -158,7 +163,7 @@ class GraphedRunner(_CapturingRunner):
         """As `StreamRunner.verify`; the cheapest with ids, positions and mask on the CPU."""
         count = ids.shape[1]
         fits = ids.ndim == 2 and len(ids) == 1 and count <= _ROWS[-1] and nodes is None and not apart and (count == 1 or not last_only)
-        if fits and self._by_kernel and self._readable(cache):
+        if fits and self._by_kernel and self._readable(cache) and self._alike(cache):
             rows = next(rows for rows in _ROWS if count <= rows)
             paths = [[*range(row + 1)] for row in range(count)] if tree_mask is None else _paths(tree_mask)
             filling = [0] * (rows - count)

@@ -51,6 +51,13 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
 }  # fmt: skip
 
+# heads and widths that kernels of ours take, in place of those above; values of latent attention are narrower than its keys
+_WIDER = dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size"), 128) | dict.fromkeys(
+    ("head_dim", "kv_channels", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "swa_head_dim", "global_head_dim", "rotary_dim"), 32
+) | dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "intermediate_size_mlp", "dense_intermediate_size", "decoder_ffn_dim"), 192) | dict.fromkeys(
+    ("shared_expert_intermediate_size", "moe_intermediate_size"), 96
+)  # fmt: skip
+
 _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "intermediate_size": 48},
     "qwen2_moe": {"decoder_sparse_step": 1},
@@ -84,21 +91,21 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 _SELF_CENTRED = frozenset(("gemma2", "gemma3_text", "xglm"))
 
 
-def config_of(family: str) -> PretrainedConfig:
-    """Its default config with every size made tiny."""
+def config_of(family: str, wider: bool = False) -> PretrainedConfig:
+    """Its default config with every size made tiny, or as small as kernels of ours allow."""
     kind = CONFIG_MAPPING[family]
     specs, inner = getattr(kind, "sub_configs_defaults", {}), {}
     for name, sub in getattr(kind, "sub_configs", {}).items():
         part = getattr(sub, "model_type", "") or getattr(specs.get(name), "model_type", "")
         if part in CONFIG_MAPPING:
-            inner[name] = sizes_of(CONFIG_MAPPING[part], name) | ({} if hasattr(sub, "model_type") else {"model_type": part})
-    return kind(**sizes_of(kind, family), **inner)
+            inner[name] = sizes_of(CONFIG_MAPPING[part], name, wider) | ({} if hasattr(sub, "model_type") else {"model_type": part})
+    return kind(**sizes_of(kind, family, wider), **inner)
 
 
-def sizes_of(kind: type[PretrainedConfig], family: str) -> dict[str, Any]:
+def sizes_of(kind: type[PretrainedConfig], family: str, wider: bool = False) -> dict[str, Any]:
     """Tiny values for those sizes that a config has, by the names that it gives them."""
     known = kind().to_dict() | dict.fromkeys(getattr(kind, "attribute_map", {}))
-    sizes = {name: size for name, size in _SIZES.items() if name in known and known.get(name, 0) is not False}
+    sizes = {name: _WIDER.get(name, size) if wider else size for name, size in _SIZES.items() if name in known and known.get(name, 0) is not False}
     for name in ("sliding_window", "q_lora_rank"):
         if name in sizes and known[name] is None and family not in ("ministral", "phi3", "starcoder2"):
             del sizes[name]
@@ -114,10 +121,10 @@ def sizes_of(kind: type[PretrainedConfig], family: str) -> dict[str, Any]:
     return sizes
 
 
-def build(family: str, attention: str | None = None) -> PreTrainedModel:
+def build(family: str, attention: str | None = None, wider: bool = False) -> PreTrainedModel:
     """A random model whose choices are not all alike, float32, frozen."""
     torch.manual_seed(3)
-    config = config_of(family)
+    config = config_of(family, wider)
     options = {} if attention is None else {"attn_implementation": attention}
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config, **options).num_parameters()

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from lossless import pack
 from lossless.adapter.weights import StreamAdapter
 
 from ..conftest import prompt_ids
@@ -61,3 +62,17 @@ def test_the_table_in_the_readme_tells_the_truth(family: str) -> None:
     verdict = judge(family)
     [line] = [line for line in found.splitlines() if line.startswith(f"| {verdict} |")]
     assert family in line.split("|")[3].replace(",", " ").split()
+
+
+@pytest.mark.parametrize("family", REQUIRED)
+def test_a_packed_model_says_what_it_said_and_is_served_exactly(family: str) -> None:
+    """Packing rounds otherwise; anything else would be another model."""
+    model = build(family, wider=True)
+    ids = torch.arange(1, 2 * WINDOW)[None]
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    before = model.generate(ids, **asked)
+    packed = pack(model).generate(ids, **asked)
+    assert torch.equal(before.sequences, packed.sequences)
+    for plain, found in zip(before.logits, packed.logits, strict=True):
+        assert (found - plain).abs().max() < 1e-3 * plain.std()
+    check(attach(model))
