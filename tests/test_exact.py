@@ -190,7 +190,7 @@ def test_attention_in_another_order_is_found_out(base: LlamaForCausalLM, monkeyp
     monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
     real = exact.attend
     monkeypatch.setattr(attach, "exact_when_fused", lambda runner: False)
-    monkeypatch.setattr(exact, "attendable", lambda query, key: query.dtype is torch.bfloat16)
+    monkeypatch.setattr(exact, "attendable", lambda query, key, value: query.dtype is torch.bfloat16)
     monkeypatch.setattr(exact, "attend", lambda *given: real(*given) * 1.01)
     fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1))
     assert fast.guarantee.level == "bitwise"
