@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import lossless
 from lossless.adapter.compat import new_adapter
@@ -158,21 +158,21 @@ def test_captured_levels_are_the_levels(sampled: bool) -> None:
                     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_rows_are_laid_out_as_the_bases_own_pass_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_laid_out_as_the_bases_own_pass_has_them() -> None:
     """cuDNN knows an attention by sizes and strides, those of dimensions of one included."""
     model, seen = llama(), []
-    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def watch(module: Any, *tensors: torch.Tensor, **kwargs: Any) -> Any:
         seen.append([(each.shape, each.stride()) for each in tensors[:3]])
-        return own(module, *tensors, **kwargs)
+        return sdpa_attention_forward(module, *tensors, **kwargs)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watch)
+    AttentionInterface.register("watched", watch)
+    model.set_attn_implementation("watched")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.arange(1, 10)[None], **{CACHE: cache})
+        model(torch.arange(1, 10)[None], **{CACHE: cache}, use_cache=True)
         seen.clear()
-        model(torch.tensor([[5]]), **{CACHE: cache})
+        model(torch.tensor([[5]]), **{CACHE: cache}, use_cache=True)
     rows = torch.randn(1, 3, 6, 16).transpose(1, 2), torch.randn(1, 2, 40, 16)[:, :, :10], torch.randn(1, 2, 40, 16)[:, :, :10]
     assert [(each.shape, each.stride()) for each in laid_out_alone(rows[0][:, :, 1:2], *rows[1:])] == seen[0]
 
