@@ -21,7 +21,7 @@ from ..base.attention import SDPA
 from ..base.layers import rotary_turns
 from ..kernels import gpu
 from ..kernels.gpu import Told
-from ..kernels.graphs import Outputs, Pieces, Recorded, listed
+from ..kernels.graphs import UNCAPTURED, Outputs, Pieces, Recorded, listed
 from .attention import attend
 from .cache import RowCache
 from .masks import PositionMask
@@ -81,7 +81,7 @@ class _CapturingRunner(StreamRunner):
         if key not in self._recorded:
             try:
                 self._recorded[key] = Recorded(run, given.to(self.adapter.device), *inputs)
-            except RuntimeError:
+            except UNCAPTURED:
                 self._by_kernel = False
                 return None
         return tuple(output.clone() for output in self._recorded[key](given, *inputs))
@@ -115,7 +115,7 @@ class PiecewiseRunner(_CapturingRunner):
         if shape not in self._pieces:
             try:
                 self._pieces[shape] = self._capture(plan, numbers, limits)
-            except RuntimeError:
+            except UNCAPTURED:
                 self.recordable = False
                 return super()._run(plan, ids, positions, cache)
         pieces, own, (logits, entry), _ = self._pieces[shape]
