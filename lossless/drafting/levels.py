@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..base.drafts import FusedLevel, likeliest
-from ..kernels.graphs import Outputs, Recorded, listed
+from ..kernels.graphs import Outputs, Recorded
 from .noise import NoiseBias
 
 Likely = list[dict[int, float]]  # for each node of a frontier its likely tokens, with their log probabilities
@@ -65,7 +65,7 @@ def as_likely(drafter: Any, numbers: torch.Tensor, scores: torch.Tensor) -> Like
 class GraphedLevels:
     """The same of one text on a GPU, captured once for each level and used for every draft: up to `most` nodes a level.
 
-    Of sampled texts the noise of each position is given to the graph in place of nothing.
+    Of sampled texts the graphs end with logits, to which the noise of their positions comes outside of them.
     """
 
     def __init__(self, drafter: Any, most: int) -> None:
@@ -83,7 +83,7 @@ class GraphedLevels:
     def read(self, ahead: int, chosen: Sequence[int], tokens: Sequence[int]) -> Likely:
         """As `Levels.read`."""
         filling = [0] * (self.most - len(tokens))
-        numbers = listed([*tokens, *filling, *(chosen or [0] * len(tokens)), *filling])
+        numbers = torch.tensor([*tokens, *filling, *(chosen or [0] * len(tokens)), *filling])
         inputs = (numbers, self.streams, *(() if ahead == 0 else (self._before,)))
         key = (ahead, self.noise_bias is not None)
         if key not in self._graphs:

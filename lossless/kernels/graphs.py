@@ -6,7 +6,7 @@ Does not know: models. Captured work reads and writes the tensors that it had wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,8 +103,3 @@ class Pieces:
 
     def _end(self) -> None:
         self.graphs[-1].capture_end()
-
-
-def listed(numbers: Sequence[int]) -> torch.Tensor:
-    """`[count]` int64, on the CPU."""
-    return torch.tensor(numbers, dtype=torch.long)

@@ -21,7 +21,7 @@ from ..base.attention import SDPA
 from ..base.layers import rotary_turns
 from ..kernels import gpu
 from ..kernels.gpu import Told
-from ..kernels.graphs import UNCAPTURED, Outputs, Pieces, Recorded, listed
+from ..kernels.graphs import UNCAPTURED, Outputs, Pieces, Recorded
 from .attention import attend
 from .cache import RowCache
 from .masks import PositionMask
@@ -77,7 +77,7 @@ class _CapturingRunner(StreamRunner):
 
     def _replayed(self, key: int, numbers: Sequence[int], run: Callable[..., Outputs], *inputs: torch.Tensor) -> Outputs | None:
         """What a pass gives, in tensors of its own; captured if it was not before; None if it cannot be."""
-        given = listed(numbers)
+        given = torch.tensor(numbers)
         if key not in self._recorded:
             try:
                 self._recorded[key] = Recorded(run, given.to(self.adapter.device), *inputs)
