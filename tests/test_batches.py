@@ -143,3 +143,22 @@ def test_a_padded_prompt_behind_a_window_is_answered_by_the_base(exact: str) -> 
             expected, found = both(fast, ids[1:], 3, **options)
         assert torch.equal(expected, found)
         assert fast.stats.served == served
+
+
+@pytest.mark.filterwarnings("ignore:not accelerated. several answers to a prompt under")
+def test_several_answers_to_a_prompt_are_asked_about_as_transformers_asks(fast: AcceleratedModel) -> None:
+    """From 5.24 on a function is told the number of the prompt, before that of the answer."""
+    asked: list[int] = []
+
+    def allowed(number: int, text: torch.Tensor) -> list[int]:
+        asked.append(number)
+        return [5 + 20 * number + int(text[-1]) % 7 + i for i in range(12)]
+
+    numbers = []
+    for by in (fast.base, fast):
+        torch.manual_seed(3)
+        asked.clear()
+        options = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 12, "prefix_allowed_tokens_fn": allowed}
+        numbers.append((by.generate(prompt_ids(), **options), set(asked)))
+    assert torch.equal(numbers[0][0], numbers[1][0])
+    assert numbers[0][1] == numbers[1][1]

@@ -13,7 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation import GenerationMode, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import (
+    GenerationMode,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from ..base.layers import (
     CACHE,
@@ -136,6 +141,8 @@ def fallback_reason_as_prepared(
         if remembering and exactness(exact, 1, padded) == "near-tie":
             return f"{remembering}, a processor that may remember what it was asked, under near-tie"
         return None
+    if any(isinstance(part, PrefixConstrainedLogitsProcessor) and part._num_beams > 1 for part in logits_processor):
+        return "several answers to a prompt under a prefix_allowed_tokens_fn, which this version of transformers asks about all of them together"
     # texts of a batch are chosen for one by one
     if past is not None and past.get_seq_length():
         return "a passed-in cache for a batch"
