@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ..base.layers import CACHE
+from ..base.processes import tokens_at_once
 from ..streams.cache import RowCache
 
 _REFILL_SHARE = 8  # refill when one slot in this many is free, so that prompts are read in batches
 _FIRST_COLUMNS = 512  # room of a batch before it grows
-_PREFILL_TOKENS = 2048  # a group of prompts read at once: larger ones fall out of the caches of a CPU
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Batch:
         order = sorted(jobs, key=lambda job: len(job.prompt_ids))
         while order:
             width = len(order[-1].prompt_ids)
-            group = [order.pop() for _ in range(min(len(order), max(1, _PREFILL_TOKENS // width)))]
+            group = [order.pop() for _ in range(min(len(order), max(1, tokens_at_once(self.mask.device) // width)))]
             taken, rows = rows[: len(group)], rows[len(group) :]
             self._prefill(taken, group, width)
 

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from ..base.processes import free_memory
+from ..base.processes import free_memory, tokens_at_once
 from ..distillation.answers import Answers
 from ..streams.cache import RowCache
 from ..streams.runner import StreamRunner
-
-_PASS_TOKENS = 8192  # that the base reads at once, padding included
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class FeatureStore:
     def __init__(self, runner: StreamRunner, answers: Answers, memory_gb: float, kept: dict[int, Features] | None = None) -> None:
         self.runner, self.answers = runner, answers
         self._kept: dict[int, Features] = {} if kept is None else kept
-        self._ahead: list[list[int]] = []
+        self._ahead: list[int] = []
         self._room = int(memory_gb * 2**30) - bytes_of(self._kept)
 
     def __len__(self) -> int:
@@ -74,20 +72,19 @@ class FeatureStore:
         return [found[n] for n in numbers]
 
     def _at_once(self, numbers: list[int]) -> list[int]:
-        """The first of these answers that fit into a pass together; one at least."""
-        widest = 0
+        """The first of these answers that fit into a pass together, padded; one at least."""
+        widest, most = 0, tokens_at_once(self.runner.model.device)
         for count, number in enumerate(numbers):
             widest = max(widest, len(self.answers[number]["prompt_ids"]) + len(self.answers[number]["answer_ids"]))
-            if count and (count + 1) * widest > _PASS_TOKENS:
+            if count and (count + 1) * widest > most:
                 return numbers[:count]
         return numbers
 
-    def read_ahead(self, batches: list[list[int]]) -> None:
+    def read_ahead(self, numbers: list[int]) -> None:
         """Have the features of these answers at hand, as far as memory allows; told the same again, it does nothing."""
-        if batches != self._ahead:
-            for numbers in batches:
-                self.get(numbers)
-            self._ahead = batches
+        if numbers != self._ahead:
+            self.get(numbers)
+            self._ahead = numbers
 
     def _keep(self, number: int, features: Features) -> None:
         """What has been kept longest makes room."""

@@ -27,7 +27,6 @@ from .config import TrainConfig
 from .features import Features, TrainBatch, make_batch
 
 _WINDOW = 96  # answers whose stretches are visited in random order
-_READ_AT_ONCE = 8  # answers that the base reads in one pass
 
 
 def read_answers(base: Base, folders: list[Path]) -> tuple[Answers, list[dict[str, Any]]]:
@@ -80,11 +79,10 @@ def draft_vocabulary(answers: Answers, size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Visit:
-    """What a step learns from: (answer, its first position there), and all answers that steps near it visit, in batches of
-    like length."""
+    """What a step learns from: (answer, its first position there), and all answers that steps near it visit, by length."""
 
     stretches: list[tuple[int, int]]
-    near: list[list[int]]
+    near: list[int]
 
 
 class Order:
@@ -121,8 +119,7 @@ class Order:
             count = self._ends[place] - (self._ends[place - 1] if place else 0)
             # of like size; where the other processes have more to visit, some stretch is visited again
             self._steps = [stretches[i::count] or [stretches[i % len(stretches)]] for i in range(count)]
-            alike = sorted(window, key=lambda answer: self._lengths[answer])
-            self._near = [alike[i : i + _READ_AT_ONCE] for i in range(0, len(alike), _READ_AT_ONCE)]
+            self._near = sorted(window, key=lambda answer: self._lengths[answer])
         before = self._ends[place] - len(self._steps)
         return Visit(self._steps[number - self._first - before], self._near)
 
