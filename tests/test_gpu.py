@@ -24,7 +24,7 @@ from lossless.drafting.drafter import Drafter
 from lossless.drafting.levels import GraphedLevels, Levels
 from lossless.drafting.noise import NoiseBias
 from lossless.generation.limits import projections
-from lossless.kernels import graphs
+from lossless.kernels import gpu, graphs
 from lossless.kernels.graphs import Recorded
 from lossless.streams import graphs as streams_graphs
 from lossless.streams.attention import laid_out_alone
@@ -50,6 +50,7 @@ def llama(dtype: torch.dtype = torch.float32) -> Any:
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs are stood in for, and there is no GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "available", lambda: False)  # nor would what it finds here be kept for later tests
     monkeypatch.setattr(graphs, "Pieces", Pieces)
     monkeypatch.setattr(streams_graphs, "Pieces", Pieces)
 
