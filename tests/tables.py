@@ -119,6 +119,16 @@ def front() -> str:
     return in_table("| weights | decoding | processor | identical | plain tokens/s | accelerated | speedup (quartiles) | slowest prompt |", rows)
 
 
+def gpu() -> str:
+    """What was measured on a GPU."""
+    rows = [
+        f"| {setting(found)} | {decoded(found)} | {found['identical']} of {found['prompts']} | {found['baseline_tokens_per_s']:.1f} | {found['tokens_per_s']:.1f} "
+        f"| **{found['speedup']:.2f}** {middle(found['speedup_quartiles'])} | {slowest(found):.2f} | {found['acceptance_length']:.2f} |"
+        for found in reports("gpu").values()
+    ]
+    return in_table("| weights | decoding | identical | stock tokens/s | accelerated | speedup (quartiles) | slowest prompt | tokens per pass |", rows)
+
+
 def in_all() -> str:
     """What packing and accelerating give together."""
     stored = reports("speed")
@@ -259,6 +269,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "lossless/adapters/demo/README.md": {
         "acceptance": acceptance, "ablation": ablation("bfloat16"), "second ablation": ablation("float32"), "pruning": pruning,
     },
+    "lossless/README.md": {"gpu": gpu},
     "chat_app/README.md": {"measured": chat_figures},
     ".github/CONTRIBUTING.md": {"versions": versions_tried},
 }  # fmt: skip

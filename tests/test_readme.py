@@ -76,7 +76,7 @@ def test_every_number_comes_from_a_stored_report(path: str, name: str) -> None:
 
 def test_no_report_is_left_out() -> None:
     kinds = {path.name.partition("-")[0] for path in tables.REPORTS.glob("*.json")}
-    assert kinds == {"speed", "memory", "certificate", "verify", "benchmarks", "accept", "ablation", "pruning", "paper", "chat", "versions"}
+    assert kinds == {"speed", "memory", "certificate", "verify", "benchmarks", "accept", "ablation", "pruning", "paper", "chat", "versions", "gpu"}
 
 
 def test_reports_are_of_the_versions_that_are_named() -> None:
@@ -84,6 +84,12 @@ def test_reports_are_of_the_versions_that_are_named() -> None:
     for kind in ("speed", "memory"):
         for found in reports(kind).values():
             assert f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}" in text
+
+
+def test_what_was_measured_on_a_gpu_names_it() -> None:
+    text = " ".join(DOCUMENTS["lossless/README.md"].split())
+    for found in reports("gpu").values():
+        assert f"{found['device']}, torch {found['versions']['torch']}, transformers {found['versions']['transformers']}" in text
 
 
 def test_certificates_found_no_mismatch() -> None:
