@@ -13,8 +13,10 @@ from lossless.base.loading import load_base
 from lossless.cli.parser import main
 from lossless.errors import UsageError
 from lossless.evaluation.memory import Trial, _most_resident, _resident
+from lossless.generation import loop
+from lossless.generation.model import AcceleratedModel
 
-from .conftest import tiny_config
+from .conftest import prompt_ids, tiny_config
 
 
 def test_the_peak_is_seen_though_it_is_gone_afterwards() -> None:
@@ -32,6 +34,14 @@ def test_the_peak_is_seen_though_it_is_gone_afterwards() -> None:
 def test_a_trial_out_of_range(values: dict[str, int], rule: str) -> None:
     with pytest.raises(UsageError, match=rule):
         Trial(**values)
+
+
+def test_what_a_long_prompt_took_goes_back_to_the_system(fast: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(loop, "give_back_memory", lambda: given_back.append(1))
+    for length, times in ((20, 0), (600, 1)):
+        fast.generate(prompt_ids(length), max_new_tokens=2, do_sample=False)
+        assert len(given_back) == times
 
 
 @pytest.mark.commands

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from ..adapter.config import DraftConfig
 from ..base.layers import as_decoding, cache_among, input_device
+from ..base.processes import give_back_memory
 from ..drafting.costs import CostCurve
 from ..drafting.ngram import NGramCache
 from ..drafting.noise import PEEKABLE, NoiseBias, NoiseTape
@@ -32,6 +33,8 @@ from .stats import Stats
 from .verdict import keep
 
 _ROOM = 256  # rows behind the prompts, at first
+_LONG = 512  # rows of prompts whose activations are a good part of a small model
+
 
 class DecodeLoop:
     """One call of `generate`.
@@ -177,7 +180,10 @@ class DecodeLoop:
             # a padding row sees itself, so that its softmax has something to sum
             mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
         nodes = torch.tensor([rows - 1]) if self._streams_join(alone=True) else None
-        return self.reader.verify(prompt, positions, mask, cache, nodes, last_only=True)
+        out = self.reader.verify(prompt, positions, mask, cache, nodes, last_only=True)
+        if device.type == "cpu" and len(prompt) * rows > _LONG:
+            give_back_memory()
+        return out
 
     def _peek_noise(self, sequences: list[Sequence], logits: torch.Tensor) -> NoiseBias | None:
         """The noise that sampling will draw for the tokens of a tree under each text, if it draws any."""
