@@ -123,6 +123,19 @@ def test_an_interrupted_certificate_goes_on_after_the_answers_that_it_has(
     assert {k: v for k, v in resumed.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
 
 
+@pytest.mark.parametrize("token", [-1, 2**40])
+def test_a_journal_with_a_token_that_no_model_has(base: Base, tmp_path: Path, token: int) -> None:
+    fast = accelerate(base.model, new_adapter(base.model, tiny_config()).randomize(1))
+    journal, which = tmp_path / "journal", asked(base, [from_text("w1 w2")], SAMPLED)
+    certify(base, fast, "random", which, SAMPLED, None, journal)
+    first, line = journal.read_text().splitlines()
+    broken = json.loads(line)
+    broken["positions"][0][1] = token
+    journal.write_text(f"{first}\n{json.dumps(broken)}\n")
+    with pytest.raises(UsageError, match=rf"tokens must be at least 0 and below \d+, got \d+ and {token}.*: remove the journal"):
+        certify(base, fast, "random", which, SAMPLED, None, journal)
+
+
 def test_the_command_writes_a_certificate(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = load_base(str(tiny_folder), "float32")
     new_adapter(base.model, tiny_config(), base.tokenizer).randomize(1).save_pretrained(tmp_path / "adapter")

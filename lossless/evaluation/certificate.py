@@ -226,12 +226,14 @@ class Checked:
     speedup: float | None
 
     @classmethod
-    def of(cls, line: dict[str, Any]) -> Checked:
-        """A line of the journal; raises UsageError if it is none."""
+    def of(cls, line: dict[str, Any], vocabulary: int) -> Checked:
+        """A line of the journal; raises UsageError if it is none, or holds a token that so many do not have."""
         try:
             positions, speedup = [Position(*position) for position in line["positions"]], line["speedup"]
             for position in positions:
                 require_types(position)
+                if not (0 <= position.emitted < vocabulary and 0 <= position.chosen < vocabulary):
+                    raise ValueError(f"tokens must be at least 0 and below {vocabulary}, got {position.emitted} and {position.chosen}")
             return cls(positions, None if speedup is None else float(speedup))
         except (KeyError, ValueError, TypeError) as error:
             raise UsageError(f"a line of the journal is broken ({type(error).__name__}: {error}): remove the journal, and begin anew") from error
@@ -245,7 +247,8 @@ def _check_all(
 ) -> list[Checked]:
     """Every answer, those of the journal first."""
     with resumed(journal, whose("verify", header, fast, encoded)) as (kept, write), tqdm(total=len(encoded), unit="prompt", desc="verify") as bar:
-        found = [Checked.of(line) for line in kept]
+        vocabulary = base.model.get_input_embeddings().weight.shape[0]
+        found = [Checked.of(line, vocabulary) for line in kept]
         bar.update(len(found))
         for ids in encoded[len(found) :]:
             found.append(_check(base, fast, ids, decoding))
