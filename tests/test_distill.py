@@ -189,6 +189,20 @@ def test_a_conversation_that_the_template_refuses_is_skipped(base: Base, tmp_pat
         encode(strict.tokenizer, system.messages)
 
 
+def test_a_damaged_shard_is_not_mended(base: Base, tmp_path: Path) -> None:
+    config = DistillConfig(answer_tokens=30, max_new_tokens=12, batch_size=4)
+    distill(base, numbers(30), config, tmp_path)
+    writer = AnswerWriter(tmp_path, 0, {"model": "m"})
+    for i in range(2):
+        writer.write({"id": f"{i}/0:x", "category": "", "turn": 0, "temperature": 0.0, "prompt_ids": [1], "answer_ids": [-65468]})
+    writer._sink.close()  # killed
+    assert writer._path is not None
+    writer._path.write_bytes(damaged := writer._path.read_bytes()[:-3])
+    with pytest.raises(UsageError, match=r"answer_ids in .* the answers are damaged"):
+        distill(base, numbers(30), replace(config, answer_tokens=60), tmp_path)
+    assert writer._path.read_bytes() == damaged
+
+
 def test_shards_of_several_processes_are_mended_and_read_by_datasets(tmp_path: Path) -> None:
     def answer(i: int) -> dict[str, Any]:
         return {"id": str(i), "category": "", "turn": 0, "temperature": 0.0, "prompt_ids": [i], "answer_ids": [i] * (i % 3)}

@@ -86,11 +86,12 @@ def _distill(
     settings["prompts"] = {"sources": list(map(str, sources)), "count": len(prompts), "digest": digest(prompts)}
     if state.is_main_process:
         _check_same_job(_written(folder), folder, settings, prompts)
+        vocabulary = base.model.get_input_embeddings().weight.shape[0]
+        Answers.read(folder).check_ids(vocabulary, str(folder))  # a shard that is damaged is not written anew
         mend(folder)
         _drawn(folder)  # what is broken is told before anything is written
     state.wait_for_everyone()
     before, done = _written(folder), Answers.read(folder)
-    done.check_ids(base.model.get_input_embeddings().weight.shape[0], str(folder))
     missing = -(-max(0, config.answer_tokens - sum(done.lengths("answer_ids"))) // state.num_processes)  # of each, rounded up
     if not missing and before.get("complete"):
         if state.is_main_process:
