@@ -566,7 +566,7 @@ def test_every_position_is_visited_once_an_epoch(taught: Base) -> None:
     assert first == {i: i % 3 for i in range(150)}
     assert [again.visit(i) for i in (5, 0, number + 3)] == [order.visit(i) for i in (5, 0, number + 3)]
     assert order.visit(0) != other.visit(0)
-    assert {answer for answer, _ in order.visit(number).stretches} <= {n for batch in order.visit(number).near for n in batch}
+    assert {answer for answer, _ in order.visit(number).stretches} <= set(order.visit(number).near)
 
 
 def test_epochs_that_visit_a_part_see_every_answer_and_with_time_all_of_it() -> None:
@@ -645,7 +645,7 @@ def test_long_answers_are_read_a_few_at_a_time(taught: Base, answers: Path, monk
     real = runner.observe
     with torch.no_grad():
         whole = FeatureStore(runner, stored, memory_gb=1).get(list(range(12)))
-        monkeypatch.setattr(features, "_PASS_TOKENS", 3 * max(lengths))
+        monkeypatch.setattr(features, "tokens_at_once", lambda device: 3 * max(lengths))
         monkeypatch.setattr(runner, "observe", note)
         parts = FeatureStore(runner, stored, memory_gb=1).get(list(range(12)))
     assert sum(count for (count, _), _ in seen) == 12
