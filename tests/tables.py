@@ -98,34 +98,31 @@ def speed() -> str:
     """Every measurement against stock `generate`."""
     head = "| prompts | model | decoding | processor | identical | stock tokens/s | accelerated tokens/s | speedup | slowest prompt | tokens per pass |"
     rows = [
-        f"| {asked(found)} | {setting(found)} | {decoded(found)} | {processor(found)} | {found['identical']} of {found['prompts']} "
-        f"| {found['baseline_tokens_per_s']:.1f} | {found['tokens_per_s']:.1f} | **{found['speedup']:.2f}** {middle(found['speedup_quartiles'])} "
-        f"| {slowest(found):.2f} | {found['acceptance_length']:.2f} |"
+        f"| {asked(found)} | {setting(found)} | {decoded(found)} | {processor(found)} {against_stock(found)} {found['acceptance_length']:.2f} |"
         for found in reports("speed").values()
     ]
     return in_table(head, rows)
 
 
+def against_stock(found: Report) -> str:
+    """The cells of a row that say how both sides did."""
+    return (
+        f"| {found['identical']} of {found['prompts']} | {found['baseline_tokens_per_s']:.1f} | {found['tokens_per_s']:.1f} "
+        f"| **{found['speedup']:.2f}** {middle(found['speedup_quartiles'])} | {slowest(found):.2f} |"
+    )
+
+
 def front() -> str:
     """Some of them, for the first page."""
     stored = reports("speed")
-    rows = []
-    for name in FRONT:
-        found = stored[f"mt_bench-{name}"]
-        rows.append(
-            f"| {setting(found)} | {decoded(found)} | {processor(found)} | {found['identical']} of {found['prompts']} | {found['baseline_tokens_per_s']:.1f} "
-            f"| {found['tokens_per_s']:.1f} | **{found['speedup']:.2f}** {middle(found['speedup_quartiles'])} | {slowest(found):.2f} |"
-        )
+    found = [stored[f"mt_bench-{name}"] for name in FRONT]
+    rows = [f"| {setting(one)} | {decoded(one)} | {processor(one)} {against_stock(one)}" for one in found]
     return in_table("| weights | decoding | processor | identical | plain tokens/s | accelerated | speedup (quartiles) | slowest prompt |", rows)
 
 
 def gpu() -> str:
     """What was measured on a GPU."""
-    rows = [
-        f"| {setting(found)} | {decoded(found)} | {found['identical']} of {found['prompts']} | {found['baseline_tokens_per_s']:.1f} | {found['tokens_per_s']:.1f} "
-        f"| **{found['speedup']:.2f}** {middle(found['speedup_quartiles'])} | {slowest(found):.2f} | {found['acceptance_length']:.2f} |"
-        for found in reports("gpu").values()
-    ]
+    rows = [f"| {setting(found)} | {decoded(found)} {against_stock(found)} {found['acceptance_length']:.2f} |" for found in reports("gpu").values()]
     return in_table("| weights | decoding | identical | stock tokens/s | accelerated | speedup (quartiles) | slowest prompt | tokens per pass |", rows)
 
 

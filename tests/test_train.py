@@ -656,6 +656,18 @@ def test_long_answers_are_read_a_few_at_a_time(taught: Base, answers: Path, monk
         torch.testing.assert_close(one.final, other.final, rtol=0.02, atol=0.02)
 
 
+def test_reading_ahead_holds_no_more_at_once_than_a_pass(taught: Base, answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, stored = StreamRunner(taught.model, new_adapter(taught.model, tiny_config())), Answers.read(answers)
+    lengths = [len(stored[n]["prompt_ids"]) + len(stored[n]["answer_ids"]) for n in range(12)]
+    monkeypatch.setattr(features, "tokens_at_once", lambda device: 3 * max(lengths))
+    store, read = FeatureStore(runner, stored, memory_gb=0), []
+    monkeypatch.setattr(store, "get", read.append)
+    store.read_ahead(list(range(12)))
+    assert [n for some in read for n in some] == list(range(12))
+    assert len(read) > 1
+    assert max(len(some) * max(lengths[n] for n in some) for some in read) <= 3 * max(lengths)
+
+
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     device = torch.device

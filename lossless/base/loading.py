@@ -32,6 +32,11 @@ class Base:
     tokenizer: Any
     name: str
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that it can be given, those that pad the embeddings among them."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
 
 def load_base(
     name: str, dtype: str = "auto", load_in: str | None = None, device: str | None = None

@@ -86,8 +86,7 @@ def _distill(
     settings["prompts"] = {"sources": list(map(str, sources)), "count": len(prompts), "digest": digest(prompts)}
     if state.is_main_process:
         _check_same_job(_written(folder), folder, settings, prompts)
-        vocabulary = base.model.get_input_embeddings().weight.shape[0]
-        Answers.read(folder).check_ids(vocabulary, str(folder))  # a shard that is damaged is not written anew
+        Answers.read(folder).check_ids(base.vocabulary, str(folder))  # a shard that is damaged is not written anew
         mend(folder)
         _drawn(folder)  # what is broken is told before anything is written
     state.wait_for_everyone()

@@ -247,8 +247,7 @@ def _check_all(
 ) -> list[Checked]:
     """Every answer, those of the journal first."""
     with resumed(journal, whose("verify", header, fast, encoded)) as (kept, write), tqdm(total=len(encoded), unit="prompt", desc="verify") as bar:
-        vocabulary = base.model.get_input_embeddings().weight.shape[0]
-        found = [Checked.of(line, vocabulary) for line in kept]
+        found = [Checked.of(line, base.vocabulary) for line in kept]
         bar.update(len(found))
         for ids in encoded[len(found) :]:
             found.append(_check(base, fast, ids, decoding))

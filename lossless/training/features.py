@@ -83,8 +83,11 @@ class FeatureStore:
     def read_ahead(self, numbers: list[int]) -> None:
         """Have the features of these answers at hand, as far as memory allows; told the same again, it does nothing."""
         if numbers != self._ahead:
-            self.get(numbers)
-            self._ahead = numbers
+            self._ahead, left = numbers, numbers
+            while left:  # a pass at a time: no more is held at once than is kept
+                some = self._at_once(left)
+                self.get(some)
+                left = left[len(some) :]
 
     def _keep(self, number: int, features: Features) -> None:
         """What has been kept longest makes room."""

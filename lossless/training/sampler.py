@@ -39,7 +39,7 @@ def read_answers(base: Base, folders: list[Path]) -> tuple[Answers, list[dict[st
         if differing := fingerprint_differences(written.pop("fingerprint", None), fingerprint(base.model, base.tokenizer)):
             raise UsageError(f"the answers in {folder} are another base's (other {', '.join(differing)})")
         read.append(Answers.read(folder))
-        read[-1].check_ids(base.model.get_input_embeddings().weight.shape[0], str(folder))
+        read[-1].check_ids(base.vocabulary, str(folder))
         provenance.append(written)
     answers = Answers.join(read)
     # one position needs a certain token, and one after it to draft
