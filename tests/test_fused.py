@@ -33,6 +33,7 @@ from lossless.base.layers import CACHE
 from lossless.base.loading import freeze
 from lossless.base.packed import packed_twin
 from lossless.drafting.tree import DraftTree
+from lossless.errors import UsageError
 from lossless.generation.model import accelerate
 from lossless.kernels import native
 from lossless.streams import fusing
@@ -232,6 +233,73 @@ def test_a_base_whose_parts_are_heard_is_answered_with_what_its_hooks_say(where:
     assert not fast.runner.fused
     expected, found = both(fast, prompt_ids(9), max_new_tokens=30)
     assert torch.equal(expected, found)
+
+
+def _heard(model: Any, where: str) -> None:
+    """Somebody listens to a layer, the decoder or the model, and has it say something else."""
+
+    def otherwise(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return output.flip(-1)
+        name = "logits" if "logits" in output else "last_hidden_state"
+        output[name] = output[name].flip(-1)
+        return output
+
+    part = model if where == "" else model.get_submodule(where)
+    part.register_forward_hook(otherwise)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["twin", "packed"])
+@pytest.mark.parametrize(("where", "fused"), [("model.layers.0", False), ("model.layers.3", False), ("model", True), ("", True)])
+def test_what_hooks_of_a_model_or_a_layer_say_is_heard_in_every_pass(where: str, fused: bool, pack: bool) -> None:
+    model = made(*SERVED["llama"])
+    if pack:
+        lossless.pack(model)
+    _heard(model, where)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False)
+    assert fast.runner.fused == fused
+    assert not fused or fast.runner._short is None
+    expected, found = both(fast, prompt_ids(9), max_new_tokens=40)
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_passes_by_the_parts_of_a_model_are_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = made(*SERVED[family]), []
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False)
+    real = fusing.ShortPass.read
+    monkeypatch.setattr(fusing.ShortPass, "read", lambda self, plan, *rest: calls.append(plan.main_rows) or real(self, plan, *rest))
+    expected, found = both(fast, prompt_ids(9), max_new_tokens=40)
+    assert torch.equal(expected, found)
+    assert max(calls) > 1
+    assert len(calls) == fast.stats.target_passes
+
+
+def test_a_model_that_does_more_than_its_parts_is_called_itself() -> None:
+    config = copy.deepcopy(SERVED["llama"][1])
+    model = made(LlamaForCausalLM, config)
+    body = type(model.model)
+
+    class Louder(body):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.last_hidden_state = output.last_hidden_state * 1.5
+            return output
+
+    model.model.__class__ = Louder
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False)
+    assert fast.runner.fused
+    assert fast.runner._short is None
+    expected, found = both(fast, prompt_ids(9), max_new_tokens=40)
+    assert torch.equal(expected, found)
+
+
+def test_a_forward_that_goes_past_copies_is_refused_in_one_sentence() -> None:
+    model = made(*SERVED["llama"])
+    own = model.model.forward
+    model.model.forward = lambda *args, **kwargs: own(*args, **kwargs)  # of this very model, whoever calls it
+    with pytest.raises(UsageError, match="a forward that was put in the place of its own goes past copies of its layers"):
+        accelerate(model, new_adapter(model, tiny_config()))
 
 
 def test_a_changed_drafting_serves_on() -> None:

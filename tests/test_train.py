@@ -33,7 +33,8 @@ from lossless.generation.loop import DecodeLoop
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.storage import read_jsonl
 from lossless.streams.cache import RowCache
-from lossless.streams.runner import StreamRunner, logit_scale
+from lossless.streams.passes import logit_scale
+from lossless.streams.runner import StreamRunner
 from lossless.training import features, simulation
 from lossless.training import trainer as module
 from lossless.training.ablation import ablate

@@ -96,6 +96,12 @@ def after_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [part for part in (norm, getattr(whole, "project_out", None)) if part is not None]
 
 
+def rotaries(model: PreTrainedModel) -> list[nn.Module]:
+    """What makes position embeddings for all layers: modules beside them, one or one for each base frequency."""
+    beside = [part for child in decoder(model).children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
+    return [part for part in beside if "Rotary" in type(part).__name__]
+
+
 def uses_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the layers' attention is chosen by name, so that another can be put in its place."""
     return hasattr(sys.modules[type(decoder_layers(model)[0]).__module__], "ALL_ATTENTION_FUNCTIONS")

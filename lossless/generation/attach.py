@@ -20,7 +20,8 @@ from ..base.packed import is_padded, packed_twin, warm_up
 from ..drafting.drafter import Drafter
 from ..streams.fusing import exact_when_fused, fuse_passes, fuse_streams
 from ..streams.graphs import GraphedRunner, PiecewiseRunner
-from ..streams.runner import StreamRunner, logit_scale
+from ..streams.passes import logit_scale
+from ..streams.runner import StreamRunner
 from .exactness import Guarantee, Passes, at_a_time, check_level, find_guarantee
 from .limits import projections
 from .trial import check_served, trial

@@ -79,7 +79,7 @@ class _Text:
         mask = tree.mask()[None].to(self.device) if rows > 1 else None
         depths = (torch.tensor([tree.depths], device=self.device) + self.length).clamp_max(self.runner.places - 1)
         out = by.verify(torch.tensor([tree.tokens], device=self.device), depths, mask, self.cache, None)
-        out.logits.argmax(-1).tolist()  # waits for a device that works on its own
+        out.logits[0, -1].float().argmax().item()  # as the loop chooses; waits for a device that works on its own
         return out
 
     def speculation(self, drafter: Drafter) -> Callable[[], torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Fused decoder layers in the passes of a runner.
+"""Fused decoder layers in the passes of a runner, and passes that call nothing else of a model than its parts.
 
-Knows: which passes they can serve: rows of one text without padding, none of them a stream. Every other goes through the layer itself.
-Does not know: what a fused layer computes.
+Knows: which passes they can serve: rows of one text without padding, none of them a stream. Every other goes through the layer, and the
+model, itself. Does not know: what a fused layer computes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from torch import nn
 
 from ..base import exact
 from ..base.fused import FusedLayer, FusedLayers
-from ..base.layers import input_device
+from ..base.layers import decoder, input_device
 from ..base.norms import fused
 from ..base.packed import put
 from .cache import RowCache
-from .passes import PASS, Pass
+from .invariance import AloneRows
+from .masks import PositionMask
+from .passes import PASS, Pass, PassOutput, with_plan
 
 _SAME = 1e-3  # of the spread of logits: further off, a layer computes something else
 _ALIKE = 0.2  # of the spread of streams, which may be wrong: by what their numbers, of 8 and 16 bits, are rounded
@@ -78,18 +80,24 @@ def fuse_streams(runner: Any) -> None:
             layer.__dict__.pop("forward", None)
 
 
-def fuse(layers: nn.ModuleList, first_top: int = 0) -> bool:
+def fuse(layers: nn.ModuleList, first_top: int | None = None) -> bool:
     """From now on these layers, which nobody else may call, go the short way where they can; False, and nothing is done, unless all of
-    them look as if they could.
+    them look as if they could, and nobody listens to one.
 
-    The first of them does the work of all, and so does the one of this number, whose input is asked for, for those from it on.
+    first_top: of a runner's layers, whose own hooks are known, the first with streams. The first of the layers does the work of all, and so does
+        this one, whose input is asked for, for those from it on.
     """
+    layer: Any
+    for number, layer in enumerate(layers):
+        own = (False, False) if first_top is None else (number >= first_top, number == len(layers) - 1)
+        if (len(layer._forward_pre_hooks), len(layer._forward_hooks)) != own:
+            return False
+    first_top = first_top or 0
     found = [FusedLayer.of(layer) for layer in layers]
     fused = [each for each in found if each is not None]
     if len(fused) < len(layers) or len({each.sizes for each in fused}) != 1:
         return False
     numbers: list[Any] = [layer.self_attn.layer_idx for layer in layers]  # type: ignore[union-attr]
-    layer: Any
     for number, layer in enumerate(layers):
         run, end = None, first_top if number < first_top else len(layers)
         if number in (0, first_top):
@@ -122,6 +130,64 @@ class _Run:
         return self.layers(hidden.contiguous(), cos, sin, kept, plan.cache.length, plan.paths.tensors)
 
 
+class ShortPass:
+    """Passes of a runner by its model's parts: embeddings, rotary embedding, all layers in two calls, the norm behind them, and the LM head.
+
+    What a model's own forward does besides takes a millisecond, and is for other models, or for other passes.
+    """
+
+    def __init__(self, runner: Any, runs: list[_Run], rotary: nn.Module) -> None:
+        self.runner, self.runs, self.rotary, self.embed = runner, runs, rotary, runner.model.get_input_embeddings()
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, runner: Any) -> ShortPass | None:
+        """Of a runner whose layers are fused; None if its model's own forward gives other bits, or somebody listens to it."""
+        runs = [run for layer in runner.layers if (run := getattr(layer.forward, "run", None)) is not None]
+        whole = {id(part): part for part in (runner.model, decoder(runner.model))}.values()
+        heard = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in whole)
+        if heard or len(runner.rotaries) != 1 or len(runs) != 1 + (runner.first_top > 0):
+            return None
+        short, found = cls(runner, runs, runner.rotaries[0]), []
+        ids = torch.tensor([[1 + 3 * i % (runner.text_config.vocab_size - 1) for i in range(3)]], device=input_device(runner.model))
+        places = torch.arange(3, device=ids.device)[None]
+        for run in (short.read, runner.run):
+            plan = short.planned(places, None, RowCache(len(runner.layers)))
+            logits = run(plan, ids, places, plan.cache)
+            found.append((logits, plan.entry, plan.cache.rows[-1].keys))
+        return short if all(map(torch.equal, *found)) else None
+
+    def planned(self, positions: torch.Tensor, tree_mask: torch.Tensor | None, cache: RowCache) -> Pass:
+        """What hooks are to know of a pass."""
+        rows, plan = positions.shape[1], Pass(self.runner.implementation, 1, positions.shape[1], PositionMask(None, positions, positions), cache=cache)
+        plan.keeps_bits = self.runner.limits is not None
+        plan.alone = plan.paths = AloneRows([range(row + 1) for row in range(rows)] if tree_mask is None else paths_of(tree_mask))
+        return plan
+
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, tree_mask: torch.Tensor | None, cache: RowCache) -> PassOutput:
+        """As `StreamRunner.verify`, of one text without padding, no row of which speculates."""
+        plan = self.planned(positions, tree_mask, cache)
+        return PassOutput(self.read(plan, ids, positions, cache), plan.entry)
+
+    def read(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: RowCache) -> torch.Tensor:
+        """`[1, rows, vocab]`."""
+        return with_plan(plan, lambda: self._read(plan, ids, positions))
+
+    def _read(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        turned = self.rotary(hidden, positions)
+        for run in self.runs[:-1]:
+            hidden = run(plan, hidden, turned)
+        plan.entry = hidden
+        logits: torch.Tensor = self.runner.lm_head(self.runner.finish(self.runs[-1](plan, hidden, turned)))
+        return logits
+
+
+def paths_of(tree_mask: torch.Tensor) -> list[list[int]]:
+    """Of each row of `[1, rows, rows]` the rows that it sees."""
+    return [[i for i, seen in enumerate(row) if seen] for row in tree_mask[0].tolist()]
+
+
 def _shortened(forward: Any, number: int, run: _Run | None) -> Any:
     """A layer's forward: with those behind it if the pass is such that they can be done so, or nothing if they were.
 
@@ -137,4 +203,5 @@ def _shortened(forward: Any, number: int, run: _Run | None) -> Any:
         plan.done = run.end  # type: ignore[union-attr]
         return run(plan, hidden_states, turned)
 
+    short.run = run  # type: ignore[attr-defined]
     return short

@@ -24,6 +24,7 @@ from ..kernels.gpu import Told
 from ..kernels.graphs import UNCAPTURED, Outputs, Pieces, Recorded
 from .attention import attend
 from .cache import RowCache
+from .fusing import paths_of
 from .masks import PositionMask
 from .passes import Pass, PassOutput, with_plan
 from .runner import StreamRunner
@@ -104,12 +105,12 @@ class PiecewiseRunner(_CapturingRunner):
         super().__init__(*args, **kwargs)
         self._pieces: dict[Any, tuple[Pieces, torch.Tensor, Outputs, Any]] = {}  # by rows, and how each keeps its bits
 
-    def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """As `StreamRunner._run`, in pieces if that can be."""
+    def run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """As `StreamRunner.run`, in pieces if that can be."""
         count, bare = ids.shape[1], plan.begin is None and plan.pieces is None
         fits = bare and ids.ndim == 2 and len(ids) == 1 and count <= _ROWS[-1] and (count == 1 or not plan.last_only)
         if not fits or not self._readable(cache):
-            return super()._run(plan, ids, positions, cache)
+            return super().run(plan, ids, positions, cache)
         numbers, limits = torch.stack([ids, positions]), self.limits if plan.keeps_bits else None
         shape = (count, plan.keeps_bits, plan.alone is None, id(limits))
         if shape not in self._pieces:
@@ -117,7 +118,7 @@ class PiecewiseRunner(_CapturingRunner):
                 self._pieces[shape] = self._capture(plan, numbers, limits)
             except UNCAPTURED:
                 self.recordable = False
-                return super()._run(plan, ids, positions, cache)
+                return super().run(plan, ids, positions, cache)
         pieces, own, (logits, entry), _ = self._pieces[shape]
         own.copy_(numbers)
         plan.cache = cache
@@ -144,7 +145,7 @@ class PiecewiseRunner(_CapturingRunner):
             def run(pieces: Pieces) -> Outputs:
                 plan = Pass(self.implementation, 1, ids.shape[1], PositionMask(None, positions, positions), pieces=pieces)
                 plan.keeps_bits, plan.alone = like.keeps_bits, like.alone
-                logits = StreamRunner._run(self, plan, ids, positions, self._no_cache())
+                logits = StreamRunner.run(self, plan, ids, positions, self._no_cache())
                 return logits, plan.entry
 
             return pieces, own, pieces.capture(run), limits
@@ -165,7 +166,7 @@ class GraphedRunner(_CapturingRunner):
         fits = ids.ndim == 2 and len(ids) == 1 and count <= _ROWS[-1] and nodes is None and not apart and (count == 1 or not last_only)
         if fits and self._by_kernel and self._readable(cache) and self._alike(cache):
             rows = next(rows for rows in _ROWS if count <= rows)
-            paths = [[*range(row + 1)] for row in range(count)] if tree_mask is None else _paths(tree_mask)
+            paths = [[*range(row + 1)] for row in range(count)] if tree_mask is None else paths_of(tree_mask)
             filling = [0] * (rows - count)
             numbers = [*Told.listed(cache.length, self._room(cache, rows), True, paths, rows), *ids[0].tolist(), *filling, *positions[0].tolist(), *filling]
             if (found := self._replayed(rows, numbers, self._pass_over(rows))) is not None:
@@ -178,7 +179,7 @@ class GraphedRunner(_CapturingRunner):
         def run(numbers: torch.Tensor) -> Outputs:
             told, (ids, positions) = self._told(numbers, rows), numbers[-2 * rows :].view(2, 1, rows)
             plan = Pass(self.implementation, 1, rows, PositionMask(None, positions, positions), told=told)
-            logits = self._run(plan, ids, positions, self._no_cache())
+            logits = self.run(plan, ids, positions, self._no_cache())
             return logits, plan.entry
 
         return run
@@ -196,8 +197,3 @@ def _is_heard(module: Any) -> bool:
     hook: Any = getattr(module, "_hf_hook", None)
     patched = "forward" in vars(module) and not (type(hook) is AlignDevicesHook and not hook.offload)
     return bool(patched or module._forward_hooks or module._forward_pre_hooks)
-
-
-def _paths(tree_mask: torch.Tensor) -> list[list[int]]:
-    """Of each row of `[1, rows, rows]` the rows that it sees."""
-    return [[i for i, seen in enumerate(row) if seen] for row in tree_mask[0].tolist()]

@@ -78,3 +78,13 @@ def with_plan(plan: Pass, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         PASS.set(before)
 
 
+def logit_scale(runner: Any, seen: tuple[Pass, torch.Tensor] | None = None) -> float:
+    """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most.
+
+    seen: what `observe_anything` gave, if it was asked already.
+    """
+    with torch.no_grad():
+        plan, logits = seen or runner.observe_anything()
+        bare = runner.lm_head(plan.final[:, -1:]).float().to(logits.device)
+    found = float((bare * logits.float()).sum() / (bare * bare).sum())
+    return found if abs(found - 1) >= 0.02 else 1.0  # also if there is nothing to scale

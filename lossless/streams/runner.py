@@ -31,19 +31,20 @@ from ..base.layers import (
     CACHE,
     after_layers,
     column_masks,
-    decoder,
     decoder_layers,
     device_of,
     input_device,
     refuse_other_rows,
+    rotaries,
     uses_attention_interface,
 )
 from ..base.packed import model_bytes
 from ..base.structure import structure_of
+from ..errors import UsageError
 from .attention import ATTENTION
 from .cache import RowCache
 from .calls import LayerCalls, note_rotary
-from .fusing import fuse
+from .fusing import ShortPass, fuse
 from .hooks import adapt, keep_bits
 from .invariance import AloneRows
 from .layers import stream_layers
@@ -51,12 +52,6 @@ from .masks import PositionMask, behind_the_past, stream_mask
 from .passes import PASS, Pass, PassOutput, with_plan
 
 _BESIDE = 4096  # columns behind the last place that streams of a pass may take; expanded ones take no memory
-
-
-def _rotaries(model: nn.Module) -> list[nn.Module]:
-    """What makes position embeddings for all layers: modules beside them, one or one for each base frequency."""
-    beside = [part for child in model.children() for part in (child if isinstance(child, nn.ModuleList) else [child])]
-    return [part for part in beside if "Rotary" in type(part).__name__]
 
 
 class StreamRunner:
@@ -82,12 +77,12 @@ class StreamRunner:
         self.lm_head = self.model.get_output_embeddings()
         self.own_attention = not uses_attention_interface(base)
         self.implementation = self.text_config._attn_implementation  # the base's own attention
-        self._rotaries = _rotaries(decoder(self.model))
+        self.rotaries = rotaries(self.model)
         self._after = after_layers(self.model)
         self.limits: dict[nn.Module, int] | None = None  # rows at a time that keep their bits, by module; None: as many as come
         self._calls = LayerCalls(self.model, self.layers, self.own_attention)  # of the top layers; learnt in the first pass
         # rotary positions go on for ever, a table of positions ends
-        endless = self._rotaries and not any(hasattr(rotary, "embed_positions") for rotary in self._rotaries)
+        endless = self.rotaries and not any(hasattr(rotary, "embed_positions") for rotary in self.rotaries)
         self.places = 2**31 if endless else getattr(self.text_config, "max_position_embeddings", None) or 2**31
         self._stream_mask = partial(stream_mask, gamma=adapter.config.num_streams, last=self.places - 1)
         for name, low_rank in adapter.adapters():
@@ -127,6 +122,11 @@ class StreamRunner:
         """What the streams of one node see of each other."""
         return AloneRows([range(j + 1) for j in range(self.adapter.config.num_streams)])
 
+    @cached_property
+    def _short(self) -> ShortPass | None:
+        """Passes by the parts of a model whose layers are fused."""
+        return ShortPass.of(self)
+
     @property
     def parts(self) -> nn.ModuleList:
         """All that passes run through."""
@@ -146,7 +146,7 @@ class StreamRunner:
         first = len(self.layers) - len(entered)
         for number, layer in enumerate(entered, first):
             layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
-        for module in self._rotaries:
+        for module in self.rotaries:
             module.register_forward_hook(note_rotary, with_kwargs=True)
         self.top[-1].register_forward_hook(self._part)
         self.lm_head.register_forward_pre_hook(self._leave)
@@ -176,6 +176,10 @@ class StreamRunner:
             apart: every row as in a pass of its own, in a runner that can (`keep_bits`); not of padded texts, nor of several.
         """
         device, count = input_device(self.base), ids.shape[1]
+        unpadded = len(ids) == 1 and cache.visible() is None
+        fits = self.fused and unpadded and nodes is None and not apart and (count == 1 or not last_only)
+        if fits and ids.ndim == 2 and self._short is not None:
+            return self._short(ids, positions, tree_mask, cache)
         ids, positions = ids.to(device), positions.to(device)
         tree_mask = None if tree_mask is None else tree_mask.to(device)
 
@@ -188,7 +192,6 @@ class StreamRunner:
         plain = tree_mask is None and alone and cache.visible() is None
         allowed = None if plain else behind_the_past(own(torch.arange(count)), cache, len(ids))
         plan = Pass(self.implementation, len(ids), count, PositionMask(allowed, positions, keys), last_only=last_only)
-        unpadded = len(ids) == 1 and cache.visible() is None
 
         def paths() -> AloneRows:
             return AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
@@ -207,7 +210,7 @@ class StreamRunner:
             plan.stream = self._stream_mask(behind_the_past(own(chosen), cache, len(ids)), positions[:, chosen], keys)
 
         plan.begin = None if nodes is None else begin
-        logits = self._run(plan, ids, positions, cache)
+        logits = self.run(plan, ids, positions, cache)
         if plan.streams is None or plan.nodes is None:
             return PassOutput(logits, plan.entry)
         streams = plan.streams.unflatten(1, (-1, self.adapter.config.num_streams))
@@ -229,7 +232,7 @@ class StreamRunner:
         if not self._knows_causal():
             allowed = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         plan = Pass(self.implementation, len(ids), ids.shape[1], PositionMask(allowed, positions, positions), last_only=True)
-        return plan, self._run(plan, ids, positions, cache)
+        return plan, self.run(plan, ids, positions, cache)
 
     def observe_anything(self) -> tuple[Pass, torch.Tensor]:
         """A short pass over some text, to see how the base goes about it."""
@@ -240,11 +243,14 @@ class StreamRunner:
         """Whether the base's attention is causal by itself over rows that are all of its keys."""
         return self.implementation in SDPA and not self.own_attention
 
-    def _run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    def run(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """The base's forward under a plan: `[batch, rows asked for, vocab]`."""
         plan.cache = cache
         given = {"input_ids": ids} if ids.ndim == 2 else {"inputs_embeds": ids}
-        return with_plan(plan, lambda: self.model(**given, position_ids=positions, **{CACHE: cache}, use_cache=True).logits)
+        logits: torch.Tensor = with_plan(plan, lambda: self.model(**given, position_ids=positions, **{CACHE: cache}, use_cache=True).logits)
+        if plan.entry.ndim != 3:
+            raise UsageError(f"{type(self.base).__name__} cannot be accelerated: a forward that was put in the place of its own goes past copies of its layers")
+        return logits
 
     def speculate(
         self,
@@ -335,15 +341,3 @@ class StreamRunner:
         plan.final = args[0]
         # dense: over a slice of several texts torch multiplies each with a copy of the weight, if that is frozen
         return (args[0][:, -1:].contiguous(),) if plan.last_only else None
-
-
-def logit_scale(runner: StreamRunner, seen: tuple[Pass, torch.Tensor] | None = None) -> float:
-    """What the base multiplies its LM head's logits with (a soft cap counts as its best straight line); 1 for most.
-
-    seen: what `observe_anything` gave, if it was asked already.
-    """
-    with torch.no_grad():
-        plan, logits = seen or runner.observe_anything()
-        bare = runner.lm_head(plan.final[:, -1:]).float().to(logits.device)
-    found = float((bare * logits.float()).sum() / (bare * bare).sum())
-    return found if abs(found - 1) >= 0.02 else 1.0  # also if there is nothing to scale

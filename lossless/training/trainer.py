@@ -33,7 +33,8 @@ from ..distillation.answers import Answers
 from ..drafting.drafter import Drafter
 from ..errors import UsageError
 from ..storage import append_jsonl, versions, write_json
-from ..streams.runner import StreamRunner, logit_scale
+from ..streams.passes import logit_scale
+from ..streams.runner import StreamRunner
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .features import Features, FeatureStore, affordable, bytes_of
