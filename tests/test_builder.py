@@ -161,9 +161,9 @@ def test_drafts_that_pay_go_on_and_are_tried_again_when_they_may() -> None:
     def steps(count: int, emitted: float) -> None:
         nonlocal spent
         for _ in range(count):
-            rows, levels = (8, 3) if policy.drafting else (1, 0)
+            rows, levels, tokens = (8, 3, emitted) if policy.drafting else (1, 0, 1.0)
             spent += costs.verify_s(rows) + costs.draft_s(levels)
-            policy.note(rows, levels, emitted, spent)
+            policy.note(rows, levels, tokens, spent)
 
     steps(50, 3.0)
     assert policy.drafting

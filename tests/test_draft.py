@@ -11,13 +11,14 @@ from lossless.adapter.weights import Transition
 from lossless.base.drafts import likeliest
 from lossless.base.linears import draft_linear
 from lossless.drafting.ngram import NGramCache
+from lossless.drafting.noise import NoiseBias
 from lossless.drafting.tree import DraftTree
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.kernels import native
 from lossless.streams.cache import RowCache
 
 from .conformance.families import build
-from .conftest import prompt_ids, tiny_config
+from .conftest import VOCAB, prompt_ids, tiny_config
 
 
 def paths(tree: DraftTree) -> set[tuple[int, ...]]:
@@ -59,29 +60,34 @@ def test_memory_goes_on_where_streams_end(fast: AcceleratedModel) -> None:
 
 
 @pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("rows", [1, 5, 13])
-def test_a_level_in_c_is_that_of_the_transition_head(rows: int, scale: float) -> None:
-    transition, head = Transition(48, 32, 4), draft_linear(torch.randn(80, 48), None, torch.float32)
+@pytest.mark.parametrize("nodes", [1, 5, 13])
+def test_a_level_in_c_is_that_of_the_transition_head(nodes: int, scale: float, dtype: torch.dtype) -> None:
+    transition, head, ids = Transition(48, 32, 4), draft_linear(torch.randn(80, 48), None, torch.float32), torch.randperm(99)[:80]
     torch.nn.init.normal_(transition.out)
     transition.cheapen(torch.float32)
-    r, heard = torch.randn(rows, 32), torch.randn(rows, 32)
-    embedding, stream = torch.randn(2, rows, 48)
-    fused = transition.fused(head, scale)
-    assert fused is not None
+    r, table = torch.randn(3, 32), torch.randn(99, 48).to(dtype)
+    heard, streams = torch.randn(2, 4, 32), torch.randn(2, 4, 48)
+    of = torch.stack([torch.randint(most, (nodes,)) for most in (99, 3, 2)])
+    level = transition.fused(head, scale, ids)
+    assert level is not None
     with torch.no_grad():
-        expected = transition.advance(r, embedding, heard)
-        logits = scale * head(transition.adjust(stream, expected))
-    found, drawn = fused(r, embedding, heard, stream)
+        expected = transition.advance(r[of[1]], table[of[0]].float(), heard[of[2], 2])
+        logits = scale * head(transition.adjust(streams[of[2], 2], expected))
+    found, drawn, tokens, scores = level(of, r, table, heard, streams, 2, 8)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (drawn - logits).abs().max() < 0.03 * logits.std()  # a number may be rounded to another byte
+    top = drawn.log_softmax(-1).topk(8)
+    torch.testing.assert_close(scores, top.values)
+    assert torch.equal(tokens.long(), ids[top.indices])
 
 
 def test_a_level_is_in_c_only_where_its_products_are() -> None:
     transition = Transition(48, 24, 4)
-    assert transition.fused(draft_linear(torch.randn(80, 48), None, torch.float32), 1.0) is None  # it learns
+    assert transition.fused(draft_linear(torch.randn(80, 48), None, torch.float32), 1.0, None) is None  # it learns
     transition.cheapen(torch.float32)
-    assert transition.fused(draft_linear(torch.randn(80, 48), None, torch.float32), 1.0) is None  # a rank that vectors do not fit
+    assert transition.fused(draft_linear(torch.randn(80, 48), None, torch.float32), 1.0, None) is None  # a rank that vectors do not fit
 
 
 @pytest.mark.parametrize("vocab", [80, 1001])
@@ -101,13 +107,19 @@ def test_rows_of_what_is_no_number_draft_nothing() -> None:
 
 
 @pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
-def test_trees_are_the_same_with_levels_in_c(tiny: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("sampled", [None, 0, 50], ids=["greedy", "of all", "of the best"])
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_trees_are_the_same_with_levels_in_c(tiny: LlamaForCausalLM, sampled: int | None, at_hand: bool) -> None:
     adapter = new_adapter(tiny, tiny_config(transition_rank=16, draft_vocab_size=80), draft_ids=torch.arange(10, 90))
     fast = accelerate(tiny, adapter.randomize(1))
     streams, roots, ngrams = torch.randn(2, 4, 32), [5, 9], [None, None]
+    bias = None if sampled is None else NoiseBias(torch.rand(2, 4, VOCAB) + 0.1, 1.2, sampled)
     assert fast.drafter._fused is not None
-    found = fast.drafter.trees(streams, roots, 12, ngrams)
+    assert fast.drafter._table is not None
+    if not at_hand:
+        fast.drafter._table = None
+    found = fast.drafter.trees(streams, roots, 12, ngrams, bias)
     fast.drafter._fused = None
-    expected = fast.drafter.trees(streams, roots, 12, ngrams)
+    expected = fast.drafter.trees(streams, roots, 12, ngrams, bias)
     shared = [len(paths(a) & paths(b)) for a, b in zip(found, expected, strict=True)]
     assert min(shared) >= 10  # of 12; a number that is rounded to another byte may exchange two that are about as likely

@@ -152,7 +152,7 @@ def test_captured_levels_are_the_levels(sampled: bool) -> None:
             generator = torch.Generator().manual_seed(seed)
             streams = torch.randn(1, 3, 48, generator=generator)
             bias = NoiseBias(torch.rand(1, 3, 97, generator=generator) + 0.1, 0.7, 0) if sampled else None
-            plain, levels = Levels(drafter, None, streams, bias), captured.begin(streams, bias)
+            plain, levels = Levels(drafter, streams, bias), captured.begin(streams, bias)
             for ahead, (chosen, tokens) in enumerate((([], [5]), ([0, 0, 0], [7, 8, 9]), ([2, 1], [3, 4]))):
                 for expected, found in zip(plain.read(ahead, chosen, tokens), levels.read(ahead, chosen, tokens), strict=True):
                     assert list(expected) == list(found)

@@ -79,6 +79,18 @@ def test_drafts_that_are_right_foresee_the_choice(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(some, NoiseBias(noise, 1.0, 0).perturb(logits, owner, 1, None)[:, ids])
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_of_the_few_that_can_be_chosen_the_best_are_those_of_all(temperature: float) -> None:
+    logits, owner, noise = torch.randn(6, VOCAB) * 2, torch.tensor([0, 0, 1, 1, 2, 2]), torch.empty(3, 2, VOCAB).exponential_(1)
+    bias = NoiseBias(noise, temperature, 5)
+    expected = bias.perturb(logits, owner, 1, None).log_softmax(-1).topk(3)
+    few = logits.topk(bias.cut)
+    tokens, scores = bias.best(few.indices, few.values - 7, owner, 1, 3)
+    assert torch.equal(tokens, expected.indices)
+    torch.testing.assert_close(scores, expected.values)
+    assert NoiseBias(noise, temperature, 0).cut == NoiseBias(noise, temperature, 10_000).cut == 0
+
+
 def test_drafts_that_are_nearly_right_hold_the_choice_more_often() -> None:
     torch.manual_seed(0)
     logits = torch.randn(500, VOCAB) * 2

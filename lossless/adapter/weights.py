@@ -107,9 +107,10 @@ class Transition(nn.Module):
         """From now on with the cheapest products there are for inputs of this dtype; the weights learn no more."""
         self._cheap = {name: draft_linear(getattr(self, name), None, dtype) for name in ("start", "recur", "token", "stream", "out")}
 
-    def fused(self, head: Any, scale: float) -> FusedLevel | None:
-        """`advance`, `adjust` and the head in one, where the cheapest products allow it; scale: of the logits."""
-        return FusedLevel.of([*map(self._cheap.get, ("recur", "token", "out")), head], scale)
+    def fused(self, head: Any, scale: float, ids: torch.Tensor | None) -> FusedLevel | None:
+        """`advance`, `adjust` and the head in one, where the cheapest products allow it; scale: of the logits; ids: the tokens that they
+        are of, None for all."""
+        return FusedLevel.of([*map(self._cheap.get, ("recur", "token", "out")), head], scale, ids)
 
     def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A weight times x."""
@@ -134,7 +135,7 @@ class NoTransition(nn.Module):
     def cheapen(self, dtype: torch.dtype) -> None:
         pass
 
-    def fused(self, head: Any, scale: float) -> FusedLevel | None:
+    def fused(self, head: Any, scale: float, ids: torch.Tensor | None) -> FusedLevel | None:
         return None
 
 

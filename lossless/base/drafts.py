@@ -1,4 +1,4 @@
-"""Levels of a draft tree in two calls of C (drafts.c), where eager ones take some thirty.
+"""Levels of a draft tree in one call of C (drafts.c), where eager ones take some thirty.
 
 Knows: how a recurrent head's weights, and its rows, are handed to C. Does not know: trees, streams, or how weights are trained. Drafts
 may be wrong, so that weights are in 8 bits, and rows are rounded to as many.
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..kernels import native
 from .projections import Weight, multipliable
 
 
 class _Recurrent(ctypes.Structure):
-    _fields_ = [*((name, Weight) for name in ("recur", "token", "out", "head")), ("scale", ctypes.c_double)]
+    _fields_ = [*((name, Weight) for name in ("recur", "token", "out", "head")), ("scale", ctypes.c_double), ("ids", ctypes.c_void_p)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class FusedLevel:
 
     Attributes:
         told: what C is told of the weights; kept: the tensors that it points to.
-        dim, rank, vocab: sizes.
+        dim, rank, vocab: sizes, the last that of the draft vocabulary.
     """
 
     told: _Recurrent
@@ -37,8 +38,8 @@ class FusedLevel:
     vocab: int
 
     @classmethod
-    def of(cls, parts: Sequence[Any], scale: float) -> FusedLevel | None:
-        """The modules that multiply with U, E, V, and the head; None if they do so in another way."""
+    def of(cls, parts: Sequence[Any], scale: float, ids: torch.Tensor | None = None) -> FusedLevel | None:
+        """The modules that multiply with U, E, V, and the head, and the tokens that its logits are of; None if they do so in another way."""
         if not multipliable(parts):
             return None
         recur, token, _, head = parts
@@ -46,21 +47,47 @@ class FusedLevel:
         if any(size % native.LANES for size in (rank, vocab)):
             return None
         kept: list[torch.Tensor] = []
-        return cls(_Recurrent(*(Weight.of(part, kept) for part in parts), scale), kept, dim, rank, vocab)
+        weights = [Weight.of(part, kept) for part in parts]
+        if ids is not None:
+            kept.append(ids.contiguous())
+        return cls(_Recurrent(*weights, scale, None if ids is None else kept[-1].data_ptr()), kept, dim, rank, vocab)
 
     def __call__(
-        self, r: torch.Tensor, embedding: torch.Tensor, heard: torch.Tensor, stream: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[rows, rank]`, `[rows, dim]`, `[rows, rank]`, `[rows, dim]`, all in float32 -> r' `[rows, rank]`, logits `[rows, vocab]`."""
-        r, embedding, heard, stream = (each.contiguous() for each in (r, embedding, heard, stream))
-        rows = len(r)
-        after, logits = torch.empty(rows, self.rank), torch.empty(rows, self.vocab)
-        scratch = torch.empty(rows * (4 * self.dim + 3 * self.rank + 2))
+        self, of: torch.Tensor, r: torch.Tensor, embeddings: torch.Tensor, heard: torch.Tensor, streams: torch.Tensor, ahead: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A level of a tree, or of one for each of several texts.
+
+        Args:
+            of: `[3, nodes]`, each node's place among the embeddings, that of its parent in r, and its text.
+            r: `[parents, rank]`; embeddings: `[any, dim]`, float32 or bfloat16, all others float32.
+            heard: `[texts, levels, rank]`; streams: `[texts, levels, dim]`; ahead: the level, from 0.
+            count: of likely tokens.
+
+        Returns:
+            r' `[nodes, rank]`, logits `[nodes, vocab]`, and of each node the likeliest tokens, best first, and their log probabilities, both
+            `[nodes, count]`.
+        """
+        nodes, levels = of.shape[1], heard.shape[1]
+        after, logits = torch.empty(nodes, self.rank), torch.empty(nodes, self.vocab)
+        tokens, scores = torch.empty(nodes, count, dtype=torch.int32), torch.empty(nodes, count)
+        scratch = torch.empty(nodes * 3 * (self.dim + self.rank + 1))
         native.compiled().lossless_level(
-            ctypes.byref(self.told), r.data_ptr(), embedding.data_ptr(), heard.data_ptr(), stream.data_ptr(), after.data_ptr(),
-            logits.data_ptr(), scratch.data_ptr(), rows, torch.get_num_threads(),
+            ctypes.byref(self.told), of.data_ptr(), r.data_ptr(), embeddings.data_ptr(), embeddings.dtype is torch.bfloat16,
+            heard.data_ptr() + 4 * ahead * self.rank, streams.data_ptr() + 4 * ahead * self.dim, levels, after.data_ptr(), logits.data_ptr(),
+            tokens.data_ptr(), scores.data_ptr(), count, scratch.data_ptr(), nodes, torch.get_num_threads(),
         )  # fmt: skip
-        return after, logits
+        return after, logits, tokens, scores
+
+
+def table_of(embeddings: Any) -> torch.Tensor | None:
+    """`[vocab, dim]` float32 or bfloat16 on the CPU, of embeddings that are looked up and nothing else; None of any other."""
+    heard = embeddings._forward_hooks or embeddings._forward_pre_hooks or "forward" in vars(embeddings)
+    if type(embeddings) is not nn.Embedding or heard or embeddings.max_norm is not None:
+        return None
+    weight = embeddings.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+        return None
+    return weight.detach()
 
 
 def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapter.weights import StreamAdapter
+from ..base.drafts import table_of
 from ..base.linears import Int8Linear, draft_linear
 from ..kernels.pages import own_pages
 from .builder import TreeBuilder
 from .costs import CostCurve
-from .levels import GraphedLevels, Levels
+from .levels import FusedLevels, GraphedLevels, Levels
 from .ngram import NGramCache
 from .noise import NoiseBias
 from .pruning import worth_streams
@@ -49,7 +50,8 @@ class Drafter:
         if self._rows is not None and not learning:  # drafts need no bits
             self._head, self._rows = draft_linear(self._rows, None, self._rows.dtype), None
         self._levels: GraphedLevels | None = None  # on a GPU
-        self._fused = None if self._head is None else adapter.transition.fused(self._head, scale)
+        self._fused = None if self._head is None else adapter.transition.fused(self._head, scale, adapter.draft_ids)
+        self._table = None if self._fused is None else table_of(embeddings)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., draft vocabulary]`, in float32."""
@@ -119,11 +121,13 @@ class Drafter:
 
     def _grow(self, builders: list[TreeBuilder], streams: torch.Tensor, roots: Sequence[int], noise_bias: NoiseBias | None) -> None:
         """Levels of drafts, as many as there are streams or are worth it; one product for all nodes of a level."""
-        levels: Levels | GraphedLevels
+        levels: Levels | FusedLevels | GraphedLevels
         if len(roots) == 1 and streams.is_cuda:
             levels = self._graphed(builders[0]).begin(streams, noise_bias)
+        elif self._fused is not None:
+            levels = FusedLevels(self, self._fused, self._table, streams, noise_bias)
         else:
-            levels = Levels(self, self._fused, streams, noise_bias)
+            levels = Levels(self, streams, noise_bias)
         chosen: list[int] = []
         tokens = list(roots)
         for j in range(self.adapter.config.num_streams):
@@ -146,9 +150,9 @@ class Drafter:
             self._levels = GraphedLevels(self, builder.widest)
         return self._levels
 
-    def top_k(self, logits: torch.Tensor) -> int:
-        """How many tokens are looked at behind each node, given `[rows, draft vocabulary]`."""
-        return min(self.adapter.config.drafting.tree_top_k, logits.shape[1])
+    def top_k(self, vocab: int) -> int:
+        """How many tokens are looked at behind each node, of a draft vocabulary of so many."""
+        return min(self.adapter.config.drafting.tree_top_k, vocab)
 
 
 def _gathered(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

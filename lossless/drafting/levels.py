@@ -1,7 +1,7 @@
 """Levels of a draft tree, read off the streams one after the other.
 
-Knows: what the transition head carries from level to level, and how a level becomes likely tokens; on a GPU as a captured graph for each
-level of a tree under one text. Does not know: trees, or which of its nodes go on.
+Knows: what the transition head carries from level to level, and how a level becomes likely tokens; where there are kernels in one call of C, on
+a GPU as a captured graph for each level of a tree under one text. Does not know: trees, or which of its nodes go on.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ class Levels:
     """The levels of one draft.
 
     Args:
-        drafter: whose transition head, embeddings and draft vocabulary they are; fused: the head's short way, or None.
+        drafter: whose transition head, embeddings and draft vocabulary they are.
         streams: `[texts, num_streams, dim]`.
         noise_bias: of these texts, None if decoding is greedy.
     """
 
-    def __init__(self, drafter: Any, fused: FusedLevel | None, streams: torch.Tensor, noise_bias: NoiseBias | None) -> None:
-        self.drafter, self.fused, self.noise_bias = drafter, fused, noise_bias
-        self.streams = streams if fused is None else streams.float()
+    def __init__(self, drafter: Any, streams: torch.Tensor, noise_bias: NoiseBias | None) -> None:
+        self.drafter, self.streams, self.noise_bias = drafter, streams, noise_bias
         transition = drafter.adapter.transition
-        self.r, self.heard = transition.begin(self.streams[:, 0]), transition.hear(self.streams)  # [frontier, rank], [texts, gamma, rank]
+        self.r, self.heard = transition.begin(streams[:, 0]), transition.hear(streams)  # [frontier, rank], [texts, gamma, rank]
         self.owner = torch.arange(len(streams), device=streams.device)  # whose each row of the frontier is
 
     def read(self, ahead: int, chosen: Sequence[int], tokens: Sequence[int]) -> Likely:
@@ -46,20 +45,49 @@ class Levels:
         if ahead:
             self.r, self.owner = self.r[list(chosen)], self.owner[list(chosen)]
         told = drafter.embed(torch.tensor(tokens, device=device)).to(self.streams.dtype)
-        heard, streams = self.heard[self.owner, ahead], self.streams[self.owner, ahead]
-        if self.fused is not None:
-            self.r, logits = self.fused(self.r, told, heard, streams)
-        else:
-            self.r = transition.advance(self.r, told, heard)
-            logits = drafter.logits(transition.adjust(streams, self.r))  # [frontier, draft vocabulary]
+        self.r = transition.advance(self.r, told, self.heard[self.owner, ahead])
+        logits = drafter.logits(transition.adjust(self.streams[self.owner, ahead], self.r))  # [frontier, draft vocabulary]
         if self.noise_bias is not None:
             logits = self.noise_bias.perturb(logits, self.owner, ahead, drafter.adapter.draft_ids)
-        return as_likely(drafter, *likeliest(logits, drafter.top_k(logits)))
+        numbers, scores = likeliest(logits, drafter.top_k(logits.shape[1]))
+        return as_likely(drafter.token_ids(numbers), scores)
 
 
-def as_likely(drafter: Any, numbers: torch.Tensor, scores: torch.Tensor) -> Likely:
-    """Of numbers in the draft vocabulary, `[frontier, count]`, and their log probabilities."""
-    return [dict(zip(*row, strict=True)) for row in zip(drafter.token_ids(numbers).tolist(), scores.tolist(), strict=True)]
+class FusedLevels:
+    """The same, each in one call of C.
+
+    Args:
+        level: that call; table: the embeddings of all tokens, None: they are asked for.
+    """
+
+    def __init__(self, drafter: Any, level: FusedLevel, table: torch.Tensor | None, streams: torch.Tensor, noise_bias: NoiseBias | None) -> None:
+        self.drafter, self.level, self.table, self.noise_bias = drafter, level, table, noise_bias
+        transition, self.streams = drafter.adapter.transition, streams.float().contiguous()
+        self.r, self.heard = transition.begin(self.streams[:, 0]), transition.hear(self.streams)
+        self.owner: Sequence[int] = range(len(streams))
+
+    def read(self, ahead: int, chosen: Sequence[int], tokens: Sequence[int]) -> Likely:
+        """As `Levels.read`."""
+        drafter, bias, places, table = self.drafter, self.noise_bias, tokens, self.table
+        if ahead:
+            self.owner = [self.owner[row] for row in chosen]
+        if table is None:
+            table, places = drafter.embed(torch.tensor(tokens)).float(), range(len(tokens))
+        count = drafter.top_k(self.level.vocab)
+        looked_at = count if bias is None else min(bias.cut, self.level.vocab)
+        of = torch.tensor([list(places), list(chosen if ahead else range(len(tokens))), list(self.owner)])
+        self.r, logits, likely, scores = self.level(of, self.r, table, self.heard, self.streams, ahead, looked_at)
+        if bias is None:
+            return as_likely(likely, scores)
+        if looked_at:
+            return as_likely(*bias.best(likely, scores, of[2], ahead, count))
+        numbers, scores = likeliest(bias.perturb(logits, of[2], ahead, drafter.adapter.draft_ids), count)
+        return as_likely(drafter.token_ids(numbers), scores)
+
+
+def as_likely(tokens: torch.Tensor, scores: torch.Tensor) -> Likely:
+    """Of token ids and their log probabilities, both `[frontier, count]`."""
+    return [dict(zip(*row, strict=True)) for row in zip(tokens.tolist(), scores.tolist(), strict=True)]
 
 
 class GraphedLevels:
@@ -116,5 +144,5 @@ class GraphedLevels:
 
     def _best(self, logits: torch.Tensor) -> torch.Tensor:
         """`[rows, 2 * count]`, in one tensor, so that they come in one copy: token ids are whole in float64."""
-        numbers, scores = likeliest(logits, self.drafter.top_k(logits))
+        numbers, scores = likeliest(logits, self.drafter.top_k(logits.shape[1]))
         return torch.cat([self.drafter.token_ids(numbers).double(), scores.double()], dim=1)

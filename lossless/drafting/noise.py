@@ -19,6 +19,7 @@ import torch
 
 PEEKABLE = ("cpu", "cuda")  # devices whose generators are known to be put back as they were
 _TRUST = 0.9  # a
+_FEW = 128  # tokens: of more the whole vocabulary is perturbed
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,24 @@ class NoiseBias:
         noise = self.noise[:, ahead] if ids is None else self.noise[:, ahead, ids.to(self.noise.device)]
         if 0 < self.top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
-        luck = -noise.clamp_min(1e-30).log().to(logits.device)[texts]
+        return self._perturbed(logits, noise.to(logits.device)[texts])
+
+    @property
+    def cut(self) -> int:
+        """How many of the likeliest tokens can be chosen at all, if those are few; else 0."""
+        return self.top_k if self.top_k <= _FEW else 0
+
+    def best(self, tokens: torch.Tensor, scores: torch.Tensor, texts: torch.Tensor, ahead: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the few tokens that can be chosen: of them the `count` that are the likeliest now, best first, and their log
+        probabilities, `[rows, count]`.
+
+        tokens, scores: `[rows, few]`, the likeliest tokens and their logits, less a number for each row.
+        """
+        top = self._perturbed(scores, self.noise[texts[:, None], ahead, tokens.long()]).log_softmax(-1).topk(min(count, scores.shape[1]))
+        return tokens.gather(1, top.indices), top.values
+
+    def _perturbed(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        luck = -noise.clamp_min(1e-30).log()
         # divided by a low temperature, drafted logits would be surer of themselves than they have reason to be
         return (logits + _TRUST * self.temperature * luck) / max(1.0, self.temperature)
 

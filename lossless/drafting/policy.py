@@ -31,6 +31,7 @@ class DraftPolicy:
     def __init__(self, curve: CostCurve | None) -> None:
         self.curve, self._near = curve, curve
         self._emitted = self._expected = 0.0  # running sums over steps with drafts: tokens, and their time by the curve
+        self._plain_emitted = self._plain_expected = 0.0  # the same of steps without, in which n-grams may draft all the same
         self._slower: deque[float] = deque(maxlen=_LAST)  # how many times as long as by the curve the last steps with drafts took
         self._plain_slower: deque[float] = deque(maxlen=_LAST)  # the same of plain steps
         self._spent = 0.0
@@ -60,8 +61,11 @@ class DraftPolicy:
         if self.curve is None:
             return
         took, self._spent = spent_s - self._spent, spent_s
-        if not self.drafting:
-            self._plain_slower.append(took / self.curve.verify_s(1))
+        if not self.drafting:  # rows of such a step are those that the text recalls
+            expected = self.curve.verify_s(rows)
+            self._plain_slower.append(took / expected)
+            self._plain_emitted = (1 - _WEIGHT) * self._plain_emitted + max(1.0, emitted)  # a choice too close to call comes behind it
+            self._plain_expected = (1 - _WEIGHT) * self._plain_expected + expected
             self._left -= 1
             return
         expected = self.curve.verify_s(rows) + self.curve.draft_s(levels)
@@ -78,7 +82,8 @@ class DraftPolicy:
             self._pause = max(_FIRST_PAUSE, self._pause // 2)
 
     def _plain_s(self, curve: CostCurve) -> float:
-        """What a plain step takes: the curve, corrected by plain steps that were seen. Before any were, it is taken to hold, or to be
-        too high by as much as it was for steps with drafts."""
-        slower = min(self._plain_slower) if self._plain_slower else min(1.0, min(self._slower))
-        return slower * min(curve.verify_s(1), curve.plain_s)
+        """What a token takes without drafts: the curve, corrected by plain steps that were seen, and by what they recalled. Before any
+        were, it is taken to hold, or to be too high by as much as it was for steps with drafts."""
+        if not self._plain_slower:
+            return min(1.0, min(self._slower)) * min(curve.verify_s(1), curve.plain_s)
+        return min(self._plain_slower) * min(self._plain_expected / self._plain_emitted, curve.plain_s)

@@ -7,6 +7,7 @@ texts of a batch may run ahead of each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import copy
 from typing import Any
@@ -126,8 +127,9 @@ class Sequence:
 
         logits: `[vocab]`; scores, ranking: `[1, vocab]`, as processed, and as perturbed by the noise, `[vocab]`.
         """
-        best = (ranking if noise is None else ranking.log()).topk(2).values[0]
-        if best[0] - best[1] < self.guard:
+        best = ranking[0, token]
+        least = best - self.guard if noise is None else best * math.exp(-self.guard)
+        if int(torch.count_nonzero(ranking >= least)) > 1:
             return True
         cut = scores[0] == -torch.inf
         if noise is None or not cut.any():

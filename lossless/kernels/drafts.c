@@ -3,41 +3,6 @@
 
 #include "projections.h"
 
-struct recurrent {
-    struct weight recur, token, out, head;
-    double scale; /* of the logits */
-};
-
-/* next = silu(recur r + token N(embedding) + heard), logits = scale * head(stream + out next), N the RMS norm without a weight.
-
-   r, heard, next [rows, rank]; embedding, stream [rows, dim]; logits [rows, vocab]. scratch: [rows, 4 * dim + 3 * rank + 2]. */
-void lossless_level(const struct recurrent *by, const float *r, const float *embedding, const float *heard, const float *stream, float *next,
-                    float *logits, float *scratch, ptrdiff_t rows, int threads) {
-    ptrdiff_t dim = by->token.ins, rank = by->recur.ins;
-    float *normal = scratch, *told = normal + rows * dim, *read = told + rows * rank, *first = read + rows * dim, *second = first + rows * (rank + 1);
-    for (ptrdiff_t n = 0; n < rows; n++) normalize(NULL, 1e-6f, embedding + n * dim, dim, normal + n * dim);
-    struct rows path = ready(0, &by->recur, r, rows, first), token = ready(0, &by->token, normal, rows, second);
-#pragma omp parallel num_threads(threads)
-    {
-        project(&by->recur, &path, rows, 0, next);
-        project(&by->token, &token, rows, 0, told);
-#pragma omp barrier
-#pragma omp single
-        {
-            for (ptrdiff_t i = 0; i < rows * rank; i += LANES) store(next + i, silu(load(next + i) + load(told + i) + load(heard + i)));
-            path = ready(0, &by->out, next, rows, first);
-        }
-        project(&by->out, &path, rows, 0, read);
-#pragma omp barrier
-#pragma omp single
-        {
-            for (ptrdiff_t i = 0; i < rows * dim; i++) read[i] = (read[i] + stream[i]) * (float)by->scale;
-            token = ready(0, &by->head, read, rows, second);
-        }
-        project(&by->head, &token, rows, 0, logits);
-    }
-}
-
 /* The `count` largest of each row of logits [rows, vocab], largest first, and their logarithmic probabilities -> numbers, scores
    [rows, count]; vocab a multiple of LANES. What is not a number is never among them: then numbers are 0 and scores -INFINITY. */
 void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, ptrdiff_t count, int32_t *numbers, float *scores, int threads) {
@@ -64,6 +29,58 @@ void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, pt
         float sum = logf(sums(total, none, none, none)[0]), most = score[0];
         for (ptrdiff_t k = 0; k < count; k++) score[k] -= most + sum;
     }
+}
+
+struct recurrent {
+    struct weight recur, token, out, head;
+    double scale;       /* of the logits */
+    const int64_t *ids; /* [vocab]: the tokens that logits are of; NULL: their own numbers */
+};
+
+/* next = silu(recur r + token N(embedding) + heard), logits = scale * head(stream + out next), N the RMS norm without a weight.
+
+   of [3, rows]: of each node its place among the embeddings, that of its parent in r, and its text. r [parents, rank], next [rows, rank];
+   embeddings [any, dim], bfloat16 if `halves`; heard and streams: rank and dim numbers of a level, levels of texts `apart` from each other;
+   logits [rows, vocab]; tokens, scores [rows, count]: the likeliest, if count is above 0.
+   scratch: [rows, 3 * dim + 3 * rank + 2]. */
+void lossless_level(const struct recurrent *by, const int64_t *of, const float *r, const void *embeddings, int halves, const float *heard,
+                    const float *streams, ptrdiff_t apart, float *next, float *logits, int32_t *tokens, float *scores, ptrdiff_t count,
+                    float *scratch, ptrdiff_t rows, int threads) {
+    ptrdiff_t dim = by->token.ins, rank = by->recur.ins, vocab = by->head.outs;
+    const int64_t *parents = of + rows, *texts = parents + rows;
+    float *before = scratch, *normal = before + rows * rank, *told = normal + rows * dim, *read = told + rows * rank;
+    float *first = read + rows * dim, *second = first + rows * (rank + 1);
+    for (ptrdiff_t n = 0; n < rows; n++) {
+        memcpy(before + n * rank, r + parents[n] * rank, rank * sizeof *r);
+        widen(halves, (const char *)embeddings + of[n] * dim * (halves ? 2 : 4), dim, read);
+        normalize(NULL, 1e-6f, read, dim, normal + n * dim);
+    }
+    struct rows path = ready(0, &by->recur, before, rows, first), token = ready(0, &by->token, normal, rows, second);
+#pragma omp parallel num_threads(threads)
+    {
+        project(&by->recur, &path, rows, 0, next);
+        project(&by->token, &token, rows, 0, told);
+#pragma omp barrier
+#pragma omp single
+        {
+            for (ptrdiff_t n = 0; n < rows; n++)
+                for (ptrdiff_t i = 0, j = n * rank; i < rank; i += LANES, j += LANES)
+                    store(next + j, silu(load(next + j) + load(told + j) + load(heard + texts[n] * apart * rank + i)));
+            path = ready(0, &by->out, next, rows, first);
+        }
+        project(&by->out, &path, rows, 0, read);
+#pragma omp barrier
+#pragma omp single
+        {
+            for (ptrdiff_t n = 0; n < rows; n++)
+                for (ptrdiff_t i = 0, j = n * dim; i < dim; i++, j++) read[j] = (read[j] + streams[texts[n] * apart * dim + i]) * (float)by->scale;
+            token = ready(0, &by->head, read, rows, second);
+        }
+        project(&by->head, &token, rows, 0, logits);
+    }
+    if (!count) return;
+    lossless_likeliest(logits, rows, vocab, count, tokens, scores, threads);
+    for (ptrdiff_t k = 0; k < rows * count; k++) tokens[k] = by->ids ? (int32_t)by->ids[tokens[k]] : tokens[k];
 }
 
 /* weights [outs, ins] -> EIGHT_BITS: numbers [panels, ins / 4, PANEL, 4], 0 before, and scales [panels, 2, PANEL]. */

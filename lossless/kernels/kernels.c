@@ -135,3 +135,15 @@ void lossless_attend(int kind, const void *query, const void *keys, const void *
             for (ptrdiff_t i = 0; i < numbers; i += LANES) store_bfloat16((uint16_t *)out + i, load(found + i));
     }
 }
+
+/* Of `count` stores [heads, capacity, bytes of a row] the rows at these places behind `past` others move up to their end, in this order: places
+   rise, so that none is overwritten before it has moved. */
+void lossless_move(char *const *stores, ptrdiff_t count, ptrdiff_t heads, ptrdiff_t capacity, ptrdiff_t bytes, ptrdiff_t past, const int64_t *places,
+                   ptrdiff_t moving) {
+    for (ptrdiff_t i = 0; i < count; i++)
+        for (ptrdiff_t head = 0; head < heads; head++) {
+            char *own = stores[i] + (head * capacity + past) * bytes;
+            for (ptrdiff_t n = 0; n < moving; n++)
+                if (places[n] != n) memcpy(own + n * bytes, own + places[n] * bytes, bytes);
+        }
+}

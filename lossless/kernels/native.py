@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -97,15 +98,16 @@ def _declared(library: Any) -> Any:
     library.lossless_before.argtypes = [*[pointer] * 8, size, number]
     library.lossless_behind.argtypes = [*[pointer] * 8, size, size, pointer, pointer, size, size, number]
     library.lossless_layers.argtypes = [*[pointer] * 2, size, *[pointer] * 5, size, size, pointer, pointer, size, size, number]
-    library.lossless_level.argtypes = [*[pointer] * 8, size, number]
+    library.lossless_level.argtypes = [*[pointer] * 4, number, pointer, pointer, size, *[pointer] * 4, size, pointer, size, number]
     library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
+    library.lossless_move.argtypes = [pointer, size, size, size, size, size, pointer, size]
     if library.lossless_pairs():
         library.lossless_attend_exactly.argtypes = library.lossless_attend.argtypes
         library.lossless_layers_exactly.argtypes = library.lossless_layers.argtypes
         library.lossless_norm_exactly.argtypes = [pointer, pointer, pointer, size, size]
         for name in ("attend", "layers", "norm"):
             getattr(library, f"lossless_{name}_exactly").restype = None
-    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest", "lay_bytes"):
+    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest", "lay_bytes", "move"):
         getattr(library, f"lossless_{name}").restype = None
     return library
 
@@ -176,6 +178,21 @@ def norm(rows: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) ->
         _KINDS[rows.dtype], rows.data_ptr(), weight.data_ptr(), offset, eps, out.data_ptr(), rows.numel() // dim, dim
     )
     return out
+
+
+def move(kept: Sequence[tuple[torch.Tensor, torch.Tensor]], past: int, sources: Sequence[int]) -> bool:
+    """Of keys and values `[1, kv_heads, capacity, dim]` of all layers the rows at these rising places behind `past` certain ones move up to their
+    end, in this order; False, and nothing is done, if they are not alike, or not here."""
+    stores = [each for pair in kept for each in pair]
+    like = stores[0]
+    alike = all(each.shape == like.shape and each.dtype is like.dtype and each.device.type == "cpu" and each.is_contiguous() for each in stores)
+    rising = all(place < after for place, after in itertools.pairwise(sources))
+    if not alike or not rising or not available():
+        return False
+    addresses, places = (ctypes.c_void_p * len(stores))(*(each.data_ptr() for each in stores)), (ctypes.c_int64 * len(sources))(*sources)
+    _, heads, capacity, dim = like.shape
+    compiled().lossless_move(addresses, len(stores), heads, capacity, dim * like.element_size(), past, places, len(sources))
+    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..kernels import gpu
+from ..kernels import gpu, native
 
 _BLOCK = 256  # rows by which the storage grows
 
@@ -167,6 +167,8 @@ class RowCache(Cache):
         kept = [(layer.keys, layer.values) for layer in self.rows if layer.is_initialized]  # not of layers that the base passes over
         if gpu.movable(kept[0][0]) and len({(each.shape, each.device) for pair in kept for each in pair}) == 1:
             gpu.move(kept, ends[0], paths[0])
+            return
+        if len(paths) == 1 and native.move(kept, ends[0], paths[0]):
             return
         # shorter paths repeat their last row: the same column written twice with the same value
         steps = [[min(i, len(path) - 1) for i in range(max(map(len, paths)))] for path in paths]

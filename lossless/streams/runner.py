@@ -275,13 +275,13 @@ class StreamRunner:
         if not self._calls:  # no main rows have passed yet
             with torch.no_grad():
                 self.observe_anything()
-        keys = cache.places().to(entry.device).expand(len(entry), -1)
-        context = context.to(entry.device)
-        mask = self._stream_mask(context, positions.to(entry.device), keys)
-        plan = Pass(self.implementation, len(entry), 0, stream=mask, cache=cache)
+        plan = Pass(self.implementation, len(entry), 0, cache=cache)
         if self.fused_streams and entry.shape[:2] == (1, 1) and cache.visible() is None and context.all():
-            plan.paths = self._stream_paths
-
+            places = (positions + torch.arange(1, self.adapter.config.num_streams + 1)).clamp_max(self.places - 1)
+            plan.paths, plan.stream = self._stream_paths, PositionMask(None, places, places)
+        else:
+            keys = cache.places().to(entry.device).expand(len(entry), -1)
+            plan.stream = self._stream_mask(context.to(entry.device), positions.to(entry.device), keys)
         return with_plan(plan, lambda: self._through_streams(plan, entry, told))
 
     def _through_streams(self, plan: Pass, entry: torch.Tensor, told: torch.Tensor | None) -> torch.Tensor:
