@@ -46,8 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _kept_for_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What steps of tiny models cost, and how exact they are, is kept for this session only."""
-    folder = tmp_path_factory.mktemp("kept")
+    """What steps of tiny models cost, and how exact they are, is kept for this session only, for all of its workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kept"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         for module in (measure, verdict):
             patch.setattr(module, "cache_dir", lambda: folder)

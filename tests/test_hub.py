@@ -5,10 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +16,7 @@ import pytest
 from lossless.adapter.compat import new_adapter
 from lossless.base.loading import load_base
 
+from .commands import run_all
 from .conftest import tiny_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -108,41 +105,34 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Any, tiny_folder: Path, 
     (folder / "checkpoint-000001" / "progress.json").write_bytes(b"not for the hub")
     (folder / "checkpoint-000001" / "optimizer.bin").write_bytes(b"not for the hub")
 
-    def run(*arguments: str, token: str = "right", address: str = hub.address) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {
-            "HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
-        return subprocess.run(
-            [sys.executable, "-m", "lossless", *arguments], env=environment, capture_output=True, text=True, timeout=240
-        )
-
-    refused = run("push", "--adapter", str(folder), "--repo", "owner/streams", token="wrong")
+    environment = {
+        "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    push = ("push", "--adapter", str(folder), "--repo", "owner/streams")
+    ask = ("compare", "--model", str(tiny_folder), "--dtype", "float32", "--prompt", "w1 w2", "--max-new-tokens", "8", "--adapter")
+    right = {"HF_TOKEN": "right"}
+    refused, pushed, found, branch, missing, nothing = run_all(
+        [
+            (push, {"HF_TOKEN": "wrong"}), (push, right), ((*ask, "owner/streams"), right), ((*ask, "owner/streams@other"), right),
+            ((*ask, "owner/none"), right), (("push", "--adapter", str(tmp_path), "--repo", "owner/streams"), right),
+        ],
+        environment,
+    )  # fmt: skip
     assert refused.returncode == 2
     assert "the hub did not take" in refused.stderr
-    pushed = run("push", "--adapter", str(folder), "--repo", "owner/streams")
     assert pushed.returncode == 0, pushed.stderr
     assert f"{hub.address}/owner/streams" in pushed.stdout
     assert sorted(hub.files) == ["README.md", "adapter.safetensors", "adapter_config.json"]
     for name, content in hub.files.items():
         assert content == (folder / name).read_bytes()
 
-    ask = ("compare", "--model", str(tiny_folder), "--dtype", "float32", "--prompt", "w1 w2", "--max-new-tokens", "8")
-    found = run(*ask, "--adapter", "owner/streams")
     assert found.returncode == 0, found.stderr
     assert "identical: all 8 tokens" in found.stdout
-    assert any("/resolve/" in line and "adapter.safetensors" in line for line in hub.asked)
-    branch = run(*ask, "--adapter", "owner/streams@other")
+    assert any("/resolve/" in line and "/other/" not in line and "adapter.safetensors" in line for line in hub.asked)
     assert branch.returncode == 0, branch.stderr
     assert any("/resolve/other/" in line for line in hub.asked)
-    with socket.socket() as closed:  # bound, and nobody listens
-        closed.bind(("127.0.0.1", 0))
-        cut = run("push", "--adapter", str(folder), "--repo", "owner/streams", address=f"http://127.0.0.1:{closed.getsockname()[1]}")
-    assert cut.returncode == 2, cut.stderr
-    assert "the hub did not take" in cut.stderr
-    missing = run(*ask, "--adapter", "owner/none")
     assert missing.returncode == 2
     assert "no adapter folder" in missing.stderr
-    nothing = run("push", "--adapter", str(tmp_path), "--repo", "owner/streams")
     assert nothing.returncode == 2
     assert "no adapter in" in nothing.stderr

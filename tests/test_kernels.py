@@ -38,8 +38,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture
 def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Kernels as in a new process, with an empty cache."""
+    """Kernels as in a new process, with an empty cache; compiled in half the time."""
     monkeypatch.setattr(native, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(native, "_FLAGS", ("-O1", *native._FLAGS[1:]))
     forget()
     yield tmp_path / "kernels"
     forget()

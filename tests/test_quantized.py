@@ -21,7 +21,7 @@ from .conftest import build_tiny
 def wide(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose projections are as wide as 4-bit kernels ask, and 12 prompts for it."""
     folder = tmp_path_factory.mktemp("wide")
-    build_tiny(seed=5, hidden=64, inner=128).save_pretrained(folder)
+    build_tiny(seed=5, hidden=64, inner=128, layers=3).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     prompts = "".join(json.dumps({"prompt": f"w{i} w{i + 1} w{2 * i}"}) + "\n" for i in range(12))
     (folder / "prompts.jsonl").write_text(prompts)
@@ -53,7 +53,7 @@ def test_every_command_on_a_quantized_base(wide: Path, tmp_path: Path, load_in: 
 
 def test_gradients_flow_through_4_bit_projections(wide: Path) -> None:
     base = load_base(str(wide), "float32", "4bit")
-    projection = base.model.model.layers[3].mlp.up_proj
+    projection = base.model.model.layers[2].mlp.up_proj
     weight = dequantize_4bit(projection.weight.data, projection.weight.quant_state)  # [128, 64]
     rows, upstream = torch.randn(5, 64), torch.randn(5, 128)
     with differentiable(base.model):
