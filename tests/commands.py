@@ -43,4 +43,5 @@ def run_all(
         text=True, timeout=240, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
+    assert "Traceback" not in child.stderr
     return [Done(*each) for each in json.loads(child.stdout.splitlines()[-1])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub; read when huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests begin, too: a second thread would wait for the other worker's core
 
 from collections.abc import Iterator
 from pathlib import Path

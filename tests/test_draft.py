@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from lossless.adapter.compat import new_adapter
 from lossless.adapter.weights import Transition
-from lossless.base.drafts import likeliest
+from lossless.base.drafts import likeliest, table_of
 from lossless.base.linears import draft_linear
 from lossless.drafting.ngram import NGramCache
 from lossless.drafting.noise import NoiseBias
@@ -88,6 +88,17 @@ def test_a_level_is_in_c_only_where_its_products_are() -> None:
     assert transition.fused(draft_linear(torch.randn(80, 48), None, torch.float32), 1.0, None) is None  # it learns
     transition.cheapen(torch.float32)
     assert transition.fused(draft_linear(torch.randn(80, 48), None, torch.float32), 1.0, None) is None  # a rank that vectors do not fit
+
+
+def test_embeddings_are_looked_up_in_c_only_if_that_is_all_they_do() -> None:
+    assert table_of(torch.nn.Embedding(9, 16)) is not None
+    assert table_of(torch.nn.Embedding(9, 16).bfloat16()) is not None
+    assert table_of(torch.nn.Embedding(9, 16).half()) is None
+    assert table_of(torch.nn.Embedding(9, 16, max_norm=1.0)) is None
+    assert table_of(type("Scaled", (torch.nn.Embedding,), {})(9, 16)) is None
+    heard = torch.nn.Embedding(9, 16)
+    heard.register_forward_hook(lambda *_: None)
+    assert table_of(heard) is None
 
 
 @pytest.mark.parametrize("vocab", [80, 1001])

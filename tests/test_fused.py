@@ -32,6 +32,7 @@ from lossless.base.fused import FusedLayer, FusedLayers, PlainForward, unfuse_pl
 from lossless.base.layers import CACHE
 from lossless.base.loading import freeze
 from lossless.base.packed import packed_twin
+from lossless.drafting.levels import FusedLevels
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
 from lossless.generation.model import accelerate
@@ -39,6 +40,7 @@ from lossless.kernels import native
 from lossless.streams import fusing
 from lossless.streams.cache import RowCache
 from lossless.streams.runner import StreamRunner
+from lossless.streams.short import ShortPass
 
 from .conftest import prompt_ids, tiny_config
 from .test_lossless import both
@@ -235,18 +237,25 @@ def test_a_base_whose_parts_are_heard_is_answered_with_what_its_hooks_say(where:
     assert torch.equal(expected, found)
 
 
-def _heard(model: Any, where: str) -> None:
-    """Somebody listens to a layer, the decoder or the model, and has it say something else."""
+def _turned(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """The same, `[batch, rows, dim]`, the other way round in rows that stand far enough behind."""
+    if positions is None:  # in a trial that counts them from 0
+        return hidden
+    return torch.where(positions[:, -hidden.shape[1] :, None] >= 20, hidden.flip(-1), hidden)
 
-    def otherwise(module: nn.Module, args: Any, output: Any) -> Any:
+
+def _heard(model: Any, where: str) -> None:
+    """Somebody listens to a layer, the decoder or the model, and has it say something else once a text is long."""
+
+    def otherwise(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if isinstance(output, torch.Tensor):
-            return output.flip(-1)
+            return _turned(output, kwargs["position_ids"])
         name = "logits" if "logits" in output else "last_hidden_state"
-        output[name] = output[name].flip(-1)
+        output[name] = _turned(output[name], kwargs["position_ids"])
         return output
 
     part = model if where == "" else model.get_submodule(where)
-    part.register_forward_hook(otherwise)
+    part.register_forward_hook(otherwise, with_kwargs=True)
 
 
 @pytest.mark.parametrize("pack", [False, True], ids=["twin", "packed"])
@@ -256,7 +265,7 @@ def test_what_hooks_of_a_model_or_a_layer_say_is_heard_in_every_pass(where: str,
     if pack:
         lossless.pack(model)
     _heard(model, where)
-    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False, exact=None if pack else "off")
     assert fast.runner.fused == fused
     assert not fused or fast.runner._short is None
     expected, found = both(fast, prompt_ids(9), max_new_tokens=40)
@@ -267,8 +276,8 @@ def test_what_hooks_of_a_model_or_a_layer_say_is_heard_in_every_pass(where: str,
 def test_passes_by_the_parts_of_a_model_are_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = made(*SERVED[family]), []
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False)
-    real = fusing.ShortPass.read
-    monkeypatch.setattr(fusing.ShortPass, "read", lambda self, plan, *rest: calls.append(plan.main_rows) or real(self, plan, *rest))
+    real = ShortPass.read
+    monkeypatch.setattr(ShortPass, "read", lambda self, plan, *rest: calls.append(plan.main_rows) or real(self, plan, *rest))
     expected, found = both(fast, prompt_ids(9), max_new_tokens=40)
     assert torch.equal(expected, found)
     assert max(calls) > 1
@@ -276,22 +285,54 @@ def test_passes_by_the_parts_of_a_model_are_its_own(family: str, monkeypatch: py
 
 
 def test_a_model_that_does_more_than_its_parts_is_called_itself() -> None:
-    config = copy.deepcopy(SERVED["llama"][1])
-    model = made(LlamaForCausalLM, config)
-    body = type(model.model)
-
-    class Louder(body):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
-            output.last_hidden_state = output.last_hidden_state * 1.5
-            return output
-
-    model.model.__class__ = Louder
+    louder = GraniteConfig(**SIZES, initializer_range=0.2, embedding_multiplier=3.0, residual_multiplier=1.0, attention_multiplier=32**-0.5)
+    model = made(GraniteForCausalLM, louder)
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False)
     assert fast.runner.fused
     assert fast.runner._short is None
     expected, found = both(fast, prompt_ids(9), max_new_tokens=40)
     assert torch.equal(expected, found)
+
+
+def test_a_decoder_of_somebody_s_own_is_called_itself() -> None:
+    model = made(*SERVED["llama"])
+    body: Any = type(model.model)
+
+    class Later(body):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.last_hidden_state = _turned(output.last_hidden_state, kwargs["position_ids"])
+            return output
+
+    model.model.__class__ = Later
+    fast = accelerate(lossless.pack(model), new_adapter(model, tiny_config()).randomize(2), adaptive=False)
+    assert fast.runner.fused
+    assert fast.runner._short is None
+    expected, found = both(fast, prompt_ids(9), max_new_tokens=40)
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.filterwarnings("ignore:not accelerated")
+@pytest.mark.parametrize("pack", [False, True], ids=["twin", "packed"])
+def test_embeddings_in_another_dtype_than_the_layers_are_not_read_as_theirs(pack: bool) -> None:
+    config = copy.deepcopy(SERVED["llama"][1])
+    config.tie_word_embeddings = False
+    model = made(LlamaForCausalLM, config)
+    model.model.embed_tokens.to(torch.bfloat16)
+    if pack:
+        lossless.pack(model)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), adaptive=False, exact="off")
+    assert not fast.runner.fused or fast.runner._short is None
+    assert fast.generate(prompt_ids(9), max_new_tokens=20, do_sample=False).shape == (1, 29)
+
+
+def test_scores_that_are_scaled_by_where_a_row_stands_are_left_to_the_layer() -> None:
+    twin = packed_twin(made(*SERVED["llama"]))
+    assert FusedLayer.of(twin.model.layers[0]) is not None
+    attention = twin.model.layers[0].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config.rope_parameters = {**attention.config.rope_parameters, "llama_4_scaling_beta": 0.1}
+    assert FusedLayer.of(twin.model.layers[0]) is None
 
 
 def test_a_forward_that_goes_past_copies_is_refused_in_one_sentence() -> None:
@@ -300,6 +341,32 @@ def test_a_forward_that_goes_past_copies_is_refused_in_one_sentence() -> None:
     model.model.forward = lambda *args, **kwargs: own(*args, **kwargs)  # of this very model, whoever calls it
     with pytest.raises(UsageError, match="a forward that was put in the place of its own goes past copies of its layers"):
         accelerate(model, new_adapter(model, tiny_config()))
+
+
+def test_more_threads_give_the_same_bits() -> None:
+    model = made(*SERVED["qwen3"])
+    fast = accelerate(model, new_adapter(model, tiny_config(transition_rank=32, draft_vocab_size=80), draft_ids=torch.arange(10, 90)).randomize(2))
+    assert fast.runner.fused
+    assert fast.drafter._fused is not None
+    ids, found = prompt_ids(9), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            cache = RowCache(4, 32)
+            fast.runner.verify(ids[:, :8], torch.arange(8)[None], None, cache, None)
+            cache.keep(range(8))
+            tree = torch.tensor([TREE.tokens])
+            out = fast.runner.verify(tree, torch.tensor([TREE.depths]) + 8, TREE.mask()[None], cache, None)
+            cache.keep([0])
+            streams = fast.runner.speculate(out.entry[:, :1], torch.tensor([[8]]), torch.ones(1, 1, 9, dtype=torch.bool), cache)[:, 0]
+            levels = FusedLevels(fast.drafter, fast.drafter._fused, fast.drafter._table, streams, None)
+            likely = [levels.read(0, [], [5]), levels.read(1, [0, 0, 0], [11, 12, 13])]
+            found.append((out.logits, streams, levels.r, likely))
+    finally:
+        torch.set_num_threads(1)
+    for alone, together in zip(found[0][:3], found[1][:3], strict=True):
+        assert torch.equal(alone, together)
+    assert [[list(node) for node in level] for level in found[0][3]] == [[list(node) for node in level] for level in found[1][3]]
 
 
 def test_a_changed_drafting_serves_on() -> None:

@@ -112,13 +112,9 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Any, tiny_folder: Path, 
     push = ("push", "--adapter", str(folder), "--repo", "owner/streams")
     ask = ("compare", "--model", str(tiny_folder), "--dtype", "float32", "--prompt", "w1 w2", "--max-new-tokens", "8", "--adapter")
     right = {"HF_TOKEN": "right"}
-    refused, pushed, found, branch, missing, nothing = run_all(
-        [
-            (push, {"HF_TOKEN": "wrong"}), (push, right), ((*ask, "owner/streams"), right), ((*ask, "owner/streams@other"), right),
-            ((*ask, "owner/none"), right), (("push", "--adapter", str(tmp_path), "--repo", "owner/streams"), right),
-        ],
-        environment,
-    )  # fmt: skip
+    nothing_there = ("push", "--adapter", str(tmp_path), "--repo", "owner/streams")
+    refused, pushed, nothing = run_all([(push, {"HF_TOKEN": "wrong"}), (push, right), (nothing_there, right)], environment)
+    found, branch, missing = run_all([((*ask, f"owner/{name}"), right) for name in ("streams", "streams@other", "none")], environment)
     assert refused.returncode == 2
     assert "the hub did not take" in refused.stderr
     assert pushed.returncode == 0, pushed.stderr

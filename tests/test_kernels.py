@@ -337,6 +337,20 @@ def test_a_cache_that_cannot_be_written_to_costs_a_compilation(afresh: Path) -> 
     assert native.available()
 
 
+@needs_kernels
+def test_a_source_that_cannot_be_compiled_leaves_nothing_behind(afresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a compiler that is too old for one of them."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *grids.c) exit 1;; *) exec gcc "$@";; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("LOSSLESS_CC", str(compiler))
+    assert not native.available()
+    assert not list(afresh.iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 @pytest.mark.parametrize("compiler", ["", "no-such-compiler", "false"])
 def test_without_a_compiler_there_are_none_and_the_rest_serves(afresh: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOSSLESS_CC", compiler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import warnings
@@ -33,9 +34,10 @@ def test_a_local_folder_in_every_dtype(tiny_folder: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
-def test_quantized_bases_are_served(tiny_folder: Path, tmp_path: Path, load_in: str) -> None:
+def test_quantized_bases_are_served(tiny_folder: Path, tmp_path: Path, load_in: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "bitsandbytes")  # it tells of casts at every product
     shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    build_tiny(hidden=64, inner=128).save_pretrained(tmp_path)  # whole blocks of 64, as 4-bit kernels ask of a width
+    build_tiny(hidden=64, inner=128, layers=3).save_pretrained(tmp_path)  # whole blocks of 64, as 4-bit kernels ask of a width
     with warnings.catch_warnings():
         # bitsandbytes tells of casts and of kernels that the CPU lacks; neither is ours to mend
         warnings.simplefilter("ignore")

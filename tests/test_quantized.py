@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,10 @@ def wide(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # bitsandbytes converts 8-bit inputs to float16 and says so each time
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
-def test_every_command_on_a_quantized_base(wide: Path, tmp_path: Path, load_in: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_on_a_quantized_base(
+    wide: Path, tmp_path: Path, load_in: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "bitsandbytes")  # it tells of casts at every product
     base = ["--model", str(wide), "--load-in", load_in, "--dtype", "float32"]
     prompts = ["--prompts", str(wide / "prompts.jsonl")]
     answers, adapter, report = (str(tmp_path / name) for name in ("answers", "adapter", "report.json"))

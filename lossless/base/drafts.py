@@ -49,7 +49,7 @@ class FusedLevel:
         kept: list[torch.Tensor] = []
         weights = [Weight.of(part, kept) for part in parts]
         if ids is not None:
-            kept.append(ids.contiguous())
+            kept.append(ids.long().contiguous())
         return cls(_Recurrent(*weights, scale, None if ids is None else kept[-1].data_ptr()), kept, dim, rank, vocab)
 
     def __call__(
@@ -85,7 +85,7 @@ def table_of(embeddings: Any) -> torch.Tensor | None:
     if type(embeddings) is not nn.Embedding or heard or embeddings.max_norm is not None:
         return None
     weight = embeddings.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+    if type(weight.data) is not torch.Tensor or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
         return None
     return weight.detach()
 

@@ -272,6 +272,8 @@ def _sees_everything(attention: Any) -> bool:
     """Whether a row attends to all that is before it, however long the text."""
     config, number = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
+    if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):  # far behind, scores are scaled by where a row stands
+        return False
     if number is None or (kinds and kinds[number] != "full_attention"):
         return False
     if kinds or hasattr(attention, "sliding_window"):

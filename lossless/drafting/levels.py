@@ -71,8 +71,8 @@ class FusedLevels:
         drafter, bias, places, table = self.drafter, self.noise_bias, tokens, self.table
         if ahead:
             self.owner = [self.owner[row] for row in chosen]
-        if table is None:
-            table, places = drafter.embed(torch.tensor(tokens)).float(), range(len(tokens))
+        if table is None or max(tokens) >= len(table):  # the embeddings say what they make of such a token
+            table, places = drafter.embed(torch.tensor(tokens)).float().contiguous(), range(len(tokens))
         count = drafter.top_k(self.level.vocab)
         looked_at = count if bias is None else min(bias.cut, self.level.vocab)
         of = torch.tensor([list(places), list(chosen if ahead else range(len(tokens))), list(self.owner)])

@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,24 +89,22 @@ def _load(command: list[str], name: str) -> Any:
 
 def _compile(command: list[str], library: Path) -> None:
     """All sources at once, each by a process of its own, and then into one library."""
+
+    def run(*rest: str) -> None:
+        subprocess.run([*command, *rest], capture_output=True, timeout=_SECONDS, check=True)
+
     with tempfile.TemporaryDirectory(prefix="lossless-") as scratch:
         made = {str(source): str(Path(scratch) / f"{source.stem}.o") for source in _SOURCES if source.suffix == ".c"}
-        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        running = [subprocess.Popen([*command, "-c", "-o", part, source], **quiet) for source, part in made.items()]
-        try:
-            if any(process.wait(_SECONDS) for process in running):
-                raise subprocess.SubprocessError("a source cannot be compiled here")
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-        subprocess.run([*command, "-shared", "-o", str(library), *made.values(), "-lm"], capture_output=True, timeout=_SECONDS, check=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda source: run("-c", "-o", made[source], source), made))
+        run("-shared", "-o", str(library), *made.values(), "-lm")
 
 
 def _declared(library: Any) -> Any:
     pointer, size, number = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
     library.lossless_stored.argtypes = [number, *[pointer] * 3, *[size] * 3, number]
     library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 4, number]
+    library.lossless_lay.argtypes = [pointer, size, size, pointer, number]
     library.lossless_lay_grid.argtypes = [pointer, size, size, size, number, pointer, pointer, number]
     library.lossless_lay_bytes.argtypes = [pointer, size, size, pointer, pointer, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
@@ -122,7 +121,7 @@ def _declared(library: Any) -> Any:
         library.lossless_norm_exactly.argtypes = [pointer, pointer, pointer, size, size]
         for name in ("attend", "layers", "norm"):
             getattr(library, f"lossless_{name}_exactly").restype = None
-    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest", "lay_bytes", "move"):
+    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest", "lay", "lay_bytes", "move"):
         getattr(library, f"lossless_{name}").restype = None
     return library
 

@@ -79,14 +79,12 @@ class Panels:
     @classmethod
     def of(cls, weight: torch.Tensor, chunk: int | None = None) -> Panels:
         """`[out, in]`, which is left as it is."""
-        panel, (outs, ins) = native.panel(), weight.shape
-        whole = weight.detach() if outs % panel == 0 else F.pad(weight.detach(), (0, 0, 0, -outs % panel))
-        blocks = whole.contiguous().view(-1, panel, ins)
-        if itemsize(weight) == 2:
-            numbers = blocks.to(torch.bfloat16).view(-1, panel, ins // 2, 2).transpose(1, 2)
-        else:
-            numbers = blocks.transpose(1, 2)
-        return cls(_laid_out(numbers), outs, weight.dtype, chunk)
+        panel, (outs, ins), given = native.panel(), weight.shape, weight.detach()
+        panels, given = -(-outs // panel), (given.to(torch.bfloat16) if itemsize(weight) == 2 else given).contiguous()
+        shape = (ins // 2, panel, 2) if given.dtype == torch.bfloat16 else (ins, panel)
+        numbers = own_pages(panels, *shape, dtype=given.dtype)
+        native.compiled().lossless_lay(given.data_ptr(), outs, shape[0], numbers.data_ptr(), torch.get_num_threads())
+        return cls(numbers, outs, weight.dtype, chunk)
 
     @property
     def kind(self) -> int:

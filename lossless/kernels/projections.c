@@ -57,3 +57,12 @@ void lossless_panels(int kind, int halves, const uint32_t *weight, const float *
 #pragma omp parallel num_threads(threads)
     project(&w, &given, count, halves, out);
 }
+
+/* weights [outs, words], of 32 bits each, into panels [panels, words, PANEL], all of it 0 before: FLOAT32, or BFLOAT16 of two inputs a word. */
+void lossless_lay(const uint32_t *weights, ptrdiff_t outs, ptrdiff_t words, uint32_t *panels, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (ptrdiff_t p = 0; p < (outs + PANEL - 1) / PANEL; p++)
+        for (ptrdiff_t first = 0; first < words; first += LANES) /* a tile at a time, which stays in the nearest cache */
+            for (ptrdiff_t n = 0; n < PANEL && p * PANEL + n < outs; n++)
+                for (ptrdiff_t w = first; w < words && w < first + LANES; w++) panels[(p * words + w) * PANEL + n] = weights[(p * PANEL + n) * words + w];
+}

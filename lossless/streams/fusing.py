@@ -1,7 +1,7 @@
-"""Fused decoder layers in the passes of a runner, and passes that call nothing else of a model than its parts.
+"""Fused decoder layers in the passes of a runner.
 
-Knows: which passes they can serve: rows of one text without padding, none of them a stream. Every other goes through the layer, and the
-model, itself. Does not know: what a fused layer computes.
+Knows: which passes they can serve: rows of one text without padding, none of them a stream. Every other goes through the layer itself.
+Does not know: what a fused layer computes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from torch import nn
 
 from ..base import exact
 from ..base.fused import FusedLayer, FusedLayers
-from ..base.layers import decoder, input_device
+from ..base.layers import input_device
 from ..base.norms import fused
 from ..base.packed import put
 from .cache import RowCache
-from .invariance import AloneRows
-from .masks import PositionMask
-from .passes import PASS, Pass, PassOutput, with_plan
+from .passes import PASS, Pass
 
 _SAME = 1e-3  # of the spread of logits: further off, a layer computes something else
 _ALIKE = 0.2  # of the spread of streams, which may be wrong: by what their numbers, of 8 and 16 bits, are rounded
@@ -31,7 +29,7 @@ def fuse_passes(runner: Any) -> None:
 
     Nobody but the runner may call its layers: those of a twin.
     """
-    if not fuse(runner.layers, runner.first_top):
+    if not fuse(runner.layers, runner.first_top, runner.own_hooks):
         return
     device, cache, found = input_device(runner.model), RowCache(len(runner.layers)), []
     ids = torch.tensor([[1 + 3 * i % (runner.text_config.vocab_size - 1) for i in range(7)]], device=device)
@@ -41,7 +39,8 @@ def fuse_passes(runner: Any) -> None:
     cache.keep(range(4))
     for runner.fused in (False, True):
         found.append(runner.verify(ids[:, 4:], places[:, 4:], seen, cache, None).logits)
-    if not (found[1] - found[0]).abs().max() < _SAME * found[0].std():
+    served = all(run.passes for run in runs_of(runner.layers))
+    if not served or not (found[1] - found[0]).abs().max() < _SAME * found[0].std():
         runner.fused = False
         for layer in runner.layers:
             layer.__dict__.pop("forward", None)
@@ -53,7 +52,7 @@ def exact_when_fused(runner: Any) -> bool:
     like = FusedLayer.of(runner.layers[0])
     if runner.implementation != "sdpa" or like is None or not like.exactly or not exact.attends(like.head_dim):
         return False
-    return fuse(runner.layers, runner.first_top)
+    return fuse(runner.layers, runner.first_top, runner.own_hooks)
 
 
 @torch.no_grad()
@@ -74,25 +73,25 @@ def fuse_streams(runner: Any) -> None:
     found = []
     for runner.fused_streams in (False, True):
         found.append(runner.speculate(entry[:, -1:], last, seen, cache).float())
-    if not (found[1] - found[0]).std() < _ALIKE * found[0].std():
+    served = all(run.passes for run in runs_of(layers))
+    if not served or not (found[1] - found[0]).std() < _ALIKE * found[0].std():
         runner.fused_streams = False
         for layer in layers:
             layer.__dict__.pop("forward", None)
 
 
-def fuse(layers: nn.ModuleList, first_top: int | None = None) -> bool:
+def fuse(layers: nn.ModuleList, first_top: int = 0, own_hooks: int = 0) -> bool:
     """From now on these layers, which nobody else may call, go the short way where they can; False, and nothing is done, unless all of
-    them look as if they could, and nobody listens to one.
+    them look as if they could, and nobody else listens to one.
 
-    first_top: of a runner's layers, whose own hooks are known, the first with streams. The first of the layers does the work of all, and so does
-        this one, whose input is asked for, for those from it on.
+    The first of them does the work of all, and so does the one of number `first_top`, whose input is asked for, for those from it on.
+
+    Args:
+        own_hooks: how many hooks of theirs are the runner's.
     """
     layer: Any
-    for number, layer in enumerate(layers):
-        own = (False, False) if first_top is None else (number >= first_top, number == len(layers) - 1)
-        if (len(layer._forward_pre_hooks), len(layer._forward_hooks)) != own:
-            return False
-    first_top = first_top or 0
+    if sum(len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in layers) != own_hooks:
+        return False
     found = [FusedLayer.of(layer) for layer in layers]
     fused = [each for each in found if each is not None]
     if len(fused) < len(layers) or len({each.sizes for each in fused}) != 1:
@@ -101,16 +100,20 @@ def fuse(layers: nn.ModuleList, first_top: int | None = None) -> bool:
     for number, layer in enumerate(layers):
         run, end = None, first_top if number < first_top else len(layers)
         if number in (0, first_top):
-            run = _Run(FusedLayers(fused[number:end]), numbers[number:end], end)
+            run = Run(FusedLayers(fused[number:end]), numbers[number:end], end)
         layer.forward = _shortened(layer.forward, number, run)
     return True
 
 
-class _Run:
-    """Layers that are done by the first of them; numbers: theirs in the cache; end: of the list that they stand in, the one behind them."""
+class Run:
+    """Layers that are done by the first of them; numbers: theirs in the cache; end: of the list that they stand in, the one behind them.
+
+    Attributes:
+        passes: in which they were.
+    """
 
     def __init__(self, layers: FusedLayers, numbers: list[int], end: int) -> None:
-        self.layers, self.numbers, self.end = layers, numbers, end
+        self.layers, self.numbers, self.end, self.passes = layers, numbers, end, 0
         like = layers.like
         self._like = torch.empty(1, like.kv_heads, 0, like.head_dim, dtype=like.dtype)
 
@@ -125,70 +128,18 @@ class _Run:
         return fits and plan.cache.keep_from <= self.numbers[0]
 
     def __call__(self, plan: Any, hidden: torch.Tensor, turned: Any) -> torch.Tensor:
+        self.passes += 1
         cos, sin = (each.contiguous() for each in turned)
         kept = plan.cache.room(self.numbers, hidden.shape[1], self._like)
         return self.layers(hidden.contiguous(), cos, sin, kept, plan.cache.length, plan.paths.tensors)
 
 
-class ShortPass:
-    """Passes of a runner by its model's parts: embeddings, rotary embedding, all layers in two calls, the norm behind them, and the LM head.
-
-    What a model's own forward does besides takes a millisecond, and is for other models, or for other passes.
-    """
-
-    def __init__(self, runner: Any, runs: list[_Run], rotary: nn.Module) -> None:
-        self.runner, self.runs, self.rotary, self.embed = runner, runs, rotary, runner.model.get_input_embeddings()
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, runner: Any) -> ShortPass | None:
-        """Of a runner whose layers are fused; None if its model's own forward gives other bits, or somebody listens to it."""
-        runs = [run for layer in runner.layers if (run := getattr(layer.forward, "run", None)) is not None]
-        whole = {id(part): part for part in (runner.model, decoder(runner.model))}.values()
-        heard = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in whole)
-        if heard or len(runner.rotaries) != 1 or len(runs) != 1 + (runner.first_top > 0):
-            return None
-        short, found = cls(runner, runs, runner.rotaries[0]), []
-        ids = torch.tensor([[1 + 3 * i % (runner.text_config.vocab_size - 1) for i in range(3)]], device=input_device(runner.model))
-        places = torch.arange(3, device=ids.device)[None]
-        for run in (short.read, runner.run):
-            plan = short.planned(places, None, RowCache(len(runner.layers)))
-            logits = run(plan, ids, places, plan.cache)
-            found.append((logits, plan.entry, plan.cache.rows[-1].keys))
-        return short if all(map(torch.equal, *found)) else None
-
-    def planned(self, positions: torch.Tensor, tree_mask: torch.Tensor | None, cache: RowCache) -> Pass:
-        """What hooks are to know of a pass."""
-        rows, plan = positions.shape[1], Pass(self.runner.implementation, 1, positions.shape[1], PositionMask(None, positions, positions), cache=cache)
-        plan.keeps_bits = self.runner.limits is not None
-        plan.alone = plan.paths = AloneRows([range(row + 1) for row in range(rows)] if tree_mask is None else paths_of(tree_mask))
-        return plan
-
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, tree_mask: torch.Tensor | None, cache: RowCache) -> PassOutput:
-        """As `StreamRunner.verify`, of one text without padding, no row of which speculates."""
-        plan = self.planned(positions, tree_mask, cache)
-        return PassOutput(self.read(plan, ids, positions, cache), plan.entry)
-
-    def read(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor, cache: RowCache) -> torch.Tensor:
-        """`[1, rows, vocab]`."""
-        return with_plan(plan, lambda: self._read(plan, ids, positions))
-
-    def _read(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden = self.embed(ids)
-        turned = self.rotary(hidden, positions)
-        for run in self.runs[:-1]:
-            hidden = run(plan, hidden, turned)
-        plan.entry = hidden
-        logits: torch.Tensor = self.runner.lm_head(self.runner.finish(self.runs[-1](plan, hidden, turned)))
-        return logits
+def runs_of(layers: nn.ModuleList) -> list[Run]:
+    """What does the work of these layers, where they are fused."""
+    return [run for layer in layers if (run := getattr(layer.forward, "run", None)) is not None]
 
 
-def paths_of(tree_mask: torch.Tensor) -> list[list[int]]:
-    """Of each row of `[1, rows, rows]` the rows that it sees."""
-    return [[i for i, seen in enumerate(row) if seen] for row in tree_mask[0].tolist()]
-
-
-def _shortened(forward: Any, number: int, run: _Run | None) -> Any:
+def _shortened(forward: Any, number: int, run: Run | None) -> Any:
     """A layer's forward: with those behind it if the pass is such that they can be done so, or nothing if they were.
 
     run: None if it is not the first.

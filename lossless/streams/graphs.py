@@ -24,10 +24,10 @@ from ..kernels.gpu import Told
 from ..kernels.graphs import UNCAPTURED, Outputs, Pieces, Recorded
 from .attention import attend
 from .cache import RowCache
-from .fusing import paths_of
 from .masks import PositionMask
 from .passes import Pass, PassOutput, with_plan
 from .runner import StreamRunner
+from .short import paths_of
 
 _ROWS = (16, 32)  # of the passes of a packed model; fewer are filled up
 

@@ -44,12 +44,13 @@ from ..errors import UsageError
 from .attention import ATTENTION
 from .cache import RowCache
 from .calls import LayerCalls, note_rotary
-from .fusing import ShortPass, fuse
+from .fusing import fuse
 from .hooks import adapt, keep_bits
 from .invariance import AloneRows
 from .layers import stream_layers
 from .masks import PositionMask, behind_the_past, stream_mask
 from .passes import PASS, Pass, PassOutput, with_plan
+from .short import ShortPass
 
 _BESIDE = 4096  # columns behind the last place that streams of a pass may take; expanded ones take no memory
 
@@ -97,7 +98,7 @@ class StreamRunner:
         fused = unfuse_plain(self.layers)  # a packed model's own short way does not know passes
         self._unhooked = structure_of(self.top)
         self._hook()
-        self.fused = fused and fuse(self.layers, self.first_top)  # whether passes go the short way where they can
+        self.fused = fused and fuse(self.layers, self.first_top, self.own_hooks)  # whether passes go the short way where they can
         self.fused_streams = False  # the same of streams that run alone
         self.attends_exactly = False  # rows that are read alone attend by base/exact.py
 
@@ -149,6 +150,7 @@ class StreamRunner:
         for module in self.rotaries:
             module.register_forward_hook(note_rotary, with_kwargs=True)
         self.top[-1].register_forward_hook(self._part)
+        self.own_hooks = len(entered) + 1  # of its layers
         self.lm_head.register_forward_pre_hook(self._leave)
         adapt(self.top, self.adapter)
 
