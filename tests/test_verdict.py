@@ -67,6 +67,21 @@ def test_another_base_or_wish_is_probed_by_itself(probed: list[Guarantee]) -> No
     assert len(probed) == 7
 
 
+def test_a_hook_that_acts_on_long_texts_only_is_probed_by_itself(probed: list[Guarantee]) -> None:
+    def later(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if output.shape[1] < 99 else output * 1.1
+
+    plain = attached()
+    heard = build_tiny(seed=5, hidden=64, inner=160)
+    heard.model.layers[1].register_forward_hook(later)
+    adapter = new_adapter(heard, tiny_config()).randomize(2)
+    for _ in range(2):
+        accelerate(heard, adapter)
+        assert len(probed) == 2
+    assert attached().guarantee.describe() == plain.guarantee.describe()
+    assert len(probed) == 2
+
+
 def test_a_broken_or_unwritable_verdict_costs_a_probe(probed: list[Guarantee], tmp_path: Path) -> None:
     few = {"exact": "bitwise", "tree_nodes": 4}
     attached(**few)

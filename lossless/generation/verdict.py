@@ -25,8 +25,8 @@ BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what read
 def verdict_path(reader: StreamRunner, runner: StreamRunner, wanted: str | None, passes: Passes, says: torch.Tensor) -> Path:
     """Where the verdict on this base belongs; says: its logits after some text.
 
-    A base is known by the bits of what it says after a short text: every weight, hook and setting has a part in them, and where
-    two runs round otherwise, they must not share a verdict.
+    A base is known by the bits of what it says after a short text: every weight and setting has a part in them, and where two runs round
+    otherwise, they must not share a verdict; and by which of its modules somebody hooked, for a hook may act on long texts only.
     """
     depends = circumstances(reader, runner) | {
         "says": hashlib.sha256(says.float().cpu().numpy().tobytes()).hexdigest(), "wanted": wanted, "rows": passes.rows, "streams": passes.streams,
