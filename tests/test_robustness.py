@@ -67,6 +67,18 @@ def test_a_shard_that_is_damaged_and_not_torn_is_told_and_kept(tmp_path: Path) -
     assert path.read_bytes() == damaged
 
 
+def test_a_shard_whose_fields_have_names_that_are_no_text_is_told_and_kept(tmp_path: Path) -> None:
+    answer = {"id": "0", "category": "", "turn": 0, "temperature": 0.0, "prompt_ids": [4, 5], "answer_ids": [6, 7, 8]}
+    with AnswerWriter(tmp_path, 0, {}) as writer:
+        writer.write(answer)
+    [path] = tmp_path.glob("*.arrow")
+    damaged = path.read_bytes().replace(b"category", b"categor\xe9", 1)
+    path.write_bytes(damaged)
+    with pytest.raises(UsageError, match=r"is damaged behind its first 0 answers"):
+        mend(tmp_path)
+    assert path.read_bytes() == damaged
+
+
 def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
     Tally("fuzz", {"seed": 1}, tmp_path / "out.json").close()
     with pytest.raises(UsageError, match="is of another run"):

@@ -199,7 +199,7 @@ def _read_stream(path: Path) -> tuple[list[pa.RecordBatch], bool]:
                 batches.append(batch)
     except StopIteration:
         return batches, data.endswith(_END)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if data.endswith(_END) or not _torn(data[read:]):
             raise UsageError(
                 f"{path} is damaged behind its first {sum(batch.num_rows for batch in batches)} answers ({' '.join(str(error).split())}): "
