@@ -99,6 +99,19 @@ def test_a_choice_too_close_to_call_is_made_again_from_rows_read_alone() -> None
     assert fast.stats.exact == "near-tie"
 
 
+@pytest.mark.parametrize("cut", [{"typical_p": 0.5}, {"eta_cutoff": 0.01}, {"top_h": 0.4}], ids=str)
+def test_cuts_by_the_entropy_of_all_logits_are_the_base_s_own_under_near_tie(cut: dict[str, float]) -> None:
+    fast = attach("near-tie")
+    with pytest.warns(UserWarning, match="cuts off by the entropy of all logits, under near-tie"):
+        expected, found = both(fast, prompt_ids(), 3, do_sample=True, **cut)
+    assert torch.equal(expected, found)
+    assert not fast.stats.served
+    bitwise = attach("bitwise")
+    expected, found = both(bitwise, prompt_ids(), 3, do_sample=True, **cut)
+    assert torch.equal(expected, found)
+    assert bitwise.stats.served
+
+
 @pytest.mark.parametrize("schedule", ["parallel", "deferred"])
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_rows_that_are_read_alone_have_the_bits_of_the_base_s_own(schedule: str, do_sample: bool) -> None:

@@ -67,8 +67,10 @@ WARPERS: dict[str, dict[str, Any]] = {
     "typical": {"typical_p": 0.6},
     "epsilon": {"epsilon_cutoff": 0.01},
     "eta": {"eta_cutoff": 0.02},
+    "several": {"temperature": 1.3, "top_k": 30, "top_p": 0.95, "min_p": 0.01},
     "all": {"temperature": 1.3, "top_k": 30, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9},
 }
+BY_ENTROPY = ("top-h", "typical", "eta", "all")  # which no guard covers: not under near-tie
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -80,8 +82,12 @@ def test_every_processor_that_a_config_switches_on(fast: AcceleratedModel, switc
         assert fast.stats.served
 
 
-@pytest.mark.parametrize("warper", WARPERS)
-def test_every_warper(fast: AcceleratedModel, warper: str) -> None:
+@pytest.mark.parametrize(
+    ("warper", "exact"), [(warper, exact) for warper in WARPERS for exact in ("bitwise", "near-tie") if exact == "bitwise" or warper not in BY_ENTROPY]
+)
+def test_every_warper(warper: str, exact: str) -> None:
+    model = build_tiny(hidden=64, inner=160)  # whose products keep their bits for some rows
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(1), exact=exact)
     for seed in range(3):
         expected, found = both(fast, prompt_ids(7, seed), seed, do_sample=True, **{"top_k": 0, **WARPERS[warper]})
         assert torch.equal(expected, found)

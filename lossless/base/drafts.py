@@ -16,6 +16,7 @@ from torch import nn
 
 from ..kernels import native
 from .projections import Weight, multipliable
+from .structure import listeners
 
 
 class _Recurrent(ctypes.Structure):
@@ -81,8 +82,7 @@ class FusedLevel:
 
 def table_of(embeddings: Any) -> torch.Tensor | None:
     """`[vocab, dim]` float32 or bfloat16 on the CPU, of embeddings that are looked up and nothing else; None of any other."""
-    heard = embeddings._forward_hooks or embeddings._forward_pre_hooks or "forward" in vars(embeddings)
-    if type(embeddings) is not nn.Embedding or heard or embeddings.max_norm is not None:
+    if type(embeddings) is not nn.Embedding or listeners(embeddings) or embeddings.max_norm is not None:
         return None
     weight = embeddings.weight
     if type(weight.data) is not torch.Tensor or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():

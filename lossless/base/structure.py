@@ -46,6 +46,11 @@ def structure_of(model: Module) -> Module:
         return copy.deepcopy(model, shared)
 
 
+def listeners(module: nn.Module) -> int:
+    """How many hooks a module has, and whether its forward was replaced."""
+    return len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
+
+
 _SWITCHES = frozenset((bool, int, float, str))  # attributes of these types may change what a module computes
 
 

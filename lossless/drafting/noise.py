@@ -123,7 +123,7 @@ class NoiseBias:
         noise = self.noise[:, ahead] if ids is None else self.noise[:, ahead, ids.to(self.noise.device)]
         if 0 < self.top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
-        return self._perturbed(logits, noise.to(logits.device)[texts])
+        return self._perturbed(logits, _luck(noise).to(logits.device)[texts])
 
     @property
     def cut(self) -> int:
@@ -136,13 +136,17 @@ class NoiseBias:
 
         tokens, scores: `[rows, few]`, the likeliest tokens and their logits, less a number for each row.
         """
-        top = self._perturbed(scores, self.noise[texts[:, None], ahead, tokens.long()]).log_softmax(-1).topk(min(count, scores.shape[1]))
+        top = self._perturbed(scores, _luck(self.noise[texts[:, None], ahead, tokens.long()])).log_softmax(-1).topk(min(count, scores.shape[1]))
         return tokens.gather(1, top.indices), top.values
 
-    def _perturbed(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        luck = -noise.clamp_min(1e-30).log()
+    def _perturbed(self, logits: torch.Tensor, luck: torch.Tensor) -> torch.Tensor:
         # divided by a low temperature, drafted logits would be surer of themselves than they have reason to be
         return (logits + _TRUST * self.temperature * luck) / max(1.0, self.temperature)
+
+
+def _luck(noise: torch.Tensor) -> torch.Tensor:
+    """How much likelier than its logit says a token is to be chosen."""
+    return -noise.clamp_min(1e-30).log()
 
 
 def _generator(device: torch.device) -> torch.Generator:

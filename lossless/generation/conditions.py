@@ -21,6 +21,7 @@ from ..base.layers import device_of, input_device
 from ..base.loading import precision
 from ..base.packed import is_packed, product_dtype
 from ..base.processes import device_name
+from ..base.structure import listeners
 from ..kernels import gpu, native
 from ..storage import versions
 from ..streams.runner import StreamRunner
@@ -86,10 +87,7 @@ def circumstances(reader: StreamRunner, runner: StreamRunner) -> dict[str, Any]:
 
 def _heard(base: Any) -> dict[str, int]:
     """Modules that somebody hooked or patched, and how often: what a hook does may not show after a short text."""
-    found: Counter[str] = Counter()
-    for name, module in base.named_modules():
-        found[name] = len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
-    return dict(+found)
+    return {name: count for name, module in base.named_modules() if (count := listeners(module))}
 
 
 @functools.cache

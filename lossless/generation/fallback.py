@@ -42,6 +42,7 @@ _CALL_ARGUMENTS = frozenset(
 _ACROSS_ROWS = ("EncoderNoRepeatNGram", "EncoderRepetitionPenalty", "SynthID", "UnbatchedClassifierFree")
 
 _REMEMBERING = ("SynthID", "UnbatchedClassifierFree")  # of those, the ones that change with each call
+_OF_THE_SPREAD = ("TypicalLogits", "EtaLogits", "TopHLogits")  # a likelier token may be cut off, and any logit moves the cut: no guard covers that
 
 
 def fallback_reason(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
@@ -140,6 +141,9 @@ def fallback_reason_as_prepared(
         remembering = next((type(part).__name__ for part in logits_processor if _may_remember(part)), None)
         if remembering and exactness(exact, 1, padded) == "near-tie":
             return f"{remembering}, a processor that may remember what it was asked, under near-tie"
+        spread = next((name for part in logits_processor if (name := type(part).__name__).startswith(_OF_THE_SPREAD)), None)
+        if spread and exactness(exact, 1, padded) == "near-tie":
+            return f"{spread}, which cuts off by the entropy of all logits, under near-tie"
         return None
     if any(isinstance(part, PrefixConstrainedLogitsProcessor) and part._num_beams > 1 for part in logits_processor):
         return "several answers to a prompt under a prefix_allowed_tokens_fn, which this version of transformers asks about all of them together"

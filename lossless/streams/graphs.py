@@ -19,6 +19,7 @@ from accelerate.hooks import AlignDevicesHook
 
 from ..base.attention import SDPA
 from ..base.layers import rotary_turns
+from ..base.structure import listeners
 from ..kernels import gpu
 from ..kernels.gpu import Told
 from ..kernels.graphs import UNCAPTURED, Outputs, Pieces, Recorded
@@ -195,5 +196,4 @@ def _is_work_alone(base: Any) -> bool:
 def _is_heard(module: Any) -> bool:
     """Whether somebody hooked or patched it; Accelerate's hooks do nothing where nothing is kept elsewhere."""
     hook: Any = getattr(module, "_hf_hook", None)
-    patched = "forward" in vars(module) and not (type(hook) is AlignDevicesHook and not hook.offload)
-    return bool(patched or module._forward_hooks or module._forward_pre_hooks)
+    return listeners(module) > (type(hook) is AlignDevicesHook and not hook.offload)
