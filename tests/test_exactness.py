@@ -249,6 +249,10 @@ def test_what_is_cut_off_by_little_is_not_taken_for_granted() -> None:
     nucleus = TopPLogitsWarper(0.9)  # of 0.6, 0.301, 0.099
     assert choice([1.0, 1.0, 0.01], [math.log(p) for p in (0.6, 0.301, 0.099)], nucleus) is None
     assert choice([1.0, 1.0, 0.01], [math.log(p) for p in (0.6, 0.36, 0.04)], nucleus) == (0, False)
+    # 0.104 for it and what is below it: by itself it may be a tenth less likely, but not all of them
+    unlikely, lucky = [math.log(p) for p in (0.895, *[0.0185] * 4, 0.03)], [1.0, 1.0, 1.0, 1.0, 1.0, 1e-3]
+    assert choice(lucky, unlikely, nucleus) is None
+    assert choice(lucky, unlikely, nucleus, guard=0.01) == (5, False)
 
 
 def test_a_reread_text_goes_on_with_several_tokens_a_pass() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
+from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor, TopPLogitsWarper
 
 from ..base.layers import CACHE
 from ..drafting.ngram import NGramCache
@@ -53,6 +53,8 @@ class Sequence:
         self.number, self.ids, self.prompt, self.before = number, ids, ids.shape[1], before
         self.start = padding - before  # of the text, counted in ids
         self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
+        # top-p cuts by how much is left below a token: all of that may be a little less likely at once
+        self._by_mass = any(isinstance(each, TopPLogitsWarper) for each in processor)
         self.noise, self.ngrams, self.streamer = noise, ngrams, streamer
         self.stopped = False
         self.num_exact_rows = ids.shape[1]  # so many of its rows were read in the base's own shapes: the prompt at once, others alone
@@ -137,15 +139,21 @@ class Sequence:
         # What top-k, top-p and the like cut off may hang on a little, too. Would the token still be there if it
         # were less likely? Would one be there that would have been chosen in its place, if it were likelier?
         raw = logits[None].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        lower = raw.clone()
+        lower[0, token] -= self.off_by
+        if self._cut(lower)[token] or (self._by_mass and self._cut(raw - self.off_by * (scores <= scores[0, token]))[token]):
+            return True
         perturbed = raw[0] / (self.config.temperature or 1.0) - noise.log()
         standing = torch.minimum(perturbed[token], scores[0, token] - noise[token].log())  # a penalty may have lowered it
         rivals = cut & (perturbed > standing - self.guard)
-        lower = raw.clone()
-        lower[0, token] -= self.off_by
-        higher = raw + self.off_by * rivals
-        return bool(self.processor(self.ids, lower)[0, token] == -torch.inf) or bool(
-            (self.processor(self.ids, higher)[0, rivals] > -torch.inf).any()
-        )
+        if not rivals.any():
+            return False
+        higher = raw + self.off_by * (cut & (raw[0] <= raw[0, rivals].max()) if self._by_mass else rivals)
+        return not bool(self._cut(higher)[rivals].all())
+
+    def _cut(self, raw: torch.Tensor) -> torch.Tensor:
+        """`[vocab]`: which tokens could not be chosen if the base had said these logits, `[1, vocab]`."""
+        return self.processor(self.ids, raw)[0] == -torch.inf
 
     def choose_alone(self, logits: torch.Tensor) -> tuple[int, ...]:
         """The choice given `[vocab]` logits of a row that was read in the base's own shape."""
