@@ -42,7 +42,7 @@ from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
 pytestmark = pytest.mark.skipif(
-    not (panels.multiplies_pairs(64) and exact._some_bits(640, 64)), reason="products of bfloat16 have other bits than torch's on this machine"
+    not exact._some_bits(640, 64), reason="products of bfloat16 have other bits than torch's on this machine"
 )
 
 
@@ -163,6 +163,8 @@ def four_bit(model: LlamaForCausalLM, compute_dtype: torch.dtype, quant_type: st
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_four_bit_rows_have_the_bits_of_bitsandbytes(dtype: torch.dtype, quant_type: str, nested: bool, base: LlamaForCausalLM) -> None:
+    if dtype is torch.float32 and not panels.multiplies_pairs(128):
+        pytest.skip("bitsandbytes has torch multiply in float32 on this machine: in an order that is not known here")
     model = four_bit(base.to(dtype), dtype, quant_type, nested)
     twin, rows = exact_twin(model), torch.randn(9, 128).to(dtype)
     assert twin is not None

@@ -1,15 +1,17 @@
 """A twin of a base whose products have the bits of the base's own, beside any number of rows, and attention that has torch's.
 
-Knows: in which order a row of such a product is added up on processors that multiply pairs of bfloat16 (AVX-512): by torch, of weights in
-bfloat16, input after input, in chunks whose sums are added up in turn; by bitsandbytes, of 4-bit weights, block after block. In panels
-(panels.h) that order is kept, in exact.c that of torch's attention in bfloat16, and in exact_layer.c that of its other operations. torch lays out a weight anew at each call, and takes
-five times as long for one row; bitsandbytes, and torch's attention, take as long for each further row as for the first. Does not know:
-what passes do with it. Whether all bits are the same has to be tried with the base's own weights (generation/limits.py).
+Knows: in which order a row of such a product is added up. On processors that multiply pairs of bfloat16 (AVX-512): by torch, of weights in
+bfloat16, input after input, in chunks whose sums are added up in turn; by bitsandbytes, of 4-bit weights, block after block. On those with AVX2
+alone: by torch, every 64th input by itself, and these sums in pairs; bitsandbytes decodes 4-bit weights there, and has torch multiply. In panels
+(panels.h) that order is kept, in exact.c that of torch's attention in bfloat16, and in exact_layer.c that of its other operations. With AVX-512
+torch lays out a weight anew at each call, and takes five times as long for one row; with AVX2, and so do bitsandbytes and torch's attention
+everywhere, it takes as long for each further row as for the first. Does not know: what passes do with it. Whether all bits are the same has to be tried with the base's own weights (generation/limits.py).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from ..kernels.pages import together
 from . import norms
 from .layers import features
 from .linears import FourBitLinear, PackedLinear
-from .packed import TWIN_SHARE, put, stand_in
+from .packed import TWIN_SHARE, dense, product_dtype, put, stand_in
 from .processes import free_memory
 from .structure import structure_of
 
@@ -40,7 +42,7 @@ def exact_twin(model: Any) -> Any | None:
     Weights in float32 beside such in 4 bits (an LM head) are packed, too, and round otherwise.
     """
     modules: dict[str, Any] = {name: module for name, module in model.named_modules() if stand_in(module) in (FourBitLinear, PackedLinear)}
-    if sum(module.weight.nbytes for module in modules.values()) > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
+    if sum(map(_bytes, modules.values())) > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
         return None
     with together():
         found = {name: made for name, module in modules.items() if (made := _exact(module)) is not None}
@@ -58,23 +60,30 @@ def exact_twin(model: Any) -> Any | None:
     return twin
 
 
+def _bytes(module: Any) -> int:
+    """What a copy of a weight takes."""
+    decoded = stand_in(module) is FourBitLinear and not panels.multiplies_pairs(module.in_features)
+    return math.prod(features(module)) * 2 if decoded else module.weight.nbytes
+
+
 def _exact(module: Any) -> PackedLinear | FourBitLinear | None:
     """What has a module's bits, packed; None if nothing has."""
-    kind = stand_in(module)
-    if not panels.multiplies_pairs(features(module)[0]):
-        return None
-    if kind is FourBitLinear:
+    kind, (ins, outs) = stand_in(module), features(module)
+    if kind is FourBitLinear and panels.multiplies_pairs(ins):
         made = FourBitLinear(module, in_pairs=True)
         rows = torch.randn(2, 1, 1, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.compute_dtype or torch.float32)
         return made if all(torch.equal(made(row), module(row)) for row in rows) else None
-    if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and _some_bits(module.in_features, min(module.out_features, _SEVERAL)):
-        return PackedLinear(module.weight, module.bias, layout=in_torchs_order)
-    return None
+    if not (kind is FourBitLinear or type(module) is nn.Linear) or product_dtype(module) is not torch.bfloat16 or not _some_bits(ins, min(outs, _SEVERAL)):
+        return None
+    weight, bias = dense(module)  # type: ignore[misc]
+    return PackedLinear(weight, bias, layout=in_torchs_order)
 
 
-def in_torchs_order(weight: torch.Tensor) -> panels.Panels:
-    """`[out, in]` in panels that are multiplied in the order of torch's own product."""
-    return panels.Panels.of(weight, chunk_of(weight.shape[1]))
+def in_torchs_order(weight: torch.Tensor) -> panels.Panels | panels.Interleaved:
+    """`[out, in]` bfloat16 in panels that are multiplied in the order of torch's own product."""
+    if panels.multiplies_pairs(weight.shape[1]):
+        return panels.Panels.of(weight, chunk_of(weight.shape[1]))
+    return panels.Interleaved.of(weight)
 
 
 @functools.cache
@@ -99,6 +108,8 @@ def chunk_of(ins: int) -> int | None:
 @functools.cache
 def _some_bits(ins: int, outs: int) -> bool:
     """Whether some numbers here have torch's bits: where they have not, there is no use in packing anything."""
+    if not (panels.multiplies_pairs(ins) or panels.interleaves(ins)):
+        return False
     generator = torch.Generator().manual_seed(0)
     for _ in range(16):
         row, weight = (torch.randn(count, ins, generator=generator).bfloat16() for count in (1, outs))
@@ -112,7 +123,7 @@ def _some_bits(ins: int, outs: int) -> bool:
 
 def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `attend` has the bits of torch's attention for such rows here."""
-    return query.dtype is torch.bfloat16 and native.attendable(query, key, value) and bool(native.compiled().lossless_pairs()) and attends(query.shape[-1])
+    return query.dtype is torch.bfloat16 and native.attendable(query, key, value) and bool(native.compiled().lossless_exact()) and attends(query.shape[-1])
 
 
 attend = functools.partial(native.attend, exactly=True)  # each row with the bits of `F.scaled_dot_product_attention` of it alone

@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-from ..kernels import native
+from ..kernels import native, panels
 from .layers import CACHE
 from .norms import ExactNorm, FusedNorm, Norm
 from .projections import Weight, multipliable
 
 _SILU = ("SiLU", "SiLUActivation")
-_IN_PAIRS = (native.BFLOAT16, native.PAIRED_FOUR_BITS)  # weights that are multiplied with pairs of bfloat16
+_EXACT = (native.BFLOAT16, native.PAIRED_FOUR_BITS, native.INTERLEAVED)  # weights that an exact twin may have
 
 
 class _Layer(ctypes.Structure):
@@ -78,7 +78,7 @@ class FusedLayer:
         exactly, activation = isinstance(norms[0], ExactNorm), None
         if exactly:
             kind: Any = type(module.mlp.act_fn)
-            activation = _table(kind, inner) if all(weight.kind in _IN_PAIRS for weight in weights) else None
+            activation = _table(kind, inner) if all(weight.kind in _EXACT for weight in weights) else None
             if activation is None:
                 return None
             kept.append(activation)
@@ -139,8 +139,8 @@ class FusedLayer:
 
     def scratch(self, rows: int, keys: int, threads: int) -> int:
         """Numbers that layers one behind the other need."""
-        if self.exactly:  # rows of 16 bits: five as long as can be, keys and values
-            return rows * (3 * self.longest + self.kv_heads * self.head_dim) + native.scratch_exactly(self.head_dim, keys, threads)
+        if self.exactly:  # rows of 16 bits, five as long as can be, keys and values, and one more in 32, with what fills it up
+            return rows * (4 * self.longest + panels.ABREAST + self.kv_heads * self.head_dim) + native.scratch_exactly(self.head_dim, keys, threads)
         own = rows * self.head_dim * (self.heads + 2 * self.kv_heads)
         return own + max(self.scratch_before(rows), self.scratch_behind(rows, keys, threads))
 

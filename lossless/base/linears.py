@@ -32,7 +32,7 @@ def packable(dtype: torch.dtype, ins: int) -> bool:
     return panels.available(dtype, ins) or products.packable(dtype)
 
 
-Layout = Callable[[torch.Tensor], panels.Panels | grids.Grid | products.Packed]  # of a weight `[out, in]`
+Layout = Callable[[torch.Tensor], panels.Panels | panels.Interleaved | grids.Grid | products.Packed]  # of a weight `[out, in]`
 
 
 def _packed(weight: torch.Tensor) -> panels.Panels | grids.Grid | products.Packed:

@@ -134,7 +134,7 @@ def exact(module: nn.Module) -> ExactNorm | None:
     weight: Any = module.weight
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or len(weight) % native.LANES or not native.available():
         return None
-    if not native.compiled().lossless_pairs():
+    if not native.compiled().lossless_exact():
         return None
     rows = _rows(len(weight))
     expected, alone = module(rows), module(rows[None, :1])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..kernels.grids import Grid
-from ..kernels.panels import EightBits, Panels
+from ..kernels.panels import EightBits, Interleaved, Panels
 from .linears import FourBitLinear, Int8Linear, PackedLinear
 
 
@@ -46,4 +46,4 @@ def multipliable(parts: Sequence[Any]) -> bool:
 
 
 def _in_panels(part: Any) -> bool:
-    return isinstance(part, FourBitLinear) or (isinstance(part, PackedLinear | Int8Linear) and isinstance(part.packed, Panels | Grid | EightBits))
+    return isinstance(part, FourBitLinear) or (isinstance(part, PackedLinear | Int8Linear) and isinstance(part.packed, Panels | Interleaved | Grid | EightBits))

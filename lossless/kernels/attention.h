@@ -129,7 +129,7 @@ static void attend(const struct attention *a, const float *asked, float *scratch
             }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(EXACT)
 /* The same in torch's order (exact.c). */
 void lossless_attend_exactly(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
                              const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,

@@ -1,4 +1,4 @@
-/* Attention in bfloat16 with the bits of torch's own for a row by itself (flash attention on CPUs with AVX-512), for the rows of a draft
+/* Attention in bfloat16 with the bits of torch's own for a row by itself (flash attention on CPUs with AVX2 or AVX-512), for the rows of a draft
    tree: each over the keys of the past and of its own path, as if they stood side by side.
 
    Its order: a score is four sums, of every fourth dimension, s0 + s2 + (s1 + s3). Keys come in blocks of 512; what earlier blocks gave is
@@ -8,24 +8,36 @@
 
 #include "attention.h"
 
-#if defined(__AVX512BF16__)
+#if defined(EXACT)
 
-#define KEYS 512 /* of a block */
-#define SIDE 4   /* queries whose scores are summed side by side, four lanes each */
+#define KEYS 512          /* of a block */
+#define SIDE (LANES / 4)  /* queries whose scores are summed side by side, four lanes each */
+
+#if LANES == 16
+#define FLOOR(a) ((f32s)_mm512_floor_ps((__m512)(a)))
+#define FMA(a, b, c) ((f32s)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define WHOLE(a) ((i32s)_mm512_cvttps_epi32((__m512)(a)))
+#define FOUR_TIMES(at) ((f32s)_mm512_broadcast_f32x4(_mm_loadu_ps(at)))
+#define SWAP(a, how) ((f32s)_mm512_permute_ps((__m512)(a), how)) /* within each four lanes */
+#else
+#define FLOOR(a) ((f32s)_mm256_floor_ps((__m256)(a)))
+#define FMA(a, b, c) ((f32s)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define WHOLE(a) ((i32s)_mm256_cvttps_epi32((__m256)(a)))
+#define FOUR_TIMES(at) ((f32s)_mm256_broadcast_ps((const __m128 *)(at)))
+#define SWAP(a, how) ((f32s)_mm256_permute_ps((__m256)(a), how))
+#endif
 
 /* e^x, to some twenty units in the last place: 2^(x log2 e), the fraction by a polynomial, both written into the bits of a number at once
    (Malossi and others, Fast exponential computation on SIMD architectures, 2015). */
 INLINE f32s power(f32s x) {
     f32s turns = x * 1.44269502162933349609375f;
-    f32s part = turns - (f32s)_mm512_floor_ps((__m512)turns);
-#define FMA(a, b, c) ((f32s)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+    f32s part = turns - FLOOR(turns);
     f32s zero = {};
     f32s rest = FMA(part, zero - 0.079204240219773236f, zero - 0.22433836478672356f);
     rest = FMA(part, rest, zero + 0.30354260500649682f);
     rest = FMA(part, rest, zero + 0.00010703434948458272f);
     f32s bits = FMA(zero + 8388608.0f, turns - rest, zero + 1065353216.0f);
-    i32s whole = (i32s)_mm512_cvttps_epi32((__m512)bits);
-    return (f32s)(whole & ~(x < -87.3365478515625f));
+    return (f32s)(WHOLE(bits) & ~(x < -87.3365478515625f));
 }
 
 /* scores[r * width + k] of four queries [SIDE, dim] with `count` keys; laid: room for SIDE * dim numbers. */
@@ -37,9 +49,9 @@ static void score(const float *asked, ptrdiff_t dim, const uint16_t *keys, ptrdi
         float key[dim];
         f32s sum = {};
         for (ptrdiff_t i = 0; i < dim; i += LANES) store(key + i, load_bfloat16(keys + k * stride + i));
-        for (ptrdiff_t i = 0; i < dim; i += 4) sum += load(laid + i * SIDE) * (f32s)_mm512_broadcast_f32x4(_mm_loadu_ps(key + i));
-        sum += (f32s)_mm512_permute_ps((__m512)sum, 0x4e);
-        sum += (f32s)_mm512_permute_ps((__m512)sum, 0xb1);
+        for (ptrdiff_t i = 0; i < dim; i += 4) sum += load(laid + i * SIDE) * FOUR_TIMES(key + i);
+        sum += SWAP(sum, 0x4e);
+        sum += SWAP(sum, 0xb1);
         for (int r = 0; r < SIDE; r++) scores[r * width + k] = sum[4 * r];
     }
 }

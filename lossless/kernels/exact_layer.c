@@ -8,7 +8,7 @@
 #include "attention.h"
 #include "layer.h"
 
-#if defined(__AVX512BF16__)
+#if defined(EXACT)
 
 #define ABREAST 4
 #define LEVELS 4
@@ -80,14 +80,14 @@ void lossless_layers_exactly(const struct layer *const *layers, const struct kep
     ptrdiff_t inner = layers[0]->gate.outs, wide = heads * size, slim = kv_heads * size;
     uint16_t *normal = (uint16_t *)scratch, *query = normal + rows * longest, *key = query + rows * longest, *value = key + rows * slim;
     uint16_t *gate = value + rows * slim, *up = gate + rows * longest, *added = up + rows * longest;
-    float *rest = (float *)(added + rows * longest);
+    float *numbers = (float *)(added + rows * longest), *rest = numbers + rows * (longest + ABREAST);
     memcpy(out, hidden, rows * dim * sizeof *out);
     for (ptrdiff_t i = 0; i < count; i++) {
         const struct layer *l = layers[i];
         uint16_t *keys = kept[i].keys, *values = kept[i].values;
         ptrdiff_t stride = kept[i].capacity * size, strides[6] = {size, wide, stride, size, stride, size};
-        struct rows given = {.halves = normal}, found = {.halves = added}, active = {.halves = gate};
         lossless_norm_exactly(&l->first, out, normal, rows, dim);
+        struct rows given = ready_exactly(&l->q, normal, rows, numbers), found, active = {.halves = gate};
 #pragma omp parallel num_threads(threads)
         {
             project(&l->q, &given, rows, 1, query);
@@ -105,6 +105,7 @@ void lossless_layers_exactly(const struct layer *const *layers, const struct kep
         }
         lossless_attend_exactly(BFLOAT16, query, keys, values, added, rest, NULL, lengths, paths, (float)l->scale, heads, kv_heads, rows, size, past,
                                 depth, strides, threads);
+        found = ready_exactly(&l->o, added, rows, numbers);
 #pragma omp parallel num_threads(threads)
         {
             project(&l->o, &found, rows, 1, query);
@@ -113,6 +114,7 @@ void lossless_layers_exactly(const struct layer *const *layers, const struct kep
             {
                 add_to(out, query, rows * dim);
                 lossless_norm_exactly(&l->second, out, normal, rows, dim);
+                given = ready_exactly(&l->gate, normal, rows, numbers);
             }
 #pragma omp for schedule(static)
             for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
@@ -121,6 +123,9 @@ void lossless_layers_exactly(const struct layer *const *layers, const struct kep
                 project_panel(&l->up, &given, rows, 1, up, p);
                 for (ptrdiff_t r = 0; r < rows; r++) gated(l->activation, gate + r * inner + first, up + r * inner + first, valid);
             }
+            if (l->down.kind == INTERLEAVED)
+#pragma omp single
+                active = ready_exactly(&l->down, gate, rows, numbers);
             project(&l->down, &active, rows, 1, added);
         }
         add_to(out, added, rows * dim);

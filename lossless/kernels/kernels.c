@@ -15,6 +15,14 @@
 
 int lossless_lanes(void) { return LANES; }
 
+int lossless_exact(void) {
+#if defined(EXACT)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 int lossless_pairs(void) {
 #if defined(__AVX512BF16__)
     return 1;

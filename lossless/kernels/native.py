@@ -39,7 +39,7 @@ from ..storage import cache_dir
 _SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes some six
-FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID = range(7)  # as vectors.h has them
+FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID, INTERLEAVED = range(8)  # as vectors.h has them
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 _WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
 LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
@@ -115,7 +115,7 @@ def _declared(library: Any) -> Any:
     library.lossless_level.argtypes = [*[pointer] * 4, number, pointer, pointer, size, *[pointer] * 4, size, pointer, size, number]
     library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
     library.lossless_move.argtypes = [pointer, size, size, size, size, size, pointer, size]
-    if library.lossless_pairs():
+    if library.lossless_exact():
         library.lossless_attend_exactly.argtypes = library.lossless_attend.argtypes
         library.lossless_layers_exactly.argtypes = library.lossless_layers.argtypes
         library.lossless_norm_exactly.argtypes = [pointer, pointer, pointer, size, size]
@@ -154,7 +154,7 @@ def multiply(
     halves = rows.dtype is torch.bfloat16
     given = (rows if halves or rows.dtype is torch.float32 else rows.float()).contiguous()
     out = torch.empty(*before, outs, dtype=given.dtype)
-    scratch = torch.empty(math.prod(before) * (2 * ins + 1) if halves or kind == EIGHT_BITS else 0)
+    scratch = torch.empty(math.prod(before) * (2 * ins + 64) if halves or kind == EIGHT_BITS else 0)
     added = None if bias is None else bias.float().contiguous()
     compiled().lossless_panels(
         kind, halves, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),

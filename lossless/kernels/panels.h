@@ -15,6 +15,10 @@
        FOUR_BIT_GRID, EIGHT_BIT_GRID                   numbers as in FOUR_BITS, EIGHT_BITS; scales [panels, blocks, 2, PANEL]: of each block of
                                                        an output's weights the step between two numbers, and what 0 stands for
 
+       INTERLEAVED [panels, ABREAST * each / 2, PANEL] BFLOAT16 in torch's order on processors with AVX2: it adds up every ABREAST-th input by itself,
+                                                       `each` of them, and these sums in pairs, half of them apart, until one is left. Here
+                                                       those that are added up stand side by side, and so do sums that meet
+
    Rows for EIGHT_BITS are rounded to bytes, too: such products are for drafts. */
 
 #pragma once
@@ -25,6 +29,8 @@
 
 #define PANEL (2 * LANES)
 #define BLOCK 64      /* 4-bit numbers with one scale */
+#define ABREAST 64    /* sums of INTERLEAVED, and how often they are halved */
+#define HALVINGS 6
 #define AHEAD 1024    /* words that are fetched before they are needed */
 #if LANES == 16
 #define ROWS 12 /* rows whose sums fit the registers */
@@ -34,7 +40,7 @@
 
 /* How rows are multiplied with a panel. PAIRS, PAIRED_CODES: rows of bfloat16, two inputs at a time, where the processor
    can; then `code` is of bfloat16, too, and a block is added up before it is scaled. */
-enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS, PAIRED_CODES, STEPS, FINE_STEPS };
+enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS, PAIRED_CODES, STEPS, FINE_STEPS, ASTRIDE };
 
 /* Bytes of a row lie between 0 and 2 * MIDDLE - 1, MIDDLE stands for 0. Without the instruction for it, two products are added in 16
    bits, for which eight bits would be too many. */
@@ -239,9 +245,39 @@ INLINE void finish(const f32s *sums, const float *bias, int halves, void *out, p
     }
 }
 
+/* Rows [count, ins] of bfloat16 as INTERLEAVED weights are multiplied with them: [count, ABREAST * each], 0 where there are no more. The sums that
+   meet first are half of all apart: so their places are those of their numbers with the bits in reverse. */
+INLINE void interleave(const uint16_t *rows, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t each, float *out) {
+    ptrdiff_t places[ABREAST];
+    for (int n = 0; n < ABREAST; n++) {
+        places[n] = 0;
+        for (int bit = 0; bit < HALVINGS; bit++) places[n] |= (n >> bit & 1) << (HALVINGS - 1 - bit);
+    }
+    for (ptrdiff_t r = 0; r < count; r++, rows += ins, out += ABREAST * each)
+        for (ptrdiff_t turn = 0; turn < each; turn++)
+            for (int n = 0; n < ABREAST; n++) out[places[n] * each + turn] = turn * ABREAST < ins ? as_float(rows[turn * ABREAST + n]) : 0;
+}
+
+/* The rows of one part with one panel of INTERLEAVED weights. */
+INLINE void astride(const uint32_t *panel, const float *rows, ptrdiff_t each, int count, f32s (*out)[2]) {
+    f32s waiting[HALVINGS][ROWS][2], sums[ROWS][2];
+    for (ptrdiff_t n = 0; n < ABREAST; n++, panel += each / 2 * PANEL, rows += each) {
+        multiply(HALVES, panel, NULL, NULL, rows, NULL, each, each, ABREAST * each, count, sums);
+        int level = 0;
+        for (; n >> level & 1; level++)
+            UNROLL for (int r = 0; r < count; r++) sums[r][0] += waiting[level][r][0], sums[r][1] += waiting[level][r][1];
+        if (level < HALVINGS) memcpy(waiting[level], sums, count * sizeof *sums);
+    }
+    memcpy(out, sums, count * sizeof *sums);
+}
+
 /* The rows of one part with one panel; in chunks of inputs, whose sums are added up one after the other. */
 INLINE void part(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows, const float *row_scales,
                  ptrdiff_t ins, ptrdiff_t chunk, int count, f32s (*sums)[2]) {
+    if (way == ASTRIDE) {
+        astride(panel, rows, chunk, count, sums);
+        return;
+    }
     if (way != PAIRS || chunk >= ins) {
         multiply(way, panel, scales, table, rows, row_scales, ins, chunk, ins, count, sums);
         return;
@@ -255,7 +291,7 @@ INLINE void part(enum way way, const uint32_t *panel, const float *scales, const
 }
 
 /* All rows with one panel. chunk: of inputs that are added up by themselves, if both are bfloat16, at least `ins` for none; of weights on a
-   grid the block. */
+   grid the block; of INTERLEAVED ones `each`, and `ins` is ABREAST times as many. */
 INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows,
                     const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
     ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == BYTES ? 1 : way == PAIRS || way == PAIRED_CODES ? 2 : 4; /* about equal parts */

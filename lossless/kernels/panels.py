@@ -4,6 +4,7 @@ Knows: the layouts, what is lost in none of them, and how a product is called. D
 
     Panels      float32 or bfloat16. Weights in float32 whose numbers are numbers of bfloat16, as those of almost every checkpoint are
                 that is loaded so, are kept in 16 bits: the same numbers, from half of the memory.
+    Interleaved bfloat16, multiplied in torch's order on processors with AVX2
     FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them
     EightBits   rounded to 8 bits, with a scale for each output: for drafts, which may be wrong
 
@@ -19,10 +20,11 @@ import torch
 from torch.nn import functional as F
 
 from . import native
-from .native import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS, PAIRED_FOUR_BITS
+from .native import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS, INTERLEAVED, PAIRED_FOUR_BITS
 from .pages import own_pages
 
 _BLOCK = 64  # 4-bit numbers with one scale
+ABREAST = 64  # sums that torch has side by side on processors with AVX2, in eight registers
 _SOME = 1024  # outputs that are looked at together
 _LOW_BITS = 0xFFFF  # of a number in float32: those that bfloat16 has not
 
@@ -35,6 +37,11 @@ def available(dtype: torch.dtype, ins: int) -> bool:
 def multiplies_pairs(ins: int) -> bool:
     """Whether rows and weights in bfloat16, of so many inputs, are multiplied as pairs here, in one rounding each."""
     return available(torch.bfloat16, ins) and bool(native.compiled().lossless_pairs())
+
+
+def interleaves(ins: int) -> bool:
+    """Whether a weight in bfloat16 for so many inputs can be multiplied in torch's order on processors with AVX2, and this is one."""
+    return ins % ABREAST == 0 and available(torch.bfloat16, ins) and bool(native.compiled().lossless_exact()) and not multiplies_pairs(ins)
 
 
 def four_bits_available(ins: int) -> bool:
@@ -102,6 +109,54 @@ class Panels:
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
         return native.multiply(self.kind, self.numbers, self.outs, rows, bias, chunk=self.chunk)
+
+
+@dataclass(frozen=True, eq=False)
+class Interleaved:
+    """A weight in bfloat16 of which every 64th input is added up by itself, and then these sums, in pairs.
+
+    Attributes:
+        numbers: `[panels, 64 * each / 2, panel, 2]`: of each sum its `each` inputs, of which the last may be 0, in the order in which sums meet.
+        outs, ins: outputs and inputs.
+    """
+
+    numbers: torch.Tensor
+    outs: int
+    ins: int
+    dtype = torch.bfloat16
+    kind = INTERLEAVED
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Interleaved:
+        """`[out, in]` bfloat16, inputs a multiple of 64; it is left as it is."""
+        outs, ins = weight.shape
+        filled = F.pad(weight.detach(), (0, -ins % (2 * ABREAST))).view(outs, -1, ABREAST)  # a number of inputs that can be had in pairs
+        return cls(Panels.of(filled[:, :, _meeting()].transpose(1, 2).reshape(outs, -1)).numbers, outs, ins)
+
+    @property
+    def chunk(self) -> int:
+        """Inputs of each sum, as projections.h is told."""
+        return 2 * self.numbers.shape[1] // ABREAST
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes
+
+    def dense(self) -> torch.Tensor:
+        """`[out, in]`, what was laid out: a copy, made at each call."""
+        filled = Panels(self.numbers, self.outs, self.dtype).dense().view(self.outs, ABREAST, -1)
+        return filled[:, _meeting().argsort()].transpose(1, 2).reshape(self.outs, -1)[:, : self.ins]
+
+    def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`, both bfloat16."""
+        return native.multiply(self.kind, self.numbers, self.outs, rows.bfloat16(), bias, chunk=self.chunk).to(rows.dtype)
+
+
+@functools.cache
+def _meeting() -> torch.Tensor:
+    """`[64]`: the sums in the order in which they meet: first those that are half of all apart, so that each place is the number with its bits in
+    reverse."""
+    return torch.tensor([int(f"{place:06b}"[::-1], 2) for place in range(ABREAST)])
 
 
 @dataclass(frozen=True, eq=False)

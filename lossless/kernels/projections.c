@@ -2,8 +2,17 @@
 
 #include "projections.h"
 
+struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdiff_t count, float *scratch) {
+    struct rows rows = {.halves = halves};
+    if (w->kind == INTERLEAVED) {
+        interleave(halves, count, w->ins, w->chunk, scratch);
+        rows.numbers = scratch;
+    }
+    return rows;
+}
+
 void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int halves, void *out, ptrdiff_t p) {
-    ptrdiff_t ins = w->ins, first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
+    ptrdiff_t ins = w->kind == INTERLEAVED ? ABREAST * w->chunk : w->ins, first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
     const float *bias = w->bias ? w->bias + first : NULL;
     const uint32_t *numbers = w->numbers;
 #define PROJECT(way, words_, scales_, bias_, rows_)                                                                                           \
@@ -14,6 +23,7 @@ void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t co
         if (takes_pairs(rows->halves != NULL, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, bias, rows->halves);
         else PROJECT(HALVES, ins / 2 * PANEL, NULL, bias, rows->numbers);
         break;
+    case INTERLEAVED: PROJECT(ASTRIDE, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
     case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
     case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
     case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * 2 * PANEL, bias, rows->bytes); break;
@@ -39,14 +49,15 @@ void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, i
 
 /* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
 
-   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16, and [count, 1 + ins / 4] for EIGHT_BITS.
+   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16, and [count, 1 + ins / 4] for EIGHT_BITS;
+   [count, ABREAST * chunk] for INTERLEAVED, whose rows are bfloat16.
    bias: [outs] or NULL. ins is even for BFLOAT16, and so is `chunk` (panels.h); ins is a multiple of BLOCK for FOUR_BITS, of 4 for
    EIGHT_BITS, of `chunk` on a grid. */
 void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
                      const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, ptrdiff_t chunk, int threads) {
     struct weight w = {kind, ins, outs, chunk, weight, scales, code, bias};
-    struct rows given = {.halves = rows};
-    if (!takes_pairs(halves, &w) && kind != PAIRED_FOUR_BITS) {
+    struct rows given = ready_exactly(&w, rows, count, scratch);
+    if (kind != INTERLEAVED && !takes_pairs(halves, &w) && kind != PAIRED_FOUR_BITS) {
         const float *numbers = rows;
         if (halves) {
             widen(1, rows, count * ins, scratch);

@@ -42,6 +42,9 @@ INLINE struct rows ready(int64_t halves, const struct weight *w, const float *nu
     return rows;
 }
 
+/* Rows [count, ins] of bfloat16 for weights that are multiplied in torch's order. scratch: [count, ABREAST * chunk] for INTERLEAVED ones. */
+struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdiff_t count, float *scratch);
+
 /* rows times one panel of a weight -> out [count, outs], bfloat16 if `halves`, else float32. */
 void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int halves, void *out, ptrdiff_t p);
 

@@ -12,6 +12,10 @@
 #else
 #define LANES 8
 #endif
+/* Whether it is known in which order torch adds up numbers of bfloat16 on this processor (exact.c, base/exact.py). */
+#if defined(__AVX512BF16__) || (defined(__AVX2__) && LANES == 8)
+#define EXACT
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -22,7 +26,7 @@ typedef uint32_t u32s_at __attribute__((vector_size(LANES * 4), aligned(4), may_
 typedef int32_t i32s __attribute__((vector_size(LANES * 4)));
 typedef uint16_t u16s __attribute__((vector_size(LANES * 2)));
 
-enum kind { FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID };
+enum kind { FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID, INTERLEAVED };
 
 INLINE f32s load(const float *at) { return (f32s) * (const f32s_at *)at; }
 
