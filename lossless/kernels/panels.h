@@ -124,6 +124,11 @@ static void to_bytes(const float *rows, ptrdiff_t count, ptrdiff_t ins, uint8_t 
 
 INLINE f32s number(u32s whole) { return __builtin_convertvector((i32s)whole, f32s); }
 
+/* Sums to another place: gcc would copy them as bytes, which takes longer than to add them up. */
+INLINE void hand_on(f32s (*to)[2], f32s (*from)[2], int count) {
+    UNROLL for (int r = 0; r < count; r++) to[r][0] = from[r][0], to[r][1] = from[r][1];
+}
+
 /* The sums of `count` rows, which is known where this is compiled, with one panel. row_scales: of rows in bytes. block: of weights on a
    grid. Rows stand `stride` numbers apart. */
 INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows_, const float *row_scales,
@@ -222,7 +227,7 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
         }
     }
 #endif
-    memcpy(out, sums, count * sizeof *sums);
+    hand_on(out, sums, count);
 }
 
 /* The sums of a row, with a bias, to where they belong: `valid` outputs of them are asked for. */
@@ -266,9 +271,9 @@ INLINE void astride(const uint32_t *panel, const float *rows, ptrdiff_t each, in
         int level = 0;
         for (; n >> level & 1; level++)
             UNROLL for (int r = 0; r < count; r++) sums[r][0] += waiting[level][r][0], sums[r][1] += waiting[level][r][1];
-        if (level < HALVINGS) memcpy(waiting[level], sums, count * sizeof *sums);
+        if (level < HALVINGS) hand_on(waiting[level], sums, count);
     }
-    memcpy(out, sums, count * sizeof *sums);
+    hand_on(out, sums, count);
 }
 
 /* The rows of one part with one panel; in chunks of inputs, whose sums are added up one after the other. */

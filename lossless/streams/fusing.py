@@ -20,7 +20,7 @@ from .cache import RowCache
 from .passes import PASS, Pass
 
 _SAME = 1e-3  # of the spread of logits: further off, a layer computes something else
-_ALIKE = 0.2  # of the spread of streams, which may be wrong: by what their numbers, of 8 and 16 bits, are rounded
+_ALIKE = 0.4  # of the spread of streams, which may be wrong: by what their numbers, of 8 and 16 bits, are rounded
 
 
 @torch.no_grad()
