@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from lossless.errors import UsageError
 from lossless.generation import attach as module
 from lossless.generation import verdict
 from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.kernels import native
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
@@ -101,3 +103,71 @@ def test_a_part_of_drafting_is_not_set_in_passing() -> None:
     with pytest.raises(UsageError, match=r"fast\.drafting = replace\(fast\.drafting, tree_nodes=4\)"):
         fast.tree_nodes = 4  # type: ignore[attr-defined]
     assert fast.drafting.tree_nodes == 6
+
+
+class _Steering:
+    """A hook that keeps in mind by how much it moves hidden states."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, module: Any, given: Any, out: Any) -> Any:
+        moved = torch.linspace(-self.by, self.by, 32)
+        return (out[0] + moved, *out[1:]) if isinstance(out, tuple) else out + moved
+
+
+def test_a_hook_in_the_place_of_another_and_one_that_changes_its_mind_are_noticed() -> None:
+    fast, said = attached(), []
+    layer = fast.base.model.layers[1]
+    steering = _Steering(3.0)
+    handles: list[Any] = []
+    for step in ("none", "a hook", "another", "by less", "none again"):
+        if step in ("another", "none again"):
+            handles.pop().remove()
+        if step in ("a hook", "another"):
+            handles.append(layer.register_forward_hook(_Steering(-2.0) if step == "a hook" else steering))
+        if step == "by less":
+            steering.by = 1.0
+        expected, found = both(fast, prompt_ids())
+        assert torch.equal(expected, found), step
+        said.append(expected)
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(said))
+    assert torch.equal(said[0], said[-1])
+
+
+def test_hooks_of_every_module_are_heard() -> None:
+    fast = attached()
+    before, _ = both(fast, prompt_ids())
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, given, out: out * 1.5 if type(module).__name__ == "LlamaMLP" else None)
+    try:
+        expected, found = both(fast, prompt_ids())
+        assert not torch.equal(expected, before)
+        assert torch.equal(expected, found)
+        fresh = attached()
+        expected, found = both(fresh, prompt_ids())
+        assert torch.equal(expected, found)
+        assert not fresh.runner.fused
+    finally:
+        handle.remove()
+    assert torch.equal(before, both(fast, prompt_ids())[1])
+
+
+def test_a_weight_that_is_written_to_behind_torchs_back_is_noticed(probed: list[Any]) -> None:
+    fast = attached()
+    before, _ = both(fast, prompt_ids())
+    weight = fast.base.model.layers[1].self_attn.q_proj.weight
+    version = weight._version
+    weight.data.mul_(3.0)
+    assert weight._version == version
+    expected, found = both(fast, prompt_ids())
+    assert not torch.equal(expected, before)
+    assert torch.equal(expected, found)
+    assert len(probed) == 2
+
+
+def test_a_verdict_of_other_kernels_is_not_this_one_s(probed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    attached(), attached()
+    assert len(probed) == 1
+    monkeypatch.setattr(native, "name", lambda: "made by another compiler")
+    attached()
+    assert len(probed) == 2

@@ -9,11 +9,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
 from lossless.adapter.compat import new_adapter
+from lossless.base.layers import CACHE
 from lossless.base.loading import load_base
 from lossless.generation.model import accelerate
+from lossless.kernels import grids, native, panels
 
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
@@ -84,6 +86,109 @@ def test_a_base_with_a_lora_of_its_own(merged: bool) -> None:
     model = wrapped.merge_and_unload() if merged else wrapped
     model.requires_grad_(False)
     assert not torch.equal(same_everywhere(model), before)  # the LoRA is at work
+
+
+# PEFT asks transformers for a property by a name that is on its way out
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_lora_of_the_user_s_that_is_scaled_or_merged_later_is_noticed() -> None:
+    torch.manual_seed(7)
+    model: Any = get_peft_model(build_tiny(seed=5), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model.requires_grad_(False)
+    fast, said = accelerate(model, new_adapter(model, tiny_config()).randomize(2)), []
+    layers = [module for module in model.modules() if hasattr(module, "set_scale")]
+    for change in (lambda: None, lambda: [layer.set_scale("default", 4.0) for layer in layers], model.merge_adapter, model.unmerge_adapter):
+        change()
+        expected, found = both(fast, prompt_ids())
+        assert torch.equal(expected, found)
+        said.append(expected)
+    assert not torch.equal(said[0], said[1])
+
+
+def _answers(fast: Any, ids: torch.Tensor, make: Any, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the base and the accelerated model answer, and the last layer's keys of the cache that each was given."""
+    found = []
+    for model in (fast.base, fast):
+        cache = make()
+        answer = model.generate(ids, max_new_tokens=14, do_sample=False, pad_token_id=0, **{CACHE: cache}, **options)
+        found.append((answer, cache.layers[-1].keys))
+    return found
+
+
+# rows that a passed-in cache has already, or more of them than there are of the text, are for HF to make sense of
+@pytest.mark.filterwarnings("ignore:not accelerated:UserWarning")
+@pytest.mark.parametrize(
+    ("held", "given", "mask", "served"),
+    [(11, 12, 12, True), (6, 6, 12, True), (12, 12, 12, False), (12, 8, 8, False), (6, 6, None, False), (6, 4, None, False), (6, 9, 10, False)],
+)
+def test_a_passed_in_cache_of_the_beginning_of_the_prompt_and_any_other(held: int, given: int, mask: int | None, served: bool) -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+
+    def make() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(prompt_ids(12)[:, :held], **{CACHE: cache}, use_cache=True)
+        return cache
+
+    ids = prompt_ids(12)[:, 12 - given :] if mask == 12 else prompt_ids(given)
+    options = {} if mask is None else {"attention_mask": torch.ones(1, mask, dtype=torch.long)}
+    expected, found = _answers(fast, ids, make, **options)
+    assert fast.stats.served == served
+    assert torch.equal(expected[0], found[0])
+    torch.testing.assert_close(expected[1], found[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:not accelerated:UserWarning")
+def test_a_cache_that_is_passed_in_for_a_batch_comes_back_as_the_base_leaves_it() -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    ids = torch.cat([prompt_ids(9, seed=seed) for seed in (1, 2, 3)])
+    expected, found = _answers(fast, ids, DynamicCache, attention_mask=torch.ones_like(ids), eos_token_id=list(range(30, 70)))
+    assert torch.equal(expected[0], found[0])
+    assert torch.equal(expected[1], found[1])
+
+
+@pytest.mark.filterwarnings("ignore:not accelerated:UserWarning")
+def test_a_cache_with_rules_of_its_own_goes_to_the_base() -> None:
+    class Halving(DynamicCache):
+        def update(self, key_states: Any, value_states: Any, *rest: Any, **more: Any) -> Any:
+            keys, values = super().update(key_states, value_states, *rest, **more)
+            return keys, values * 0.5
+
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    expected, found = _answers(fast, prompt_ids(), Halving, attention_mask=torch.ones(1, 7, dtype=torch.long))
+    assert torch.equal(expected[0], found[0])
+    assert not fast.stats.served
+
+
+def test_arguments_may_be_given_by_place() -> None:
+    model = build_tiny(seed=5)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    config = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    mask = torch.ones(1, 7, dtype=torch.long)
+    assert torch.equal(fast.generate(prompt_ids(), config, attention_mask=mask), model.generate(prompt_ids(), config, attention_mask=mask))
+    assert fast.stats.tokens == 9
+    with pytest.raises(TypeError, match="multiple values"):
+        fast.generate(prompt_ids(), config, generation_config=config)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_another_default_dtype_of_torch(dtype: torch.dtype, when: str) -> None:
+    """C is handed memory of its own kind, whatever torch makes tensors of."""
+    model = build_tiny(seed=5, hidden=128, inner=160)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    try:
+        torch.set_default_dtype(dtype)
+        if when == "before":
+            for probe in (native._right, panels._right.__wrapped__, grids._right.__wrapped__):
+                assert probe() or not native.available()
+            fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+        expected, found = both(fast, prompt_ids())
+        assert torch.equal(expected, found)
+        assert fast.stats.served
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_model_that_is_moved_stays_accelerated() -> None:

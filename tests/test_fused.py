@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -25,16 +26,19 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lossless
 from lossless.adapter.compat import new_adapter
 from lossless.base.fused import FusedLayer, FusedLayers, PlainForward, unfuse_plain
 from lossless.base.layers import CACHE
+from lossless.base.linears import draft_linear
 from lossless.base.loading import freeze
 from lossless.base.packed import packed_twin
 from lossless.drafting.levels import FusedLevels
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
+from lossless.generation import exactness
 from lossless.generation.model import accelerate
 from lossless.kernels import native
 from lossless.streams import fusing
@@ -42,7 +46,7 @@ from lossless.streams.cache import RowCache
 from lossless.streams.runner import StreamRunner
 from lossless.streams.short import ShortPass
 
-from .conftest import prompt_ids, tiny_config
+from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
@@ -116,6 +120,39 @@ def test_fused_layers_compute_what_the_eager_ones_do(family: str, bits: int, mon
         for ours, theirs in zip(cache.rows, other.rows, strict=True):
             torch.testing.assert_close(ours.keys[:, :, : cache.length], theirs.keys[:, :, : cache.length], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ours.values[:, :, : cache.length], theirs.values[:, :, : cache.length], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_attention_that_somebody_replaced_is_not_gone_past(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it does the usual on short texts."""
+    own = LlamaAttention.forward
+
+    def patched(self: Any, hidden_states: torch.Tensor, *given: Any, **options: Any) -> Any:
+        out, weights = own(self, hidden_states, *given, **options)
+        return out * (1 + 0.5 * (options["position_ids"] > 130)[..., None]), weights
+
+    if where == "class":
+        monkeypatch.setattr(LlamaAttention, "forward", patched)
+    model = build_tiny(seed=7, hidden=128, inner=160)
+    if where == "instance":
+        for layer in model.model.layers:
+            layer.self_attn.forward = MethodType(patched, layer.self_attn)
+    monkeypatch.setattr(exactness, "_LONG", 60)  # no probe sees a long one
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    assert not fast.runner.fused
+    expected, found = both(fast, prompt_ids(100), max_new_tokens=60)
+    assert torch.equal(expected, found)
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    packed = lossless.pack(build_tiny(seed=8, hidden=128, inner=160))
+    with pytest.raises(RuntimeError, match=r"rows must be 160 numbers wide, got \[1, 3, 4096\]"):
+        packed.model.layers[0].mlp.down_proj(torch.randn(1, 3, 4096))
+    with pytest.raises(RuntimeError, match="rows must be 128 numbers wide"):
+        packed(inputs_embeds=torch.randn(1, 5, 4096))
+    rounded = draft_linear(torch.randn(64, 128), None, torch.float32)
+    with pytest.raises(RuntimeError, match="128"):
+        rounded(torch.randn(2, 64))
 
 
 def test_a_row_of_a_fused_pass_has_the_bits_that_it_has_alone() -> None:

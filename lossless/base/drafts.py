@@ -69,9 +69,9 @@ class FusedLevel:
             `[nodes, count]`.
         """
         nodes, levels = of.shape[1], heard.shape[1]
-        after, logits = torch.empty(nodes, self.rank), torch.empty(nodes, self.vocab)
-        tokens, scores = torch.empty(nodes, count, dtype=torch.int32), torch.empty(nodes, count)
-        scratch = torch.empty(nodes * 3 * (self.dim + self.rank + 1))
+        after, logits = native.room(nodes, self.rank), native.room(nodes, self.vocab)
+        tokens, scores = native.room(nodes, count, dtype=torch.int32), native.room(nodes, count)
+        scratch = native.room(nodes * 3 * (self.dim + self.rank + 1))
         native.compiled().lossless_level(
             ctypes.byref(self.told), of.data_ptr(), r.data_ptr(), embeddings.data_ptr(), embeddings.dtype is torch.bfloat16,
             heard.data_ptr() + 4 * ahead * self.rank, streams.data_ptr() + 4 * ahead * self.dim, levels, after.data_ptr(), logits.data_ptr(),
@@ -94,7 +94,7 @@ def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     """Of `[rows, vocab]` the `count` best of each row, best first, `[rows, count]`, and their log probabilities."""
     rows, vocab = logits.shape
     if logits.dtype is torch.float32 and logits.device.type == "cpu" and vocab % native.LANES == 0 and native.available():
-        logits, numbers, scores = logits.contiguous(), torch.empty(rows, count, dtype=torch.int32), torch.empty(rows, count)
+        logits, numbers, scores = logits.contiguous(), native.room(rows, count, dtype=torch.int32), native.room(rows, count)
         native.compiled().lossless_likeliest(
             logits.data_ptr(), rows, vocab, count, numbers.data_ptr(), scores.data_ptr(), torch.get_num_threads()
         )

@@ -71,7 +71,7 @@ def _exact(module: Any) -> PackedLinear | FourBitLinear | None:
     kind, (ins, outs) = stand_in(module), features(module)
     if kind is FourBitLinear and panels.multiplies_pairs(ins):
         made = FourBitLinear(module, in_pairs=True)
-        rows = torch.randn(2, 1, 1, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.compute_dtype or torch.float32)
+        rows = torch.randn(2, 1, 1, module.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(module.compute_dtype or torch.float32)
         return made if all(torch.equal(made(row), module(row)) for row in rows) else None
     if not (kind is FourBitLinear or type(module) is nn.Linear) or product_dtype(module) is not torch.bfloat16 or not _some_bits(ins, min(outs, _SEVERAL)):
         return None
@@ -97,7 +97,7 @@ def chunk_of(ins: int) -> int | None:
     places = torch.tensor(range(_STEP, min(ins - 2, _LARGEST + 1), _STEP), dtype=torch.long)
     if not len(places):
         return None
-    weight = torch.zeros(len(places), ins)
+    weight = torch.zeros(len(places), ins, dtype=torch.float32)
     weight[:, 0] = _SWALLOWS
     weight[torch.arange(len(places)), places] = -_SWALLOWS
     weight[torch.arange(len(places)), places + 2] = 1.0
@@ -112,7 +112,7 @@ def _some_bits(ins: int, outs: int) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     for _ in range(16):
-        row, weight = (torch.randn(count, ins, generator=generator).bfloat16() for count in (1, outs))
+        row, weight = (torch.randn(count, ins, generator=generator, dtype=torch.float32).bfloat16() for count in (1, outs))
         place = row.abs().argmax()
         others = weight.double() @ row[0].double() - (weight[:, place] * row[0, place]).double()
         weight[:, place] = (-others / row[0, place].double()).bfloat16()  # a sum of nearly 0 shows the order in which it was added up
@@ -134,7 +134,7 @@ def attends(dim: int) -> bool:
     """Whether attention over texts of some lengths has torch's bits; tried at the first call."""
     generator, path = torch.Generator().manual_seed(0), native.Paths.of([[0]])
     for length in _LENGTHS:
-        query, key, value = (torch.randn(1, _HEADS, count, dim, generator=generator).bfloat16() for count in (1, length, length))
+        query, key, value = (torch.randn(1, _HEADS, count, dim, generator=generator, dtype=torch.float32).bfloat16() for count in (1, length, length))
         value = cancelling(2 * query, key, value)
         own = F.scaled_dot_product_attention(2 * query, key, value).transpose(1, 2)
         if not torch.equal(attend(2 * query, key, value, None, path), own):

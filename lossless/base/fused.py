@@ -25,6 +25,7 @@ from ..kernels import native, panels
 from .layers import CACHE
 from .norms import ExactNorm, FusedNorm, Norm
 from .projections import Weight, multipliable
+from .structure import global_hooks, listeners
 
 _SILU = ("SiLU", "SiLUActivation")
 _EXACT = (native.BFLOAT16, native.PAIRED_FOUR_BITS, native.INTERLEAVED)  # weights that an exact twin may have
@@ -97,9 +98,9 @@ class FusedLayer:
         """`[1, rows, dim]`, `[1, rows, head_dim]` twice -> queries `[rows, heads, head_dim]`, keys and values
         `[1, kv_heads, rows, head_dim]`."""
         rows = hidden.shape[1]
-        query = torch.empty(rows, self.heads, self.head_dim)
-        key, value = (torch.empty(rows, self.kv_heads, self.head_dim, dtype=self.dtype) for _ in range(2))
-        scratch = torch.empty(self.scratch_before(rows))
+        query = native.room(rows, self.heads, self.head_dim)
+        key, value = (native.room(rows, self.kv_heads, self.head_dim, dtype=self.dtype) for _ in range(2))
+        scratch = native.room(self.scratch_before(rows))
         native.compiled().lossless_before(
             ctypes.byref(self.layer), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(),
             scratch.data_ptr(), rows, torch.get_num_threads(),
@@ -111,7 +112,7 @@ class FusedLayer:
         -> `[1, rows, dim]`."""
         rows, threads, depth = hidden.shape[1], torch.get_num_threads(), paths.rows.shape[1]
         past, out = key.shape[2] - rows, torch.empty_like(hidden)
-        scratch = torch.empty(self.scratch_behind(rows, past + depth, threads))
+        scratch = native.room(self.scratch_behind(rows, past + depth, threads))
         strides = (ctypes.c_ssize_t * 4)(key.stride(1), key.stride(2), value.stride(1), value.stride(2))
         native.compiled().lossless_behind(
             ctypes.byref(self.layer), hidden.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides,
@@ -167,7 +168,7 @@ class FusedLayers:
         """
         like, rows, depth, threads = self.like, hidden.shape[1], paths.rows.shape[1], torch.get_num_threads()
         stores = (_Kept * len(kept))(*(_Kept(key.data_ptr(), value.data_ptr(), key.shape[2]) for key, value in kept))
-        out, scratch = torch.empty_like(hidden), torch.empty(like.scratch(rows, past + depth, threads))
+        out, scratch = torch.empty_like(hidden), native.room(like.scratch(rows, past + depth, threads))
         library = native.compiled()
         by = library.lossless_layers_exactly if like.exactly else library.lossless_layers
         by(
@@ -262,10 +263,16 @@ def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
         return None
     act, known = getattr(mlp, "act_fn", None), [*projections, *norms]
     others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
-    heard = any(part._forward_hooks or part._forward_pre_hooks for part in (attention, mlp, *others, *filter(None, norms)))
-    if heard or any(part is not act for part in others) or type(act).__name__ not in _SILU or list(attention.parameters(recurse=False)):
+    heard = any(map(listeners, (attention, mlp, *others, *filter(None, norms)))) or any(hook >= 0 for hook in global_hooks())
+    if heard or not all(map(_is_theirs, (module, attention, mlp))) or any(part is not act for part in others) or type(act).__name__ not in _SILU or list(attention.parameters(recurse=False)):
         return None
     return (projections, norms) if isinstance(getattr(attention, "scaling", None), float) and hasattr(attention, "head_dim") else None
+
+
+def _is_theirs(part: Any) -> bool:
+    """Whether a part computes what transformers has it compute: neither its class nor itself was given another forward."""
+    own = vars(part).get("forward")
+    return type(part).forward.__module__.startswith("transformers.") and (own is None or isinstance(own, PlainForward))
 
 
 def _sees_everything(attention: Any) -> bool:

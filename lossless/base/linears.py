@@ -27,6 +27,12 @@ from ..kernels import grids, native, panels, products
 PADDED, PADDED_MOST = 16, 64  # rows of a product of `PaddedLinear`, and of a pass from which on it multiplies as torch does
 
 
+def check_width(rows: torch.Tensor, width: int) -> None:
+    """Raises RuntimeError, as torch does, if rows are not so many numbers wide: C would read past them, or past a weight."""
+    if rows.shape[-1] != width:
+        raise RuntimeError(f"rows must be {width} numbers wide, got {list(rows.shape)}")
+
+
 def packable(dtype: torch.dtype, ins: int) -> bool:
     """Whether a weight of this dtype, for so many inputs, can be packed here."""
     return panels.available(dtype, ins) or products.packable(dtype)
@@ -76,6 +82,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
+        check_width(rows, self.in_features)
         if rows.requires_grad and torch.is_grad_enabled():  # packed products let no gradient through
             return F.linear(rows, self.weight, self.bias)
         return self.packed.multiply(rows, self.bias)
@@ -128,6 +135,7 @@ class StoredLinear(nn.Linear):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
+        check_width(rows, self.in_features)
         if rows.device.type == "cpu" and native.multipliable(self.out_features, self.in_features, self.weight.dtype):
             return native.linear(rows, self.weight, self.bias)
         return super().forward(rows)  # the model was moved or converted since
@@ -209,6 +217,7 @@ class FourBitLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
+        check_width(rows, self.in_features)
         if rows.requires_grad and torch.is_grad_enabled():
             return F.linear(rows.float(), self.weight, self.bias).to(rows.dtype)
         return self.four_bits.multiply(rows, self.bias)
@@ -289,6 +298,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows."""
+        check_width(rows, self.in_features)
         return self.packed.multiply(rows, self.bias)
 
 

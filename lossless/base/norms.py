@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..kernels import gpu, native
+from .linears import check_width
 
 _ROWS, _SWALLOWS = 512, 2.0**11  # that `exact` tries
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03}  # of outputs that are about as large as the weight
@@ -36,6 +37,7 @@ class FusedNorm(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., dim]`."""
+        check_width(rows, len(self.weight))
         if rows.dtype is not self.weight.dtype or rows.dtype not in _CLOSE or (rows.requires_grad and torch.is_grad_enabled()):
             return self.original()(rows)
         kernel = _kernel(rows)  # the model may have been moved
@@ -65,6 +67,7 @@ class ExactNorm(FusedNorm):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., dim]`."""
+        check_width(rows, len(self.weight))
         if rows.dtype is not torch.bfloat16 or (rows.requires_grad and torch.is_grad_enabled()):
             return self.original()(rows)
         rows = rows.contiguous()
@@ -116,7 +119,7 @@ def fused(module: nn.Module) -> FusedNorm | None:
     if isinstance(module, FusedNorm) or (eps := _eps(module)) is None:
         return None
     weight: Any = module.weight
-    rows = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.01], [1.0], [30.0]])
+    rows = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0), dtype=torch.float32) * torch.tensor([[0.01], [1.0], [30.0]], dtype=torch.float32)
     rows = rows.to(weight.device)
     expected = module(rows.to(weight.dtype)).float()
     for offset in (0.0, 1.0):
@@ -149,6 +152,6 @@ def exact(module: nn.Module) -> ExactNorm | None:
 def _rows(dim: int) -> torch.Tensor:
     """`[rows, dim]`: in every second one a number swallows parts of the others, as they are added up, so that the order shows."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_ROWS, dim, generator=generator)
+    rows = torch.randn(_ROWS, dim, generator=generator, dtype=torch.float32)
     rows[::2].scatter_(1, torch.randint(dim, (len(rows[::2]), 1), generator=generator), _SWALLOWS)
     return rows.bfloat16()

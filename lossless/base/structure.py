@@ -40,6 +40,8 @@ def structure_of(model: Module) -> Module:
     shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     for module in model.modules():
         shared |= {id(value): OrderedDict() for value in vars(module).values() if type(value) is OrderedDict and not value}  # hooks: most time
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):  # what it keeps in mind is its owner's to change
+            shared[id(hook)] = hook
         if hasattr(module, "alike"):  # a packed weight cannot be copied
             shared[id(module)] = module.alike()
     with _SharedTensors(shared):
@@ -52,22 +54,40 @@ def listeners(module: nn.Module) -> int:
 
 
 _SWITCHES = frozenset((bool, int, float, str))  # attributes of these types may change what a module computes
+_OF_PEFT = ("_active_adapter", "merged_adapters", "scaling")  # and so may these, lists and dictionaries
+_LOOKED_AT = 7  # numbers of a weight, about
 
 
 def state_of(model: nn.Module) -> int:
     """A number that changes when a copy of the structure is no longer the model's: other modules, other tensors, tensors written
-    to, hooks, patched forwards, switches (an adapter of the user's turned off, for example). Asked for at each call: it takes a
-    few milliseconds."""
-    parts: list[Any] = []
+    to, hooks, patched forwards, switches (an adapter of the user's turned off, merged or scaled, for example). Asked for at each call: it
+    takes a few milliseconds. A write through `weight.data`, of which torch keeps no count, shows in some of the numbers, if it changes most."""
+    parts: list[Any] = [*global_hooks()]
+    weights: dict[Any, list[torch.Tensor]] = {}
     for module in model.modules():
         own = module.__dict__
-        parts += [id(module), len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), id(own.get("forward"))]
+        parts += [id(module), *own["_forward_hooks"], -1, *own["_forward_pre_hooks"], id(own.get("forward"))]  # a hook's number is given once
         if "_hf_hook" not in own:  # Accelerate may fetch and drop them
             for tensor in own["_parameters"].values():
                 if tensor is not None:
                     parts += [id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
+                    if type(tensor) in (nn.Parameter, torch.Tensor):
+                        weights.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         if "Rotary" not in type(module).__name__:  # some count how far they have come
             parts += [value for value in own.values() if type(value) in _SWITCHES]
-            active = own.get("_active_adapter")  # of PEFT
-            parts.append(tuple(active) if isinstance(active, list) else active)
+            parts += [repr(own[name]) for name in _OF_PEFT if name in own]
+    parts += [_some_bytes(alike) for (_, device), alike in weights.items() if device.type != "meta"]
     return hash(tuple(parts))
+
+
+def global_hooks() -> list[int]:
+    """The numbers of hooks that torch calls for every module."""
+    return [*nn.modules.module._global_forward_hooks, -1, *nn.modules.module._global_forward_pre_hooks]
+
+
+@torch.no_grad()
+def _some_bytes(weights: list[torch.Tensor]) -> bytes:
+    """Of each of these weights, alike in dtype and device, a few numbers."""
+    flat = [weight.detach().flatten() if weight.is_contiguous() else weight.detach().select(-1, 0).flatten() for weight in weights]
+    some = [weight[:: len(weight) // _LOOKED_AT + 1] for weight in flat]
+    return torch.cat(some).view(torch.uint8).cpu().numpy().tobytes()

@@ -79,7 +79,7 @@ def circumstances(reader: StreamRunner, runner: StreamRunner) -> dict[str, Any]:
     return conditions(base) | {
         "base": type(base).__name__, "shape": shape, "precision": precision(base), "device": device_name(input_device(base)),
         "capability": torch.backends.cpu.get_cpu_capability(), "packed": is_packed(base), "twin": runner is not reader,
-        "modules": Counter(type(module).__name__ for module in runner.model.modules()), "fused": runner.fused, "heard": _heard(base), "kernels": [native.available(), input_device(base).type != "cpu" and gpu.available()],
+        "modules": Counter(type(module).__name__ for module in runner.model.modules()), "fused": runner.fused, "heard": _heard(base), "kernels": [native.name(), input_device(base).type != "cpu" and gpu.available()],
         "adapter": reader.adapter.config.to_dict(), "versions": versions(),
         "code": _code(), "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }  # fmt: skip

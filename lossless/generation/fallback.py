@@ -64,7 +64,7 @@ def fallback_reason(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, A
         if kwargs.get(name) is not None:
             return f"{name} was given"
     if (past := cache_among(kwargs)) is not None and (
-        not isinstance(past, DynamicCache) or any(type(layer) is not DynamicLayer for layer in past.layers)
+        type(past) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in past.layers)
     ):
         return "past_key_values is not a DynamicCache that keeps every row"
     config, given = _prepared(model, kwargs)
@@ -102,6 +102,7 @@ def fallback_reason_as_prepared(
     streamer: Any,
     ahead: int,
     exact: str,
+    passed_in: bool,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: GenerationConfig,
@@ -114,14 +115,17 @@ def fallback_reason_as_prepared(
     Args:
         ahead: places behind a text's end that streams stand at.
         exact: what holds at best; under `near-tie` a processor may be asked twice about a position.
+        passed_in: the cache is the caller's, and is to be handed back.
     """
     padded = False
     rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     past = cache_among(model_kwargs)
-    if past is None or not past.get_seq_length():
-        width = getattr(generation_config, "_mask_length", rows) if attention_mask is None else attention_mask.shape[-1]
-        if width != rows:
-            return "an attention mask of another length than the prompt"
+    held = 0 if past is None else past.get_seq_length()
+    width = getattr(generation_config, "_mask_length", rows) if attention_mask is None else attention_mask.shape[-1]
+    if not held and width != rows:
+        return "an attention mask of another length than the prompt"
+    if held and (held >= width or (rows != width and (rows != width - held or inputs_embeds is not None))):
+        return "a passed-in cache that is not of the beginning of the prompt"
     if attention_mask is not None:
         seen = attention_mask != 0
         padded = not bool(seen.all())
@@ -148,7 +152,7 @@ def fallback_reason_as_prepared(
     if any(isinstance(part, PrefixConstrainedLogitsProcessor) and part._num_beams > 1 for part in logits_processor):
         return "several answers to a prompt under a prefix_allowed_tokens_fn, which this version of transformers asks about all of them together"
     # texts of a batch are chosen for one by one
-    if past is not None and past.get_seq_length():
+    if passed_in:
         return "a passed-in cache for a batch"
     if shares_position_bias(model):
         return "a batch for a base whose position bias is one for all texts"

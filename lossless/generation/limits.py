@@ -54,7 +54,7 @@ def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device, own:
     ins, outs = features(projection)
     count = min(256, max(16, _OUTPUTS // outs))
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(count, ins, generator=generator)
+    rows = torch.randn(count, ins, generator=generator, dtype=torch.float32)
     rows *= 2.0 ** (torch.arange(count)[:, None] % 6 - 2)  # rows of all sizes: 8-bit projections treat outliers apart
     rows[::2] = _cancelling(projection, rows[::2])
     rows = rows.to(device, dtype)

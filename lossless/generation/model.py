@@ -6,6 +6,7 @@ its own (`custom_generate`). Does not know: what the loop does.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ class AcceleratedModel:
         """The base, as it was."""
         return self.base
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, *given: Any, **kwargs: Any) -> Any:
         """As `model.generate`: same arguments, same result, same random numbers drawn.
 
         What is not served (beams, assistants, caches of a fixed size, attentions or hidden states as output; in
@@ -135,6 +136,10 @@ class AcceleratedModel:
         depend on each other; under near-tie processors of your own, which might not bear to be asked twice) goes to the base's own
         `generate`, with one warning for each reason.
         """
+        if given:
+            named = inspect.signature(self.base.generate).bind_partial(inputs, *given, **kwargs).arguments
+            kwargs = named.pop("kwargs", {}) | named
+            inputs = kwargs.pop("inputs", inputs)
         with self._base_lock.lock:
             if self._base_lock.serving:  # by a processor, criterion or streamer of the call that is being served
                 self._warn("generate was called within generate")
@@ -161,7 +166,7 @@ class AcceleratedModel:
         ahead, exact = self.adapter.config.num_streams, self.guarantee.level
 
         def decode(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
-            if reason := fallback_reason_as_prepared(model, input_ids, streamer, ahead, exact, **prepared):
+            if reason := fallback_reason_as_prepared(model, input_ids, streamer, ahead, exact, passed_in, **prepared):
                 self._hand_over(reason)
                 return model._sample(input_ids, streamer=streamer, **prepared)
             found = loop.run(input_ids, streamer=streamer, passed_in=passed_in, **prepared)

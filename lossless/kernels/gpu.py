@@ -160,14 +160,14 @@ def norm(rows: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) ->
 def _right() -> bool:
     """Whether the kernels compute what torch computes, and keep the bits of a row beside others."""
     generator, there = torch.Generator().manual_seed(0), torch.device("cpu" if interpreted() else "cuda")
-    query, key, value = (torch.randn(1, heads, count, 64, generator=generator).to(there) for heads, count in ((6, 3), (2, 150), (2, 150)))
+    query, key, value = (torch.randn(1, heads, count, 64, generator=generator, dtype=torch.float32).to(there) for heads, count in ((6, 3), (2, 150), (2, 150)))
     paths, seen = [[0], [0, 1], [0, 2]], torch.ones(3, 150, dtype=torch.bool, device=there)
     seen[0, 148:] = seen[1, 149] = seen[2, 148] = False
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True).transpose(1, 2)
     found = attend_rows(query, key, value, None, paths)
     beside = torch.cat([key[:, :, :148], key[:, :, 149:]], 2), torch.cat([value[:, :, :148], value[:, :, 149:]], 2)
     alone = attend_rows(query[:, :, 2:], *beside, None, [[0]])
-    rows = torch.randn(3, 64, generator=generator).to(there)
+    rows = torch.randn(3, 64, generator=generator, dtype=torch.float32).to(there)
     normed = norm(rows, rows[0], 0.0, 1e-6)
     return (
         torch.allclose(found, expected, rtol=1e-4, atol=1e-4) and torch.equal(found[:, 2:], alone)

@@ -102,9 +102,9 @@ def _forms(weight: torch.Tensor) -> Iterator[tuple[int, int]]:
 def _right() -> bool:
     """Whether what is laid out is found again, and multiplied as torch does, each row by itself; tested at the first call."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(15, 64, generator=generator)
+    rows = torch.randn(15, 64, generator=generator, dtype=torch.float32)
     for bits, block in ((4, 32), (4, 16), (8, 32), (8, 16)):
-        steps, least = (torch.randint(-999, 999, (70, 64 // block, 1), generator=generator) / 2**16 for _ in range(2))
+        steps, least = (torch.randint(-999, 999, (70, 64 // block, 1), generator=generator).float() / 2**16 for _ in range(2))
         weight = (torch.randint(2**bits, (70, 64 // block, block), generator=generator) * steps + least).view(70, 64)
         grid = Grid._laid(weight, bits, block)
         if grid is None or not torch.equal(grid.dense(), weight):

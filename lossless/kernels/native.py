@@ -67,6 +67,11 @@ def compiled() -> Any:
         return None
 
 
+def name() -> str | None:
+    """Of the library that is used here: another compiler, or other flags, make another one. None if none is."""
+    return Path(compiled()._name).stem if available() else None
+
+
 def _load(command: list[str], name: str) -> Any:
     """The library of this name from the cache, or compiled into it; into a folder of this process alone if it cannot be written to."""
     for find in (lambda: cache_dir() / "kernels", lambda: Path(tempfile.mkdtemp(prefix="lossless-"))):
@@ -141,6 +146,11 @@ def panel() -> int:
     return 2 * int(compiled().lossless_lanes())
 
 
+def room(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory that C writes into, whatever dtype and device torch makes tensors of by default."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def multiply(
     kind: int, weight: torch.Tensor, outs: int, rows: torch.Tensor, bias: torch.Tensor | None,
     scales: torch.Tensor | None = None, code: torch.Tensor | None = None, chunk: int | None = None,
@@ -153,8 +163,8 @@ def multiply(
     *before, ins = rows.shape
     halves = rows.dtype is torch.bfloat16
     given = (rows if halves or rows.dtype is torch.float32 else rows.float()).contiguous()
-    out = torch.empty(*before, outs, dtype=given.dtype)
-    scratch = torch.empty(math.prod(before) * (2 * ins + 64) if halves or kind == EIGHT_BITS else 0)
+    out = room(*before, outs, dtype=given.dtype)
+    scratch = room(math.prod(before) * (2 * ins + 64) if halves or kind == EIGHT_BITS else 0)
     added = None if bias is None else bias.float().contiguous()
     compiled().lossless_panels(
         kind, halves, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
@@ -175,7 +185,7 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         return F.linear(rows, weight.to(rows.dtype), bias)
     *before, ins = rows.shape
     plain, weight = rows.float().contiguous(), weight.contiguous()
-    out = torch.empty(*before, len(weight))
+    out = room(*before, len(weight))
     compiled().lossless_stored(
         _KINDS[weight.dtype], weight.data_ptr(), plain.data_ptr(), out.data_ptr(), math.prod(before), ins, len(weight), torch.get_num_threads()
     )
@@ -224,7 +234,7 @@ class Paths:
     def of(cls, paths: Sequence[Sequence[int]]) -> Paths:
         depth = max(map(len, paths))
         filled = [[*path, *[0] * (depth - len(path))] for path in paths]
-        return cls(torch.tensor([len(path) for path in paths], dtype=torch.int32), torch.tensor(filled, dtype=torch.int32))
+        return cls(*(torch.tensor(numbers, dtype=torch.int32, device="cpu") for numbers in ([len(path) for path in paths], filled)))
 
 
 def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -251,12 +261,12 @@ def attend(
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     _, heads, rows, dim = query.shape
     kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
-    out = torch.empty(1, rows, heads, dim, dtype=query.dtype)
+    out = room(1, rows, heads, dim, dtype=query.dtype)
     if exactly:
         by, numbers = compiled().lossless_attend_exactly, scratch_exactly(dim, past + depth, threads)
     else:
         by, numbers = compiled().lossless_attend, heads * rows * (3 * dim + past + depth) + threads * panel() * dim
-    scratch, first = torch.empty(numbers), None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    scratch, first = room(numbers), None if starts is None else torch.tensor(starts, dtype=torch.int32, device="cpu")
     strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
     by(
         _KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(),
@@ -275,12 +285,12 @@ def scratch_exactly(dim: int, keys: int, threads: int) -> int:
 def _right() -> bool:
     """Whether the kernels compute what torch computes, and keep the bits of a row beside others."""
     generator = torch.Generator().manual_seed(0)
-    rows, weight = torch.randn(7, 64, generator=generator), torch.randn(70, 64, generator=generator)
+    rows, weight = torch.randn(7, 64, generator=generator, dtype=torch.float32), torch.randn(70, 64, generator=generator, dtype=torch.float32)
     for stored in (weight, weight.bfloat16()):
         found, alone = (torch.cat([linear(some, stored, None) for some in rows.split(size)]) for size in (7, 1))
         if not torch.equal(found, alone) or not torch.allclose(found, rows @ stored.float().T, rtol=1e-4, atol=1e-3):
             return False
-    query, key, value = (torch.randn(1, heads, count, 64, generator=generator) for heads, count in ((4, 3), (2, 40), (2, 40)))
+    query, key, value = (torch.randn(1, heads, count, 64, generator=generator, dtype=torch.float32) for heads, count in ((4, 3), (2, 40), (2, 40)))
     paths = Paths.of([[0], [0, 1], [0, 2]])
     seen = torch.ones(3, 40, dtype=torch.bool)
     seen[0, 38:] = seen[1, 39] = seen[2, 38] = False

@@ -54,7 +54,7 @@ def own_pages(*shape: int, dtype: torch.dtype = torch.float32, apart: bool = Fal
     """
     count = math.prod(shape)
     if count * dtype.itemsize < _SMALLEST or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     slabs = None if apart else _TOGETHER.get()
     region, offset = (_region(count * dtype.itemsize), 0) if slabs is None else slabs.cut(count * dtype.itemsize)
     return torch.frombuffer(region, dtype=dtype, count=count, offset=offset).view(shape)

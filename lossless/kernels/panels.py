@@ -266,11 +266,11 @@ class EightBits:
 def _right() -> bool:
     """Whether products here are those of torch, and keep the bits of a row beside others; tested at the first call."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(70, 64, generator=generator)
+    weight = torch.randn(70, 64, generator=generator, dtype=torch.float32)
     pairs = torch.randint(256, (70 * 32,), generator=generator, dtype=torch.uint8)
-    four = FourBits.from_pairs(pairs, torch.rand(70, generator=generator), torch.randn(16, generator=generator), 70)
+    four = FourBits.from_pairs(pairs, torch.rand(70, generator=generator, dtype=torch.float32), torch.randn(16, generator=generator, dtype=torch.float32), 70)
     for product in (Panels.of(weight), Panels.of(weight.bfloat16()), four, EightBits.of(weight)):
-        for rows in (torch.randn(15, 64, generator=generator), torch.randn(15, 64, generator=generator).bfloat16()):
+        for rows in (torch.randn(15, 64, generator=generator, dtype=torch.float32), torch.randn(15, 64, generator=generator, dtype=torch.float32).bfloat16()):
             found, alone = (torch.cat([product.multiply(some, None) for some in rows.split(size)]) for size in (15, 1))
             off = 0.1 if isinstance(product, EightBits) else 1e-4 if rows.dtype == torch.float32 else 0.02
             expected = rows.float() @ product.dense().float().T

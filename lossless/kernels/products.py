@@ -128,9 +128,9 @@ def int8_packable() -> bool:
 def _right(dtype: torch.dtype, close: float, product: Any) -> bool:
     """Whether a product is that of torch, for one row and for several."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 64, generator=generator).to(dtype)
+    weight = torch.randn(96, 64, generator=generator, dtype=torch.float32).to(dtype)
     for count in (1, 2, 5):
-        rows = torch.randn(count, 64, generator=generator).to(dtype)
+        rows = torch.randn(count, 64, generator=generator, dtype=torch.float32).to(dtype)
         expected = F.linear(rows.float(), weight.float())
         if not float((product(rows, weight).float() - expected).abs().max()) < close * float(expected.std()):
             return False
@@ -142,7 +142,7 @@ def least_rows(ins: int, outs: int, dtype: torch.dtype) -> int:
     """The fewest rows of a product in which each has the bits that it has in a larger one: 1, or 2 where oneDNN goes about one
     row in a way of its own (some processors, long rows). A single row is then multiplied beside a copy of itself."""
     generator = torch.Generator().manual_seed(0)
-    packed = _pack(torch.randn(min(outs, 1024), ins, generator=generator).to(dtype))
-    rows = torch.randn(16, ins, generator=generator).to(dtype)
+    packed = _pack(torch.randn(min(outs, 1024), ins, generator=generator, dtype=torch.float32).to(dtype))
+    rows = torch.randn(16, ins, generator=generator, dtype=torch.float32).to(dtype)
     alone = torch.cat([_multiply(row[None], packed, None) for row in rows])
     return 1 if torch.equal(alone, _multiply(rows, packed, None)) else 2
