@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub; read when huggingface_hub is imported
@@ -22,6 +23,7 @@ from lossless.adapter.config import AdapterConfig, DraftConfig
 from lossless.base import linears
 from lossless.base.loading import freeze
 from lossless.generation import measure, verdict
+from lossless.generation.exactness import Passes
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.storage import cache_dir
 
@@ -30,8 +32,19 @@ VOCAB = 96
 torch.set_num_threads(1)  # tiny products are not worth a second thread, and the other core has a worker of its own
 
 
-_OF_COMMANDS = {"test_bad_input", "test_robustness", "test_cli", "test_command", "test_deployment", "test_hub", "test_interruptions", "test_quantized",
+_OF_COMMANDS = {"test_avx2", "test_bad_input", "test_robustness", "test_cli", "test_command", "test_deployment", "test_hub", "test_interruptions", "test_quantized",
                 "test_readme"}  # fmt: skip
+
+
+# what is exact, and by how much, is their subject: they have every pass probed
+_OF_EXACTNESS = {"test_exactness", "test_exact", "test_verdict", "test_conditions", "test_noise", "test_invariance", "test_fused", "test_packed", "test_gpu",
+                 "test_certificate", "test_robustness", "test_lossless", "test_kernels", "test_adapter"}  # fmt: skip
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,6 +68,16 @@ def _kept_for_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         for module in (measure, verdict):
             patch.setattr(module, "cache_dir", lambda: folder)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _few_sizes_are_probed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where exactness is not the subject, passes of few sizes are looked at: every size has its turn in those tests where it is."""
+    if request.path.stem in _OF_EXACTNESS or "conformance" in request.path.parts:
+        return
+    each, folder = Passes.each, verdict.cache_dir() / "of few sizes"
+    monkeypatch.setattr(Passes, "each", lambda passes: (size for size in each(passes) if size[0] in (1, 2, 3, passes.rows)))
+    monkeypatch.setattr(verdict, "cache_dir", lambda: folder)
 
 
 @pytest.fixture(autouse=True)

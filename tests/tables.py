@@ -37,7 +37,8 @@ DRAFTERS = {"shipped": "streams", "runs/paper": "the paper's streams",
             "runs/ablation/paper-+-pruning-layer": "the paper's streams on a small budget",
             "runs/ablation/paper-+-transition": "streams with a transition on a small budget"}  # fmt: skip
 # the rows of the first page, in its order
-FRONT = ("float32-rivals", "float32-sampled", "float32-checkpoint", "bfloat16", "bfloat16-packed", "4bit", "4bit-bfloat16", "4bit-packed", "float32-random", "float32-avx2", "bfloat16-packed-avx2")
+FRONT = ("float32-rivals", "float32-sampled", "float32-random", "float32-checkpoint", "bfloat16", "bfloat16-packed", "4bit", "4bit-bfloat16",
+         "float32-avx2", "bfloat16-avx2", "4bit-avx2", "4bit-bfloat16-avx2")  # fmt: skip
 
 
 def reports(kind: str) -> dict[str, Report]:
@@ -124,14 +125,6 @@ def gpu() -> str:
     """What was measured on a GPU."""
     rows = [f"| {setting(found)} | {decoded(found)} {against_stock(found)} {found['acceptance_length']:.2f} |" for found in reports("gpu").values()]
     return in_table("| weights | decoding | identical | stock tokens/s | accelerated | speedup (quartiles) | slowest prompt | tokens per pass |", rows)
-
-
-def in_all() -> str:
-    """What packing and accelerating give together."""
-    stored = reports("speed")
-    pairs = [(stored[f"mt_bench-{name}"], stored[f"mt_bench-{name}-packed"]) for name in ("bfloat16", "4bit")]
-    said = [f"{setting(plain)} {plain['baseline_tokens_per_s']:.1f} tokens/s as loaded, {both['tokens_per_s']:.1f} packed and accelerated" for plain, both in pairs]
-    return f"Both steps together: {'; '.join(said)}."
 
 
 def compared() -> list[Report]:
@@ -259,7 +252,7 @@ def versions_tried() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"front": front, "both steps": in_all, "best without us": best_without_us, "certified": certified},
+    "README.md": {"front": front, "best without us": best_without_us, "certified": certified},
     "lossless/evaluation/README.md": {
         "speed": speed, "rivals": rivals, "tasks": tasks, "memory": memory, "levels": levels, "certificates": certificates,
     },

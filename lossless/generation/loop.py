@@ -77,7 +77,7 @@ class DecodeLoop:
         if past is not None and past.get_seq_length():
             cache.adopt(past)
 
-        # 1. prefill: each prompt's last row gives the first token and speculates
+        # 1. prefill: each prompt's last row gives the first token, and its streams are computed
         started = time.perf_counter()
         out = self._read_prompts(prompt[:, cache.length - width :], padding, cache)
         cache.keep(range(width - cache.length))
@@ -112,7 +112,7 @@ class DecodeLoop:
                 if walks[0].open:  # too close to call: made again from rows read as the base reads them
                     out = self._read_alone(active[0], cache, out.logits[0, rows])
                     rows = [out.entry.shape[1] - 1]
-                # 6. speculate: the streams of each last accepted node, if drafts pay; finished texts leave the batch
+                # 6. streams: those of each last accepted node, if drafts pay; finished texts leave the batch
                 with self.stats.timing("draft_s"):
                     active, streams = self._go_on(active, out, rows, cache, policy)
 

@@ -1,0 +1,29 @@
+"""What processors with AVX2 alone are served with, on a newer one that is held to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lossless.kernels import native
+
+from .tables import ROOT
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or not native.available(), reason="nothing to hold: the other tests see what there is"
+)
+def test_an_exact_twin_and_a_whole_answer() -> None:
+    """Products, norms, attention, layers, 4 bits and answers in bfloat16, bit for bit, in torch's order there."""
+    some = "beside_any_number or own_path or nearly_cancel or norms_have or fused_layers_have or four_bit or answers_are"
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of these tests
+    command = [sys.executable, "-m", "tests.avx2", "pytest", "tests/test_exact.py", "-k", some]
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout or "[100%]" in done.stdout
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert all("bitsandbytes has torch multiply in float32" in line for line in skipped), skipped
