@@ -119,3 +119,18 @@ def test_a_row_alone_behind_a_sliding_window_has_the_base_s_bits_under_near_tie(
             expected = base(ids, **{CACHE: theirs}, use_cache=True).logits
             assert torch.equal(found, expected), place
             ids = expected[:, -1:].argmax(-1)
+
+
+def test_a_prompt_behind_a_sliding_window_has_the_base_s_bits() -> None:
+    """Its rows have a mask, and heads that share keys may round otherwise beside each other: those of one prompt among thousands did."""
+    found_by_fuzz = torch.tensor([[75, 68, 13, 26, 29, 4, 78, 16, 53, 41, 46, 40, 35, 10, 68, 8, 87]])
+    base = build("mistral").bfloat16()
+    reader = StreamRunner(base, new_adapter(base, tiny_config()).randomize(1))
+    for ids in (found_by_fuzz, *(prompt_ids(17, seed=seed) for seed in range(5))):
+        ours, theirs = RowCache(4, 20), DynamicCache()  # which keeps what is behind the window, too
+        found = reader.verify(ids, torch.arange(17)[None], None, ours, None, last_only=True)
+        with torch.no_grad():
+            expected = base(ids, use_cache=True, logits_to_keep=1, **{CACHE: theirs}).logits
+        assert torch.equal(found.logits[0, -1], expected[0, -1])
+        for own, kept in zip(theirs.layers, ours.rows, strict=True):
+            assert torch.equal(own.keys, kept.keys[:, :, :17])

@@ -139,9 +139,9 @@ def _masked(
     """The base's attention of some rows over the keys that they may see: `[batch, rows, heads, head_dim]`.
 
     With a mask, HF's own way with grouped heads is to copy each key and value for every head of its group. The heads of a
-    group stand side by side as rows instead.
+    group stand side by side as rows instead, but for a prompt's, which are to have the very bits of the base's own pass.
     """
-    foldable = plan.implementation in SDPA and kwargs.get("position_bias") is None
+    foldable = plan.implementation in SDPA and kwargs.get("position_bias") is None and not (plan.last_only and len(query) == 1)
     groups = query.shape[1] // key.shape[1] if foldable else 1
     seen = mask.as_mask(window, query, plan.implementation, groups)
     if seen is None or not foldable:
