@@ -14,16 +14,15 @@ BEGIN, END = "<!-- runs: written by python -m tests.robustness.table -->", "<!--
 
 def made() -> str:
     """What the JSON files say."""
-    lines = ["| run | with | found | failed | seconds |", "|---|---|---|---|---|"]
+    lines = ["| run | with | found | failed | seconds | torch, transformers |", "|---|---|---|---|---|---|"]
     where = set()
     for path in sorted(HERE.glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         counts = [f"{count:,} {kind}" for kind, count in run["counts"].items() if kind != "failed"]
         measured = [f"{key}: {value}" for key, value in run["measured"].items() if key in ("memory behind each quarter, MiB", "at most in it", "level")]
         asked = ", ".join(f"{key} {value}" for key, value in run["settings"].items())
-        lines.append(f"| {path.stem} | {asked} | {'; '.join(counts + measured)} | {run['counts'].get('failed', 0)} | {run['seconds']:,.0f} |")
-        versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("python", "torch", "transformers"))
-        where.add(f"{run['device']}, {run['threads']} thread{'s' * (run['threads'] != 1)}, {versions}")
+        lines.append(f"| {path.stem} | {asked} | {'; '.join(counts + measured)} | {run['counts'].get('failed', 0)} | {run['seconds']:,.0f} | {run['versions']['torch']}, {run['versions']['transformers']} |")
+        where.add(f"{run['device']}, {run['threads']} thread{'s' * (run['threads'] != 1)}, Python {run['versions']['python']}")
     return "\n".join([*lines, "", *sorted(f"On {each}." for each in where)])
 
 
