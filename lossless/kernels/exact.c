@@ -2,8 +2,8 @@
    tree: each over the keys of the past and of its own path, as if they stood side by side.
 
    Its order: a score is four sums, of every fourth dimension, s0 + s2 + (s1 + s3). Keys come in blocks of 512; what earlier blocks gave is
-   scaled to the largest score so far. Of a block, exponentials of sixteen keys at a time are those of `power`, added up in two vectors in
-   turn, the rest are libm's; what values are weighted with is rounded to bfloat16, and values are added four keys at a time,
+   scaled to the largest score so far. Of a block, exponentials of as many keys as a vector has lanes are those of `power`, added up in
+   two vectors in turn, the rest are rounded from double; what values are weighted with is rounded to bfloat16, and values are added four keys at a time,
    v0 + v2 + (v1 + v3). */
 
 #include "attention.h"
@@ -39,6 +39,9 @@ INLINE f32s power(f32s x) {
     f32s bits = FMA(zero + 8388608.0f, turns - rest, zero + 1065353216.0f);
     return (f32s)(WHOLE(bits) & ~(x < -87.3365478515625f));
 }
+
+/* e^x to the nearest number: of two thousand that expf gives one is not, and torch's are. */
+INLINE float rounded_exponential(float x) { return (float)exp((double)x); }
 
 /* scores[r * width + k] of four queries [SIDE, dim] with `count` keys; laid: room for SIDE * dim numbers. */
 static void score(const float *asked, ptrdiff_t dim, const uint16_t *keys, ptrdiff_t stride, ptrdiff_t count, float *laid, float *scores,
@@ -88,7 +91,7 @@ static float exponentials(float *scores, ptrdiff_t count, float most) {
         store(scores + k, found);
     }
     float sum = sums(lanes[0] + lanes[1], none, none, none)[0];
-    for (ptrdiff_t k = whole; k < count; k++) sum += scores[k] = expf(scores[k] - most);
+    for (ptrdiff_t k = whole; k < count; k++) sum += scores[k] = rounded_exponential(scores[k] - most);
     for (ptrdiff_t k = 0; k < count; k++) scores[k] = as_float(as_bfloat16(scores[k]));
     return sum;
 }
@@ -129,7 +132,7 @@ void lossless_attend_exactly(int kind, const void *query, const void *keys, cons
                         own[k] *= scale;
                         largest = own[k] > largest ? own[k] : largest;
                     }
-                    float sum = exponentials(own, block, largest), faded = expf(most - largest);
+                    float sum = exponentials(own, block, largest), faded = rounded_exponential(most - largest);
                     total = sum + faded * total;
                     most = largest;
                     if (first > start)
