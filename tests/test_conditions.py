@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lossless.adapter.compat import new_adapter
+from lossless.base.packed import pack
 from lossless.errors import UsageError
 from lossless.generation import attach as module
 from lossless.generation import verdict
@@ -135,15 +136,17 @@ def test_a_hook_in_the_place_of_another_and_one_that_changes_its_mind_are_notice
     assert torch.equal(said[0], said[-1])
 
 
-def test_hooks_of_every_module_are_heard() -> None:
-    fast = attached()
+@pytest.mark.parametrize("packed", [False, True])
+def test_hooks_of_every_module_are_heard(packed: bool) -> None:
+    model = build_tiny(seed=5, hidden=128, inner=160)
+    fast = accelerate(pack(model) if packed else model, new_adapter(model, tiny_config()).randomize(2))
     before, _ = both(fast, prompt_ids())
     handle = torch.nn.modules.module.register_module_forward_hook(lambda module, given, out: out * 1.5 if type(module).__name__ == "LlamaMLP" else None)
     try:
         expected, found = both(fast, prompt_ids())
         assert not torch.equal(expected, before)
         assert torch.equal(expected, found)
-        fresh = attached()
+        fresh = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
         expected, found = both(fresh, prompt_ids())
         assert torch.equal(expected, found)
         assert not fresh.runner.fused

@@ -172,6 +172,17 @@ def test_arguments_may_be_given_by_place() -> None:
         fast.generate(prompt_ids(), config, generation_config=config)
 
 
+# PEFT asks transformers for a property by a name that is on its way out
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_arguments_by_place_of_a_base_in_peft() -> None:
+    model: Any = get_peft_model(build_tiny(seed=5), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.requires_grad_(False)
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    config, mask = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0), torch.ones(1, 7, dtype=torch.long)
+    assert torch.equal(fast.generate(prompt_ids(), config, attention_mask=mask), model.generate(prompt_ids(), config, attention_mask=mask))
+    assert fast.stats.served
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_another_default_dtype_of_torch(dtype: torch.dtype, when: str) -> None:

@@ -25,7 +25,7 @@ from ..kernels import native, panels
 from .layers import CACHE
 from .norms import ExactNorm, FusedNorm, Norm
 from .projections import Weight, multipliable
-from .structure import global_hooks, listeners
+from .structure import comes_from, global_hooks, listeners
 
 _SILU = ("SiLU", "SiLUActivation")
 _EXACT = (native.BFLOAT16, native.PAIRED_FOUR_BITS, native.INTERLEAVED)  # weights that an exact twin may have
@@ -225,7 +225,7 @@ class PlainForward:
         return all(
             parent._modules[name] is part and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
             for parent, name, part in self._parts
-        )
+        ) and not any(hook >= 0 for hook in global_hooks())
 
 
 _ITSELF = native.Paths.of([[0]])
@@ -272,7 +272,7 @@ def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
 def _is_theirs(part: Any) -> bool:
     """Whether a part computes what transformers has it compute: neither its class nor itself was given another forward."""
     own = vars(part).get("forward")
-    return type(part).forward.__module__.startswith("transformers.") and (own is None or isinstance(own, PlainForward))
+    return comes_from(type(part).forward).startswith(("transformers.", "torch.")) and (own is None or isinstance(own, PlainForward))
 
 
 def _sees_everything(attention: Any) -> bool:

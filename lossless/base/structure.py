@@ -66,7 +66,7 @@ def state_of(model: nn.Module) -> int:
     weights: dict[Any, list[torch.Tensor]] = {}
     for module in model.modules():
         own = module.__dict__
-        parts += [id(module), *own["_forward_hooks"], -1, *own["_forward_pre_hooks"], id(own.get("forward"))]  # a hook's number is given once
+        parts += [id(module), *own["_forward_hooks"], -1, *own["_forward_pre_hooks"], id(own.get("forward")), id(type(module).forward)]  # a hook's number is given once
         if "_hf_hook" not in own:  # Accelerate may fetch and drop them
             for tensor in own["_parameters"].values():
                 if tensor is not None:
@@ -78,6 +78,11 @@ def state_of(model: nn.Module) -> int:
             parts += [repr(own[name]) for name in _OF_PEFT if name in own]
     parts += [_some_bytes(alike) for (_, device), alike in weights.items() if device.type != "meta"]
     return hash(tuple(parts))
+
+
+def comes_from(forward: Any) -> str:
+    """The module whose code a forward is, whatever it says of itself: `functools.wraps` has a patch say that it is what it was put in the place of."""
+    return str(getattr(forward, "__globals__", {}).get("__name__", ""))
 
 
 def global_hooks() -> list[int]:

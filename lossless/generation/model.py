@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..adapter.compat import new_adapter
 from ..adapter.config import AdapterConfig, DraftConfig
@@ -137,9 +137,8 @@ class AcceleratedModel:
         `generate`, with one warning for each reason.
         """
         if given:
-            named = inspect.signature(self.base.generate).bind_partial(inputs, *given, **kwargs).arguments
-            kwargs = named.pop("kwargs", {}) | named
-            inputs = kwargs.pop("inputs", inputs)
+            named = inspect.signature(GenerationMixin.generate).bind_partial(self.base, inputs, *given, **kwargs).arguments
+            kwargs = named.pop("kwargs", {}) | {name: value for name, value in named.items() if name not in ("self", "inputs")}
         with self._base_lock.lock:
             if self._base_lock.serving:  # by a processor, criterion or streamer of the call that is being served
                 self._warn("generate was called within generate")

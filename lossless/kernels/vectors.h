@@ -13,7 +13,7 @@
 #define LANES 8
 #endif
 /* Whether it is known in which order torch adds up numbers of bfloat16 on this processor (exact.c, base/exact.py). */
-#if defined(__AVX512BF16__) || (defined(__AVX2__) && LANES == 8)
+#if defined(__AVX512BF16__) || (defined(__AVX2__) && defined(__FMA__) && LANES == 8)
 #define EXACT
 #endif
 #define INLINE static inline __attribute__((always_inline))

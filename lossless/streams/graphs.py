@@ -19,7 +19,7 @@ from accelerate.hooks import AlignDevicesHook
 
 from ..base.attention import SDPA
 from ..base.layers import rotary_turns
-from ..base.structure import listeners
+from ..base.structure import global_hooks, listeners
 from ..kernels import gpu
 from ..kernels.gpu import Told
 from ..kernels.graphs import UNCAPTURED, Outputs, Pieces, Recorded
@@ -190,7 +190,8 @@ def _is_work_alone(base: Any) -> bool:
     """Whether a pass through a base is work on the current GPU and nothing else: what Python does in it is not done again."""
     there = {tensor.device for tensor in (*base.parameters(), *base.buffers())}
     here = there == {torch.device("cuda", torch.cuda.current_device())} if torch.cuda.is_available() else len(there) == 1
-    return here and not base.training and not any(map(_is_heard, base.modules()))
+    heard = any(map(_is_heard, base.modules())) or any(hook >= 0 for hook in global_hooks())
+    return here and not base.training and not heard
 
 
 def _is_heard(module: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..base.layers import input_device
-from ..base.structure import listeners
+from ..base.structure import comes_from, listeners
 from .cache import RowCache
 from .fusing import runs_of
 from .invariance import AloneRows
@@ -85,7 +85,7 @@ def _planned(runner: Any, positions: torch.Tensor, tree_mask: torch.Tensor | Non
 
 def _is_plain(part: Any) -> bool:
     """Whether a part's forward is transformers' own, and nobody listens to it."""
-    return type(part).forward.__module__.partition(".")[0] in ("transformers", "torch") and not listeners(part)
+    return comes_from(type(part).forward).partition(".")[0] in ("transformers", "torch") and not listeners(part)
 
 
 def paths_of(tree_mask: torch.Tensor) -> list[list[int]]:
