@@ -21,6 +21,10 @@ class NotOfThisBase(UsageError):
     """A part of the method that this base's layers have no place for."""
 
 
+# what a model's parts end with if they are called in another way than they were made for
+CALLED_OTHERWISE = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """The known name that was probably meant, as the end of a sentence; nothing if none is near."""
     found = difflib.get_close_matches(str(name), list(known), n=1)

@@ -4,8 +4,9 @@ Knows: in which order a row of such a product is added up. On processors that mu
 bfloat16, input after input, in chunks whose sums are added up in turn; by bitsandbytes, of 4-bit weights, block after block. On those with AVX2
 alone: by torch, every 64th input by itself, and these sums in pairs; bitsandbytes decodes 4-bit weights there, and has torch multiply. In panels
 (panels.h) that order is kept, in exact.c that of torch's attention in bfloat16, and in exact_layer.c that of its other operations. With AVX-512
-torch lays out a weight anew at each call, and takes five times as long for one row; with AVX2, and so do bitsandbytes and torch's attention
-everywhere, it takes as long for each further row as for the first. Does not know: what passes do with it. Whether all bits are the same has to be tried with the base's own weights (generation/limits.py).
+torch lays out a weight anew at each call, and takes five times as long for one row; with AVX2 it takes as long for each further row as for the
+first, as bitsandbytes and torch's attention do on both. Does not know: what passes do with it. Whether all bits are the same has to be tried with
+the base's own weights (generation/limits.py).
 """
 
 from __future__ import annotations

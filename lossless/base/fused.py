@@ -222,10 +222,10 @@ class PlainForward:
     def _untouched(self) -> bool:
         """Whether the layer has the parts that it had, and nobody listens to them."""
         self._parts = self._parts or [(parent, name, part) for parent in self.layer.modules() for name, part in parent.named_children()]
-        return all(
+        return not global_hooks() and all(
             parent._modules[name] is part and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
             for parent, name, part in self._parts
-        ) and not any(hook >= 0 for hook in global_hooks())
+        )
 
 
 _ITSELF = native.Paths.of([[0]])
@@ -263,7 +263,7 @@ def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
         return None
     act, known = getattr(mlp, "act_fn", None), [*projections, *norms]
     others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
-    heard = any(map(listeners, (attention, mlp, *others, *filter(None, norms)))) or any(hook >= 0 for hook in global_hooks())
+    heard = any(map(listeners, (attention, mlp, *others, *filter(None, norms)))) or bool(global_hooks())
     if heard or not all(map(_is_theirs, (module, attention, mlp))) or any(part is not act for part in others) or type(act).__name__ not in _SILU or list(attention.parameters(recurse=False)):
         return None
     return (projections, norms) if isinstance(getattr(attention, "scaling", None), float) and hasattr(attention, "head_dim") else None

@@ -66,7 +66,7 @@ def state_of(model: nn.Module) -> int:
     weights: dict[Any, list[torch.Tensor]] = {}
     for module in model.modules():
         own = module.__dict__
-        parts += [id(module), *own["_forward_hooks"], -1, *own["_forward_pre_hooks"], id(own.get("forward")), id(type(module).forward)]  # a hook's number is given once
+        parts += [id(module), *own["_forward_hooks"], *own["_forward_pre_hooks"], id(own.get("forward")), id(type(module).forward)]
         if "_hf_hook" not in own:  # Accelerate may fetch and drop them
             for tensor in own["_parameters"].values():
                 if tensor is not None:
@@ -86,8 +86,8 @@ def comes_from(forward: Any) -> str:
 
 
 def global_hooks() -> list[int]:
-    """The numbers of hooks that torch calls for every module."""
-    return [*nn.modules.module._global_forward_hooks, -1, *nn.modules.module._global_forward_pre_hooks]
+    """The numbers of hooks that torch calls for every module; as those of all hooks, none is given twice."""
+    return [*nn.modules.module._global_forward_hooks, *nn.modules.module._global_forward_pre_hooks]
 
 
 @torch.no_grad()

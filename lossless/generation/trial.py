@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..base.layers import CACHE, as_decoding, as_generating, input_device
 from ..drafting.tree import DraftTree
-from ..errors import UsageError
+from ..errors import CALLED_OTHERWISE, UsageError
 from ..streams.cache import RowCache
 from ..streams.runner import StreamRunner
 
@@ -40,7 +40,7 @@ def trial(model: Any) -> Iterator[None]:
         yield
     except (UsageError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, NotImplementedError) as error:
+    except (*CALLED_OTHERWISE, AssertionError) as error:
         what = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise UsageError(
             f"{type(model).__name__} cannot be accelerated: a trial of a pass over a draft tree ended in {type(error).__name__}: {what}"

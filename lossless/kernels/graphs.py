@@ -12,8 +12,6 @@ from typing import Any
 import torch
 
 Outputs = tuple[torch.Tensor, ...]
-# what work ends with that cannot be captured: it waits for the GPU, or asks a cache for what it has not
-UNCAPTURED = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
 class Recorded:

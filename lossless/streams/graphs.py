@@ -20,9 +20,10 @@ from accelerate.hooks import AlignDevicesHook
 from ..base.attention import SDPA
 from ..base.layers import rotary_turns
 from ..base.structure import global_hooks, listeners
+from ..errors import CALLED_OTHERWISE
 from ..kernels import gpu
 from ..kernels.gpu import Told
-from ..kernels.graphs import UNCAPTURED, Outputs, Pieces, Recorded
+from ..kernels.graphs import Outputs, Pieces, Recorded
 from .attention import attend
 from .cache import RowCache
 from .masks import PositionMask
@@ -83,7 +84,7 @@ class _CapturingRunner(StreamRunner):
         if key not in self._recorded:
             try:
                 self._recorded[key] = Recorded(run, given.to(self.adapter.device), *inputs)
-            except UNCAPTURED:
+            except CALLED_OTHERWISE:  # it waits for the GPU, or asks a cache for what it has not
                 self._by_kernel = False
                 return None
         return tuple(output.clone() for output in self._recorded[key](given, *inputs))
@@ -117,7 +118,7 @@ class PiecewiseRunner(_CapturingRunner):
         if shape not in self._pieces:
             try:
                 self._pieces[shape] = self._capture(plan, numbers, limits)
-            except UNCAPTURED:
+            except CALLED_OTHERWISE:  # it waits for the GPU, or asks a cache for what it has not
                 self.recordable = False
                 return super().run(plan, ids, positions, cache)
         pieces, own, (logits, entry), _ = self._pieces[shape]
@@ -190,7 +191,7 @@ def _is_work_alone(base: Any) -> bool:
     """Whether a pass through a base is work on the current GPU and nothing else: what Python does in it is not done again."""
     there = {tensor.device for tensor in (*base.parameters(), *base.buffers())}
     here = there == {torch.device("cuda", torch.cuda.current_device())} if torch.cuda.is_available() else len(there) == 1
-    heard = any(map(_is_heard, base.modules())) or any(hook >= 0 for hook in global_hooks())
+    heard = any(map(_is_heard, base.modules())) or bool(global_hooks())
     return here and not base.training and not heard
 
 

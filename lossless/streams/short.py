@@ -12,14 +12,12 @@ import torch
 
 from ..base.layers import input_device
 from ..base.structure import comes_from, listeners
+from ..errors import CALLED_OTHERWISE
 from .cache import RowCache
 from .fusing import runs_of
 from .invariance import AloneRows
 from .masks import PositionMask
 from .passes import Pass, PassOutput, with_plan
-
-# what a model's parts end with if they are to be called in another way than here
-_OTHERWISE = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
 class ShortPass:
@@ -47,7 +45,7 @@ class ShortPass:
         short, plan = cls(runner, own.rotaries[0][0]), _planned(runner, places, None, RowCache(len(runner.layers)))
         try:
             found = short.read(plan, ids, places)
-        except _OTHERWISE:
+        except CALLED_OTHERWISE:
             return None
         if found is None or not torch.equal(found, logits) or not torch.equal(plan.entry, own.entry):
             return None
