@@ -32,7 +32,7 @@ VOCAB = 96
 torch.set_num_threads(1)  # tiny products are not worth a second thread, and the other core has a worker of its own
 
 
-_OF_COMMANDS = {"test_avx2", "test_bad_input", "test_robustness", "test_cli", "test_command", "test_deployment", "test_hub", "test_interruptions", "test_quantized",
+_OF_COMMANDS = {"test_older", "test_bad_input", "test_robustness", "test_cli", "test_command", "test_deployment", "test_hub", "test_interruptions", "test_quantized",
                 "test_readme"}  # fmt: skip
 
 

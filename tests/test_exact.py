@@ -1,4 +1,4 @@
-"""A twin in bfloat16 with the bits of the base's own products, and a base that is served through it."""
+"""A twin in 16 bits with the bits of the base's own products, and a base that is served through it."""
 
 from __future__ import annotations
 
@@ -41,9 +41,14 @@ from lossless.streams.cache import RowCache
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
-pytestmark = pytest.mark.skipif(
-    not exact._some_bits(640, 64), reason="products of bfloat16 have other bits than torch's on this machine"
-)
+DTYPES = [dtype for dtype in native.SIXTEEN if exact._some_bits(dtype, 640, 64)]
+pytestmark = pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="products of bfloat16 have other bits than torch's on this machine")
+of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def needs_attention(dtype: torch.dtype, dim: int) -> None:
+    if not exact.attends(dtype, dim):
+        pytest.skip("torch's attention has another order on this machine")
 
 
 @pytest.fixture
@@ -57,13 +62,15 @@ def base() -> LlamaForCausalLM:
     return freeze(model.bfloat16())  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (200, 576), (64, 1536), (33, 2048)], ids=str)
-def test_rows_have_torchs_own_bits_beside_any_number_of_others(shape: tuple[int, int]) -> None:
-    weight, rows = torch.randn(shape).bfloat16(), torch.randn(9, shape[1]).bfloat16()
+@of_each_dtype
+@pytest.mark.parametrize("shape", [(64, 128), (200, 576), (64, 1536), (33, 2048)], ids=str)
+def test_rows_have_torchs_own_bits_beside_any_number_of_others(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, rows = torch.randn(shape).to(dtype), torch.randn(9, shape[1]).to(dtype)
     alone = torch.cat([F.linear(row[None, None], weight)[0] for row in rows])
     product = in_torchs_order(weight)
     for count in (1, 2, 9):
         assert torch.equal(torch.cat([product.multiply(some, None) for some in rows.split(count)]), alone)
+    assert torch.equal(product.dense(), weight)
 
 
 def test_a_wrong_order_is_found_out() -> None:
@@ -79,20 +86,36 @@ def test_a_wrong_order_is_found_out() -> None:
     assert _limit_of(model.head, own.head) == 32
 
 
+@of_each_dtype
+def test_sums_in_another_order_are_found_out(dtype: torch.dtype) -> None:
+    if not panels.interleaves(dtype, 1024):
+        pytest.skip("inputs are added up one after the other on this machine")
+    weight = torch.randn(96, 1024).to(dtype)
+    found = panels.Interleaved.of(weight)
+    swapped = found.order.view(2, -1).flip(0).flatten()  # the last two sums that meet, the other way round, are the same; so are all below
+    for order, limit in ((swapped, 32), (found.order.view(-1, 4).flip(1).flatten(), 0)):
+        filled = weight[:, order.long()]
+        other = panels.Interleaved(panels.Panels.of(filled).numbers, 96, 1024, order.contiguous(), found.chunk)
+        assert torch.equal(other.dense(), weight)
+        own = nn.Linear(1024, 96, bias=False).to(dtype)
+        own.weight.data = weight
+        assert _limit_of(PackedLinear(weight, None, layout=lambda weight, other=other: other), own) == limit
+
+
 def _limit_of(projection: Any, own: Any) -> int:
     from lossless.generation.limits import _limit
 
-    return _limit(projection, torch.bfloat16, torch.device("cpu"), own)
+    return _limit(projection, own.weight.dtype, torch.device("cpu"), own)
 
 
+@of_each_dtype
 @pytest.mark.parametrize("starts", [False, True])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize("past", [0, 1, 15, 40, 512, 1100])
-def test_a_row_attends_to_its_own_path_with_torchs_own_bits(past: int, dim: int, starts: bool) -> None:
-    if not exact.attends(dim):
-        pytest.skip("torch's attention has another order on this machine")
+def test_a_row_attends_to_its_own_path_with_torchs_own_bits(past: int, dim: int, starts: bool, dtype: torch.dtype) -> None:
+    needs_attention(dtype, dim)
     tree = [[0], [0, 1], [0, 1, 2], [0, 3], [0, 1, 4]]
-    query, key, value = (torch.randn(1, heads, count, dim).bfloat16() for heads, count in ((6, 5), (2, past + 5), (2, past + 5)))
+    query, key, value = (torch.randn(1, heads, count, dim).to(dtype) for heads, count in ((6, 5), (2, past + 5), (2, past + 5)))
     begins = [min(past, 3 * row) for row in range(5)] if starts else [0] * 5
     found = exact.attend(query, key, value, 0.2, native.Paths.of(tree), begins if starts else None)
     for row, (path, begin) in enumerate(zip(tree, begins, strict=True)):
@@ -102,22 +125,37 @@ def test_a_row_attends_to_its_own_path_with_torchs_own_bits(past: int, dim: int,
         assert torch.equal(found[:, row], alone[:, :, 0])
 
 
+@of_each_dtype
 @pytest.mark.parametrize("dim", [32, 64, 128])
-def test_sums_that_nearly_cancel_are_torchs_own_too(dim: int) -> None:
-    if not exact.attends(dim):
-        pytest.skip("torch's attention has another order on this machine")
+def test_sums_that_nearly_cancel_are_torchs_own_too(dim: int, dtype: torch.dtype) -> None:
+    needs_attention(dtype, dim)
     for length in (*range(2, 70), 509, 510, 513, 1030, 1500):
-        query, key, value = (torch.randn(1, 8, count, dim).bfloat16() for count in (1, length, length))
+        query, key, value = (torch.randn(1, 9, count, dim).to(dtype) for count in (1, length, length))
         value = exact.cancelling(query, key, value)
         found, own = exact.attend(query, key, value, None, native.Paths.of([[0]])), F.scaled_dot_product_attention(query, key, value)
         assert own.abs().median() < 0.02
         assert torch.equal(found, own.transpose(1, 2))
 
 
+@of_each_dtype
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_attention_has_torchs_bits_for_any_number_of_threads(threads: int, dtype: torch.dtype) -> None:
+    """In float16 a head's bits hang on where its thread's memory begins."""
+    needs_attention(dtype, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for length in range(2, 40):
+            query, key, value = (torch.randn(1, 9, count, 64).to(dtype) for count in (1, length, length))
+            value = exact.cancelling(query, key, value)
+            assert torch.equal(exact.attend(query, key, value, None, native.Paths.of([[0]])), F.scaled_dot_product_attention(query, key, value).transpose(1, 2))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_exponentials_of_the_last_keys_are_rounded_as_torchs_are() -> None:
     """A sum of which one part is off by its last bit shows in one output of a hundred thousand."""
-    if not exact.attends(64):
-        pytest.skip("torch's attention has another order on this machine")
+    needs_attention(torch.bfloat16, 64)
     generator, off = torch.Generator().manual_seed(1), 0
     for _ in range(7845):  # the last of these has an exponential that libm's expf rounds otherwise
         query, key = (torch.randn(count, generator=generator).bfloat16() for count in (64, 15 * 64))
@@ -129,21 +167,24 @@ def test_exponentials_of_the_last_keys_are_rounded_as_torchs_are() -> None:
     assert off == 0
 
 
-def test_only_bfloat16_on_a_cpu_attends_so() -> None:
-    query, key = torch.randn(1, 4, 2, 64).bfloat16(), torch.randn(1, 2, 9, 64).bfloat16()
-    assert exact.attendable(query, key, key) == exact.attends(64)
+@of_each_dtype
+def test_only_sixteen_bits_on_a_cpu_attend_so(dtype: torch.dtype) -> None:
+    query, key = torch.randn(1, 4, 2, 64).to(dtype), torch.randn(1, 2, 9, 64).to(dtype)
+    assert exact.attendable(query, key, key) == exact.attends(dtype, 64)
     assert not exact.attendable(query.float(), key.float(), key.float())
     assert not exact.attendable(query[..., :24], key[..., :24], key[..., :24])
 
 
+@of_each_dtype
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sample: bool) -> None:
+def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sample: bool, dtype: torch.dtype) -> None:
+    base = base.to(dtype)
     fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
     assert fast.guarantee.level == "bitwise"
     assert fast.guarantee.twin
     assert fast.runner is not fast.reader
-    assert fast.guarantee.attends_exactly == fast.runner.attends_exactly == exact.attends(32)
-    assert fast.guarantee.fused == fast.runner.fused == exact.attends(32)
+    assert fast.guarantee.attends_exactly == fast.runner.attends_exactly == exact.attends(dtype, 32)
+    assert fast.guarantee.fused == fast.runner.fused == exact.attends(dtype, 32)
     assert set(fast.guarantee.limits or {}) <= set(fast.runner.model.modules())
     expected, found = both(fast, prompt_ids(30), 3, do_sample=do_sample, max_new_tokens=60, output_scores=True, return_dict_in_generate=True)
     assert torch.equal(expected.sequences, found.sequences)
@@ -217,14 +258,15 @@ def test_attention_in_another_order_is_found_out(base: LlamaForCausalLM, monkeyp
     assert torch.equal(expected, found)
 
 
+@of_each_dtype
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, nn.RMSNorm])
 @pytest.mark.parametrize("dim", [16, 32, 48, 64, 576, 1040, 4096])
-def test_norms_have_the_bits_of_the_module(kind: Any, dim: int) -> None:
-    norm = kind(dim, eps=1e-5).bfloat16()
+def test_norms_have_the_bits_of_the_module(kind: Any, dim: int, dtype: torch.dtype) -> None:
+    norm = kind(dim, eps=1e-5).to(dtype)
     norm.weight.data.normal_(1.0, 0.5)
     made = norms.exact(norm)
     assert made is not None
-    rows = (torch.randn(300, dim) * 2.0 ** torch.randint(-9, 9, (300, 1))).bfloat16()
+    rows = (torch.randn(300, dim) * 2.0 ** torch.randint(-9, 9, (300, 1))).to(dtype)
     assert torch.equal(made(rows), norm(rows))
     assert torch.equal(made(rows[None, :1]), norm(rows[None, :1]))
 
@@ -246,19 +288,19 @@ SIZES = {
 }  # fmt: skip
 
 
+@of_each_dtype
 @pytest.mark.parametrize(
     "build", [lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)), lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES))],
     ids=["llama", "bias", "norms of heads"],
 )  # fmt: skip
-def test_fused_layers_have_the_bits_of_rows_alone(build: Any) -> None:
-    if not exact.attends(32):
-        pytest.skip("torch's attention has another order on this machine")
+def test_fused_layers_have_the_bits_of_rows_alone(build: Any, dtype: torch.dtype) -> None:
+    needs_attention(dtype, 32)
     torch.manual_seed(1)
     base = build()
     for name, parameter in base.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_()
-    base = freeze(base.bfloat16())
+    base = freeze(base.to(dtype))
     fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1))
     assert fast.guarantee.fused
     for length in (5, 700):
@@ -287,7 +329,7 @@ def test_fused_layers_that_are_wrong_are_found_out(base: LlamaForCausalLM, monke
     assert fast.guarantee.level == "bitwise"
     assert fast.guarantee.twin
     assert not fast.runner.fused
-    assert fast.runner.attends_exactly == exact.attends(32)
+    assert fast.runner.attends_exactly == exact.attends(torch.bfloat16, 32)
     expected, found = both(fast, prompt_ids(12), max_new_tokens=20)
     assert torch.equal(expected, found)
 
@@ -325,11 +367,11 @@ def test_where_there_is_no_such_twin_the_base_s_own_weights_serve(what: str, bas
     monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
     if what == "order":
         monkeypatch.setattr(exact, "in_torchs_order", lambda weight: panels.Panels.of(weight.flip(1)))
-        monkeypatch.setattr(exact, "_some_bits", lambda ins, outs: True)
+        monkeypatch.setattr(exact, "_some_bits", lambda dtype, ins, outs: True)
         assert min(find_limits(exact_twin(base), base)[0].values()) == 0
     if what == "memory":
         monkeypatch.setattr(exact, "free_memory", lambda device: 1e-6)
-    base = base.half() if what == "dtype" else base
+    base = base.double() if what == "dtype" else base
     fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), exact="near-tie" if what == "level" else None)
     assert fast.runner is fast.reader
     expected, found = both(fast, prompt_ids(12), max_new_tokens=20)

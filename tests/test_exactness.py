@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from lossless.base.layers import as_decoding, uses_attention_interface
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
+from lossless.generation import trial, verdict
 from lossless.generation.limits import _limit, find_limits
 from lossless.generation.loop import DecodeLoop
 from lossless.generation.model import AcceleratedModel, accelerate
@@ -348,6 +350,26 @@ def test_a_base_that_computes_otherwise_over_a_tree_is_refused() -> None:
     model.model.layers[3].register_forward_hook(lambda layer, args, out: out.flip(1))
     with pytest.raises(UsageError, match="over a draft tree it gives other logits than in a pass of its own"):
         accelerate(model, tiny_config())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_text_whose_roundings_add_up_is_no_reason_to_refuse(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As those of the demo model do in bfloat16 on some processors."""
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    real, tried = trial._off, []
+
+    def off(runner: Any, tokens: list[int]) -> float:
+        tried.append(tokens)
+        return real(runner, tokens) if len(tried) > 1 else 2.5
+
+    monkeypatch.setattr(trial, "_off", off)
+    if dtype == torch.float32:
+        with pytest.raises(UsageError, match=r"off by 2\.5 of their spread"):
+            accelerate(build_tiny(), tiny_config())
+    else:
+        fast = accelerate(build_tiny().to(dtype), tiny_config())
+        assert fast.guarantee.level == "bitwise"
+        assert len(tried) == 2
 
 
 def test_a_base_whose_layers_cannot_take_more_rows_is_refused() -> None:

@@ -33,7 +33,7 @@ from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if native.available() and native.has_kernels(torch.float16) else [])]
 
 
 @pytest.fixture
@@ -98,12 +98,11 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(shape: tuple[int, i
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(96, 64), (70, 576), (576, 1536), (5, 16), (33, 6)], ids=str)
-@pytest.mark.parametrize("as_wide", [True, False], ids=["all bits", "16 bits"])
-def test_panels_keep_a_weight_and_the_bits_of_rows(shape: tuple[int, int], dtype: torch.dtype, as_wide: bool) -> None:
-    weight = torch.randn(shape) if as_wide else torch.randn(shape).bfloat16().float()
-    weight, bias, rows = weight.to(dtype), torch.randn(shape[0]).to(dtype), torch.randn(33, shape[1])
+@pytest.mark.parametrize("numbers", DTYPES, ids=lambda dtype: f"numbers of {dtype}")
+def test_panels_keep_a_weight_and_the_bits_of_rows(shape: tuple[int, int], dtype: torch.dtype, numbers: torch.dtype) -> None:
+    weight, bias, rows = torch.randn(shape).to(numbers).to(dtype), torch.randn(shape[0]).to(dtype), torch.randn(33, shape[1])
     product = panels.Panels.of(weight)
-    assert product.numbers.dtype == (torch.float32 if as_wide and dtype == torch.float32 else torch.bfloat16)
+    assert product.numbers.dtype == (numbers if dtype == torch.float32 else dtype)
     assert panels.itemsize(weight) == product.numbers.itemsize
     assert torch.equal(product.dense(), weight)
     for kind in DTYPES:
@@ -221,7 +220,7 @@ def test_what_is_no_such_norm_has_no_stand_in() -> None:
             return 3 * super().forward(hidden_states)
 
     assert fused(OddRMSNorm(32)) is None
-    assert fused(LlamaRMSNorm(32).half()) is None
+    assert fused(LlamaRMSNorm(32).double()) is None
     assert fused(nn.LayerNorm(32)) is None
     assert fused(nn.RMSNorm(32)) is None  # its eps is not to be seen
 
@@ -229,10 +228,10 @@ def test_what_is_no_such_norm_has_no_stand_in() -> None:
 @needs_kernels
 def test_what_has_no_kernel_is_told_apart() -> None:
     assert not native.multipliable(8, 24, torch.float32)  # inputs in whole vectors
-    assert not native.multipliable(8, 32, torch.float16)
+    assert not native.multipliable(8, 32, torch.float64)
     assert not native.multipliable(3, 32, torch.float32)
     assert not panels.available(torch.float32, 7)
-    assert not panels.available(torch.float16, 8)
+    assert not panels.available(torch.float64, 8)
     assert not panels.four_bits_available(96)
     rows = torch.randn(1, 4, 2, 48)
     assert not native.attendable(rows, rows, rows)  # dimensions in whole vectors
@@ -240,8 +239,8 @@ def test_what_has_no_kernel_is_told_apart() -> None:
     assert native.attendable(rows, rows, rows)
     assert not native.attendable(rows.expand(2, -1, -1, -1), rows, rows)  # a batch
     assert not native.attendable(torch.randn(1, 4, 2, 64), torch.randn(1, 4, 2, 64), rows)  # values narrower than keys
-    product = StoredLinear.over(nn.Parameter(torch.randn(8, 32).half(), requires_grad=False), None)
-    torch.testing.assert_close(product(torch.ones(1, 32).half()), product.original()(torch.ones(1, 32).half()))
+    product = StoredLinear.over(nn.Parameter(torch.randn(8, 32).double(), requires_grad=False), None)
+    torch.testing.assert_close(product(torch.ones(1, 32).double()), product.original()(torch.ones(1, 32).double()))
 
 
 @needs_kernels

@@ -28,7 +28,7 @@ from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if linears.packable(dtype, 8)]
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if linears.packable(dtype, 8)]
 needs_packing = pytest.mark.skipif(not products.packable(torch.float32), reason="torch packs no float32 weights on this machine")
 pytestmark = pytest.mark.skipif(not DTYPES, reason="nothing can be packed on this machine")
 

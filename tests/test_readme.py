@@ -28,7 +28,7 @@ def commands() -> list[list[str]]:
         for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.split("&&"):
-                    words = shlex.split(part.replace("python -m tests.avx2", "lossless"), comments=True)
+                    words = shlex.split(re.sub(r"python -m tests.older \w+", "lossless", part), comments=True)
                     if words and Path(words[0]).name == "lossless":
                         found.append(words[1:])
     return found

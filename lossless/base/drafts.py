@@ -60,7 +60,7 @@ class FusedLevel:
 
         Args:
             of: `[3, nodes]`, each node's place among the embeddings, that of its parent in r, and its text.
-            r: `[parents, rank]`; embeddings: `[any, dim]`, float32 or bfloat16, all others float32.
+            r: `[parents, rank]`; embeddings: `[any, dim]`, of a dtype that has kernels, all others float32.
             heard: `[texts, levels, rank]`; streams: `[texts, levels, dim]`; ahead: the level, from 0.
             count: of likely tokens.
 
@@ -73,7 +73,7 @@ class FusedLevel:
         tokens, scores = native.room(nodes, count, dtype=torch.int32), native.room(nodes, count)
         scratch = native.room(nodes * 3 * (self.dim + self.rank + 1))
         native.compiled().lossless_level(
-            ctypes.byref(self.told), of.data_ptr(), r.data_ptr(), embeddings.data_ptr(), embeddings.dtype is torch.bfloat16,
+            ctypes.byref(self.told), of.data_ptr(), r.data_ptr(), embeddings.data_ptr(), native.KINDS[embeddings.dtype],
             heard.data_ptr() + 4 * ahead * self.rank, streams.data_ptr() + 4 * ahead * self.dim, levels, after.data_ptr(), logits.data_ptr(),
             tokens.data_ptr(), scores.data_ptr(), count, scratch.data_ptr(), nodes, torch.get_num_threads(),
         )  # fmt: skip
@@ -81,11 +81,11 @@ class FusedLevel:
 
 
 def table_of(embeddings: Any) -> torch.Tensor | None:
-    """`[vocab, dim]` float32 or bfloat16 on the CPU, of embeddings that are looked up and nothing else; None of any other."""
+    """`[vocab, dim]` of a dtype that has kernels on the CPU, of embeddings that are looked up and nothing else; None of any other."""
     if type(embeddings) is not nn.Embedding or listeners(embeddings) or embeddings.max_norm is not None:
         return None
     weight = embeddings.weight
-    if type(weight.data) is not torch.Tensor or weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+    if type(weight.data) is not torch.Tensor or weight.device.type != "cpu" or not (native.available() and native.has_kernels(weight.dtype)) or not weight.is_contiguous():
         return None
     return weight.detach()
 

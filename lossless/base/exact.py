@@ -1,12 +1,13 @@
 """A twin of a base whose products have the bits of the base's own, beside any number of rows, and attention that has torch's.
 
-Knows: in which order a row of such a product is added up. On processors that multiply pairs of bfloat16 (AVX-512): by torch, of weights in
-bfloat16, input after input, in chunks whose sums are added up in turn; by bitsandbytes, of 4-bit weights, block after block. On those with AVX2
-alone: by torch, every 64th input by itself, and these sums in pairs; bitsandbytes decodes 4-bit weights there, and has torch multiply. In panels
-(panels.h) that order is kept, in exact.c that of torch's attention in bfloat16, and in exact_layer.c that of its other operations. With AVX-512
-torch lays out a weight anew at each call, and takes five times as long for one row; with AVX2 it takes as long for each further row as for the
-first, as bitsandbytes and torch's attention do on both. Does not know: what passes do with it. Whether all bits are the same has to be tried with
-the base's own weights (generation/limits.py).
+Knows: in which order a row of such a product is added up. In bfloat16, on processors that multiply pairs of its numbers: input after input, in
+chunks whose sums are added up in turn; with AVX-512 alone: every 16th pair of inputs by itself, and these sums in pairs (both are oneDNN's); with
+AVX2 alone, and in float16 everywhere: every 64th input by itself, and these sums in pairs. 4-bit weights bitsandbytes adds up block after block on
+processors that multiply pairs; on others it decodes them, and has torch multiply. In panels (panels.h) that order is kept, in exact.c that of
+torch's attention in 16 bits, and in exact_layer.c that of its other operations. Where pairs are multiplied torch lays out a weight anew at each
+call, and takes five times as long for one row; elsewhere it takes as long for each further row as for the first, as bitsandbytes and torch's
+attention do. Does not know: what passes do with it. Whether all bits are the same has to be tried with the base's own weights
+(generation/limits.py).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _SWALLOWS = 2.0**40  # beside it a 1 is lost
 
 @torch.no_grad()
 def exact_twin(model: Any) -> Any | None:
-    """A model of the same structure with packed copies of the weights that are in bfloat16 or in 4 bits; None where products of such have
+    """A model of the same structure with packed copies of the weights that are in 16 or 4 bits; None where products of such have
     other bits than the base's own, or there is no memory for them.
 
     Weights in float32 beside such in 4 bits (an LM head) are packed, too, and round otherwise.
@@ -74,15 +75,16 @@ def _exact(module: Any) -> PackedLinear | FourBitLinear | None:
         made = FourBitLinear(module, in_pairs=True)
         rows = torch.randn(2, 1, 1, module.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(module.compute_dtype or torch.float32)
         return made if all(torch.equal(made(row), module(row)) for row in rows) else None
-    if not (kind is FourBitLinear or type(module) is nn.Linear) or product_dtype(module) is not torch.bfloat16 or not _some_bits(ins, min(outs, _SEVERAL)):
+    dtype = product_dtype(module)
+    if not (kind is FourBitLinear or type(module) is nn.Linear) or dtype not in native.SIXTEEN or not _some_bits(dtype, ins, min(outs, _SEVERAL)):
         return None
     weight, bias = dense(module)  # type: ignore[misc]
     return PackedLinear(weight, bias, layout=in_torchs_order)
 
 
 def in_torchs_order(weight: torch.Tensor) -> panels.Panels | panels.Interleaved:
-    """`[out, in]` bfloat16 in panels that are multiplied in the order of torch's own product."""
-    if panels.multiplies_pairs(weight.shape[1]):
+    """`[out, in]` of 16 bits in panels that are multiplied in the order of torch's own product."""
+    if weight.dtype is torch.bfloat16 and panels.multiplies_pairs(weight.shape[1]):
         return panels.Panels.of(weight, chunk_of(weight.shape[1]))
     return panels.Interleaved.of(weight)
 
@@ -107,16 +109,16 @@ def chunk_of(ins: int) -> int | None:
 
 
 @functools.cache
-def _some_bits(ins: int, outs: int) -> bool:
+def _some_bits(dtype: torch.dtype, ins: int, outs: int) -> bool:
     """Whether some numbers here have torch's bits: where they have not, there is no use in packing anything."""
-    if not (panels.multiplies_pairs(ins) or panels.interleaves(ins)):
+    if not ((dtype is torch.bfloat16 and panels.multiplies_pairs(ins)) or panels.interleaves(dtype, ins)):
         return False
     generator = torch.Generator().manual_seed(0)
     for _ in range(16):
-        row, weight = (torch.randn(count, ins, generator=generator, dtype=torch.float32).bfloat16() for count in (1, outs))
+        row, weight = (torch.randn(count, ins, generator=generator, dtype=torch.float32).to(dtype) for count in (1, outs))
         place = row.abs().argmax()
         others = weight.double() @ row[0].double() - (weight[:, place] * row[0, place]).double()
-        weight[:, place] = (-others / row[0, place].double()).bfloat16()  # a sum of nearly 0 shows the order in which it was added up
+        weight[:, place] = (-others / row[0, place].double()).to(dtype)  # a sum of nearly 0 shows the order in which it was added up
         if not torch.equal(in_torchs_order(weight).multiply(row[None], None), F.linear(row[None], weight)):
             return False
     return True
@@ -124,18 +126,18 @@ def _some_bits(ins: int, outs: int) -> bool:
 
 def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `attend` has the bits of torch's attention for such rows here."""
-    return query.dtype is torch.bfloat16 and native.attendable(query, key, value) and bool(native.compiled().lossless_exact()) and attends(query.shape[-1])
+    return query.dtype in native.SIXTEEN and native.attendable(query, key, value) and native.knows_order() and attends(query.dtype, query.shape[-1])
 
 
 attend = functools.partial(native.attend, exactly=True)  # each row with the bits of `F.scaled_dot_product_attention` of it alone
 
 
 @functools.cache
-def attends(dim: int) -> bool:
+def attends(dtype: torch.dtype, dim: int) -> bool:
     """Whether attention over texts of some lengths has torch's bits; tried at the first call."""
     generator, path = torch.Generator().manual_seed(0), native.Paths.of([[0]])
     for length in _LENGTHS:
-        query, key, value = (torch.randn(1, _HEADS, count, dim, generator=generator, dtype=torch.float32).bfloat16() for count in (1, length, length))
+        query, key, value = (torch.randn(1, _HEADS, count, dim, generator=generator, dtype=torch.float32).to(dtype) for count in (1, length, length))
         value = cancelling(2 * query, key, value)
         own = F.scaled_dot_product_attention(2 * query, key, value).transpose(1, 2)
         if not torch.equal(attend(2 * query, key, value, None, path), own):

@@ -28,14 +28,15 @@ from .projections import Weight, multipliable
 from .structure import comes_from, global_hooks, listeners
 
 _SILU = ("SiLU", "SiLUActivation")
-_EXACT = (native.BFLOAT16, native.PAIRED_FOUR_BITS, native.INTERLEAVED)  # weights that an exact twin may have
+# weights that an exact twin may have
+_EXACT = {torch.bfloat16: (native.BFLOAT16, native.PAIRED_FOUR_BITS, native.INTERLEAVED), torch.float16: (native.INTERLEAVED_FLOAT16,)}
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, Norm) for name in ("first", "second", "of_queries", "of_keys")),
-        *((name, ctypes.c_int64) for name in ("halves", "dim", "heads", "kv_heads", "head_dim")), ("scale", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("kind", "dim", "heads", "kv_heads", "head_dim")), ("scale", ctypes.c_double),
         ("activation", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -46,8 +47,8 @@ class FusedLayer:
 
     Attributes:
         layer: what C is told of it; kept: the tensors that it points to.
-        exactly: it has the bits of torch's eager operations, for layers in bfloat16 of an exact twin (base/exact.py).
-        dtype: of hidden states, keys and values, float32 or bfloat16.
+        exactly: it has the bits of torch's eager operations, for layers in 16 bits of an exact twin (base/exact.py).
+        dtype: of hidden states, keys and values.
         heads, kv_heads, head_dim, dim, inner: its sizes.
     """
 
@@ -79,14 +80,15 @@ class FusedLayer:
         exactly, activation = isinstance(norms[0], ExactNorm), None
         if exactly:
             kind: Any = type(module.mlp.act_fn)
-            activation = _table(kind, inner) if all(weight.kind in _EXACT for weight in weights) else None
+            dtype = norms[0].weight.dtype
+            activation = _table(kind, dtype, inner) if all(weight.kind in _EXACT[dtype] for weight in weights) else None
             if activation is None:
                 return None
             kept.append(activation)
         heads, kv_heads = (part.out_features // size for part in projections[:2])
         dtype = dtype or norms[0].weight.dtype
         told = _Layer(
-            *weights, *scales, dtype == torch.bfloat16, dim, heads, kv_heads, size, attention.scaling, None if activation is None else activation.data_ptr()
+            *weights, *scales, native.KINDS[dtype], dim, heads, kv_heads, size, attention.scaling, None if activation is None else activation.data_ptr()
         )
         return cls(told, kept, exactly, dtype, heads, kv_heads, size, dim, inner)
 
@@ -169,8 +171,7 @@ class FusedLayers:
         like, rows, depth, threads = self.like, hidden.shape[1], paths.rows.shape[1], torch.get_num_threads()
         stores = (_Kept * len(kept))(*(_Kept(key.data_ptr(), value.data_ptr(), key.shape[2]) for key, value in kept))
         out, scratch = torch.empty_like(hidden), native.room(like.scratch(rows, past + depth, threads))
-        library = native.compiled()
-        by = library.lossless_layers_exactly if like.exactly else library.lossless_layers
+        by = native.in_torchs_order("layers", like.dtype) if like.exactly else native.compiled().lossless_layers
         by(
             self._told, stores, len(kept), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), paths.lengths.data_ptr(),
             paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), like.longest, rows, threads,
@@ -290,9 +291,9 @@ def _sees_everything(attention: Any) -> bool:
 
 @functools.cache
 @torch.no_grad()
-def _table(kind: Callable[[], nn.Module], inner: int) -> torch.Tensor | None:
-    """`[65536]` bfloat16, what a gate's activation makes of each number; None if that hangs on where a number stands in a row of `inner`."""
-    act, every = kind(), torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+def _table(kind: Callable[[], nn.Module], dtype: torch.dtype, inner: int) -> torch.Tensor | None:
+    """`[65536]`, what a gate's activation makes of each number of 16 bits; None if that hangs on where a number stands in a row of `inner`."""
+    act, every = kind(), torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every.masked_fill(every.isnan(), math.nan)
     found = act(every)
     for shift in (0, 1):

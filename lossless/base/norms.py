@@ -19,7 +19,7 @@ from ..kernels import gpu, native
 from .linears import check_width
 
 _ROWS, _SWALLOWS = 512, 2.0**11  # that `exact` tries
-_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03}  # of outputs that are about as large as the weight
+_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}  # of outputs that are about as large as the weight
 
 
 class FusedNorm(nn.Module):
@@ -51,7 +51,7 @@ class FusedNorm(nn.Module):
 
 
 class ExactNorm(FusedNorm):
-    """The same with the bits of the norm's own, in bfloat16; what it stands for is found by `exact`.
+    """The same with the bits of the norm's own, in 16 bits; what it stands for is found by `exact`.
 
     Args:
         twice: numbers are rounded before they are multiplied with the weight, too.
@@ -68,11 +68,11 @@ class ExactNorm(FusedNorm):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., dim]` -> `[..., dim]`."""
         check_width(rows, len(self.weight))
-        if rows.dtype is not torch.bfloat16 or (rows.requires_grad and torch.is_grad_enabled()):
+        if rows.dtype is not self.weight.dtype or rows.dtype not in native.SIXTEEN or (rows.requires_grad and torch.is_grad_enabled()):
             return self.original()(rows)
         rows = rows.contiguous()
         out, dim = torch.empty_like(rows), rows.shape[-1]
-        native.compiled().lossless_norm_exactly(ctypes.byref(self._told), rows.data_ptr(), out.data_ptr(), rows.numel() // dim, dim)
+        native.in_torchs_order("norm", rows.dtype)(ctypes.byref(self._told), rows.data_ptr(), out.data_ptr(), rows.numel() // dim, dim)
         return out
 
 
@@ -93,9 +93,9 @@ class Norm(ctypes.Structure):
 
 def _kernel(tensor: torch.Tensor) -> Any:
     """What computes norms where this is; None if there is nothing."""
-    if gpu.here(tensor) and gpu.available():
+    if gpu.here(tensor) and gpu.available() and tensor.dtype is not torch.float16:
         return gpu.norm
-    return native.norm if tensor.device.type == "cpu" and native.available() else None
+    return native.norm if tensor.device.type == "cpu" and native.available() and native.has_kernels(tensor.dtype) else None
 
 
 def _eps(module: Any) -> float | None:
@@ -131,15 +131,13 @@ def fused(module: nn.Module) -> FusedNorm | None:
 
 @torch.no_grad()
 def exact(module: nn.Module) -> ExactNorm | None:
-    """What may stand in for a norm in bfloat16 and has its bits, None if nothing has."""
+    """What may stand in for a norm in 16 bits and has its bits, None if nothing has."""
     if isinstance(module, FusedNorm) or (eps := _eps(module)) is None:
         return None
     weight: Any = module.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or len(weight) % native.LANES or not native.available():
+    if weight.device.type != "cpu" or weight.dtype not in native.SIXTEEN or len(weight) % native.LANES or not native.knows_order():
         return None
-    if not native.compiled().lossless_exact():
-        return None
-    rows = _rows(len(weight))
+    rows = _rows(len(weight), weight.dtype)
     expected, alone = module(rows), module(rows[None, :1])
     for offset, twice in ((0.0, True), (1.0, False), (0.0, False), (1.0, True)):
         made = ExactNorm(module, eps, offset, twice)
@@ -149,9 +147,9 @@ def exact(module: nn.Module) -> ExactNorm | None:
 
 
 @functools.cache
-def _rows(dim: int) -> torch.Tensor:
+def _rows(dim: int, dtype: torch.dtype) -> torch.Tensor:
     """`[rows, dim]`: in every second one a number swallows parts of the others, as they are added up, so that the order shows."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(_ROWS, dim, generator=generator, dtype=torch.float32)
     rows[::2].scatter_(1, torch.randint(dim, (len(rows[::2]), 1), generator=generator), _SWALLOWS)
-    return rows.bfloat16()
+    return rows.to(dtype)

@@ -20,8 +20,8 @@ class Weight(ctypes.Structure):
     """A weight, and its bias."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("kind", "ins", "outs", "chunk")), ("numbers", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("scales", "code", "bias")),
+        *((name, ctypes.c_int64) for name in ("kind", "ins", "outs", "chunk", "places")), ("numbers", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("scales", "code", "bias", "order")),
     ]  # fmt: skip
 
     @classmethod
@@ -33,10 +33,11 @@ class Weight(ctypes.Structure):
             scales = [part.packed.scales] if isinstance(part.packed, EightBits | Grid) else []
             kind, tensors = part.packed.kind, [part.packed.numbers, *scales]
         chunk = getattr(getattr(part, "packed", None), "chunk", None) or part.in_features
-        bias = None if part.bias is None else part.bias.detach().float().contiguous()
-        kept += [*tensors, *([] if bias is None else [bias])]
-        pointers = [tensor.data_ptr() for tensor in tensors] + [None] * (3 - len(tensors))
-        return cls(kind, part.in_features, part.out_features, chunk, *pointers, None if bias is None else bias.data_ptr())
+        bias, order = None if part.bias is None else part.bias.detach().float().contiguous(), getattr(getattr(part, "packed", None), "order", None)
+        given = [*tensors, *[None] * (3 - len(tensors)), bias, order]
+        kept += [tensor for tensor in given if tensor is not None]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
+        return cls(kind, part.in_features, part.out_features, chunk, 0 if order is None else len(order), *pointers)
 
 
 def multipliable(parts: Sequence[Any]) -> bool:

@@ -22,16 +22,16 @@ INLINE ptrdiff_t attention_scratch(const struct attention *a, int threads) {
 }
 
 INLINE const void *key_at(const struct attention *a, ptrdiff_t head, ptrdiff_t row) {
-    return (const char *)a->keys + (head * a->key_strides[0] + row * a->key_strides[1]) * (a->kind == BFLOAT16 ? 2 : 4);
+    return (const char *)a->keys + (head * a->key_strides[0] + row * a->key_strides[1]) * bytes_of(a->kind);
 }
 
 INLINE const void *value_at(const struct attention *a, ptrdiff_t head, ptrdiff_t row) {
-    return (const char *)a->values + (head * a->value_strides[0] + row * a->value_strides[1]) * (a->kind == BFLOAT16 ? 2 : 4);
+    return (const char *)a->values + (head * a->value_strides[0] + row * a->value_strides[1]) * bytes_of(a->kind);
 }
 
 /* One key among those of a panel, which are to be multiplied as weights are. */
 INLINE void lay_key(const struct attention *a, const void *key, float *panel, ptrdiff_t place) {
-    for (ptrdiff_t i = 0; i < a->dim; i++) panel[i * PANEL + place] = a->kind == BFLOAT16 ? as_float(((const uint16_t *)key)[i]) : ((const float *)key)[i];
+    for (ptrdiff_t i = 0; i < a->dim; i++) panel[i * PANEL + place] = number_at(a->kind, key, i);
 }
 
 /* out[r] = the sum of weights[r] * values, from the first key to the last, for `count` rows, which is known where this is compiled. */
@@ -105,7 +105,7 @@ static void attend(const struct attention *a, const float *asked, float *scratch
         for (ptrdiff_t p = 0; p < parts; p++)
             for (ptrdiff_t c = 0; c < chunks; c++) {
                 ptrdiff_t h = kv * each + p * ROWS, i = c * 2 * LANES, count = each - p * ROWS < ROWS ? each - p * ROWS : ROWS;
-                const char *from = (const char *)value_at(a, kv, 0) + i * (a->kind == BFLOAT16 ? 2 : 4);
+                const char *from = (const char *)value_at(a, kv, 0) + i * bytes_of(a->kind);
                 float *to = added + h * dim + i, *weights = scores + h * width;
 #define ADD(n) case n: add_values(a->kind, from, a->value_strides[1], past, weights, width, n, to, dim); break;
                 switch (count) {
@@ -131,7 +131,7 @@ static void attend(const struct attention *a, const float *asked, float *scratch
 
 #if defined(EXACT)
 /* The same in torch's order (exact.c). */
-void lossless_attend_exactly(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
+void EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
                              const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
                              ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads);
 #endif

@@ -40,10 +40,10 @@ struct recurrent {
 /* next = silu(recur r + token N(embedding) + heard), logits = scale * head(stream + out next), N the RMS norm without a weight.
 
    of [3, rows]: of each node its place among the embeddings, that of its parent in r, and its text. r [parents, rank], next [rows, rank];
-   embeddings [any, dim], bfloat16 if `halves`; heard and streams: rank and dim numbers of a level, levels of texts `apart` from each other;
+   embeddings [any, dim], numbers of this kind; heard and streams: rank and dim numbers of a level, levels of texts `apart` from each other;
    logits [rows, vocab]; tokens, scores [rows, count]: the likeliest, if count is above 0.
    scratch: [rows, 3 * dim + 3 * rank + 2]. */
-void lossless_level(const struct recurrent *by, const int64_t *of, const float *r, const void *embeddings, int halves, const float *heard,
+void lossless_level(const struct recurrent *by, const int64_t *of, const float *r, const void *embeddings, int kind, const float *heard,
                     const float *streams, ptrdiff_t apart, float *next, float *logits, int32_t *tokens, float *scores, ptrdiff_t count,
                     float *scratch, ptrdiff_t rows, int threads) {
     ptrdiff_t dim = by->token.ins, rank = by->recur.ins, vocab = by->head.outs;
@@ -52,7 +52,7 @@ void lossless_level(const struct recurrent *by, const int64_t *of, const float *
     float *first = read + rows * dim, *second = first + rows * (rank + 1);
     for (ptrdiff_t n = 0; n < rows; n++) {
         memcpy(before + n * rank, r + parents[n] * rank, rank * sizeof *r);
-        widen(halves, (const char *)embeddings + of[n] * dim * (halves ? 2 : 4), dim, read);
+        widen(kind, (const char *)embeddings + of[n] * dim * bytes_of(kind), dim, read);
         normalize(NULL, 1e-6f, read, dim, normal + n * dim);
     }
     struct rows path = ready(0, &by->recur, before, rows, first), token = ready(0, &by->token, normal, rows, second);

@@ -1,10 +1,11 @@
-/* Attention in bfloat16 with the bits of torch's own for a row by itself (flash attention on CPUs with AVX2 or AVX-512), for the rows of a draft
+/* Attention in 16 bits with the bits of torch's own for a row by itself (flash attention on CPUs with AVX2 or AVX-512), for the rows of a draft
    tree: each over the keys of the past and of its own path, as if they stood side by side.
 
    Its order: a score is four sums, of every fourth dimension, s0 + s2 + (s1 + s3). Keys come in blocks of 512; what earlier blocks gave is
    scaled to the largest score so far. Of a block, exponentials of as many keys as a vector has lanes are those of `power`, added up in
-   two vectors in turn, the rest are rounded from double; what values are weighted with is rounded to bfloat16, and values are added four keys at a time,
-   v0 + v2 + (v1 + v3). */
+   two vectors in turn, the rest are rounded from double; what values are weighted with is rounded to 16 bits, and values are added four keys at a time,
+   v0 + v2 + (v1 + v3). In float16 the products are those of MKL, in the order that it has on AMD's processors: what they do otherwise stands
+   below under IN_FLOAT16. */
 
 #include "attention.h"
 
@@ -51,7 +52,7 @@ static void score(const float *asked, ptrdiff_t dim, const uint16_t *keys, ptrdi
     for (ptrdiff_t k = 0; k < count; k++) {
         float key[dim];
         f32s sum = {};
-        for (ptrdiff_t i = 0; i < dim; i += LANES) store(key + i, load_bfloat16(keys + k * stride + i));
+        for (ptrdiff_t i = 0; i < dim; i += LANES) store(key + i, load_kind(SIXTEEN, keys, k * stride + i));
         for (ptrdiff_t i = 0; i < dim; i += 4) sum += load(laid + i * SIDE) * FOUR_TIMES(key + i);
         sum += SWAP(sum, 0x4e);
         sum += SWAP(sum, 0xb1);
@@ -65,21 +66,56 @@ INLINE const uint16_t *at(const struct attention *a, int values, ptrdiff_t kv, p
     return values ? value_at(a, kv, row) : key_at(a, kv, row);
 }
 
-/* found [dim] += the weighted values of keys first to first + count, four keys at a time. */
+#define VALUE(key, i) load_kind(SIXTEEN, at(a, 1, kv, r, first + (key)), i) * weights[key]
+
+/* found [dim] += the weighted values of keys first to first + count: in bfloat16 four keys at a time, in float16 one after the other. */
 static void weigh(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count, const float *weights, float *found) {
     for (ptrdiff_t i = 0; i < a->dim; i += 2 * LANES) {
         f32s sum[2] = {load(found + i), load(found + i + LANES)};
         ptrdiff_t k = 0;
-#define VALUE(j, half) (load_bfloat16(at(a, 1, kv, r, first + k + (j)) + i + (half) * LANES) * weights[k + (j)])
+        if (SIXTEEN == FLOAT16)
+            for (; k < count; k++)
+                UNROLL for (int half = 0; half < 2; half++) sum[half] += VALUE(k, i + half * LANES);
         for (; k + 4 <= count; k += 4)
             UNROLL for (int half = 0; half < 2; half++)
-                sum[half] += (VALUE(0, half) + VALUE(2, half)) + (VALUE(1, half) + VALUE(3, half));
-        for (ptrdiff_t j = count - k - 1; j >= 0; j--) /* what is left, the last one first */
-            UNROLL for (int half = 0; half < 2; half++) sum[half] += VALUE(j, half);
+                sum[half] += (VALUE(k, i + half * LANES) + VALUE(k + 2, i + half * LANES)) + (VALUE(k + 1, i + half * LANES) + VALUE(k + 3, i + half * LANES));
+        for (ptrdiff_t j = count - 1; j >= k; j--) /* what is left, the last one first */
+            UNROLL for (int half = 0; half < 2; half++) sum[half] += VALUE(j, i + half * LANES);
         store(found + i, sum[0]);
         store(found + i + LANES, sum[1]);
     }
 }
+
+#if defined(IN_FLOAT16)
+/* The same of the first `dims` dimensions, with which torch's memory begins that is not aligned to four numbers: eight keys at a time there, as
+   two sums of four. */
+static void weigh_first(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count, const float *weights, ptrdiff_t dims, float *found) {
+#define ONE(key) number_at(FLOAT16, at(a, 1, kv, r, first + (key)), i) * weights[key]
+    for (ptrdiff_t i = 0; i < dims; i++) {
+        ptrdiff_t k = 0;
+        for (; k + 8 <= count; k += 8) found[i] = (((found[i] + ONE(k)) + ONE(k + 1)) + ONE(k + 2)) + ONE(k + 3) + (((ONE(k + 4) + ONE(k + 5)) + ONE(k + 6)) + ONE(k + 7));
+        for (; k < count; k++) found[i] += ONE(k);
+    }
+}
+
+/* The score of a query [dim] with one of the last keys of a block, those behind every four: eight sums of every eighth dimension there. */
+static float score_last(const float *asked, const uint16_t *key, ptrdiff_t dim) {
+    f32x8 sum = {};
+    for (ptrdiff_t i = 0; i < dim; i += 8) {
+        f32x8 query;
+        memcpy(&query, asked + i, sizeof query);
+        sum += query * (f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(key + i)));
+    }
+    f32x4 four = __builtin_shufflevector(sum, sum, 0, 1, 2, 3) + __builtin_shufflevector(sum, sum, 4, 5, 6, 7);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+/* With how many dimensions of a head its memory begins that is not aligned: torch gives each thread as many heads, and one behind the other room for scores, two numbers and what is found. */
+static ptrdiff_t not_aligned(ptrdiff_t head, ptrdiff_t heads, ptrdiff_t keys, int threads) {
+    ptrdiff_t thread = head / ((heads + threads - 1) / threads);
+    return -(thread + 1) * ((keys < KEYS ? keys : KEYS) + 2) & 3;
+}
+#endif
 
 /* scores [count] -> weights, in place; returns their sum. */
 static float exponentials(float *scores, ptrdiff_t count, float most) {
@@ -92,12 +128,16 @@ static float exponentials(float *scores, ptrdiff_t count, float most) {
     }
     float sum = sums(lanes[0] + lanes[1], none, none, none)[0];
     for (ptrdiff_t k = whole; k < count; k++) sum += scores[k] = rounded_exponential(scores[k] - most);
-    for (ptrdiff_t k = 0; k < count; k++) scores[k] = as_float(as_bfloat16(scores[k]));
+    for (ptrdiff_t k = 0; k < count; k++) {
+        uint16_t half;
+        put_number(SIXTEEN, &half, 0, scores[k]);
+        scores[k] = number_at(SIXTEEN, &half, 0);
+    }
     return sum;
 }
 
-/* As lossless_attend (kernels.c), of bfloat16 only. scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
-void lossless_attend_exactly(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
+/* As lossless_attend (kernels.c), of 16 bits only. scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
+void EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
                              const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
                              ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads) {
     struct attention a = {kind, heads, kv_heads, rows, dim, past, depth, scale, keys, values, {strides[2], strides[3]}, {strides[4], strides[5]},
@@ -112,7 +152,7 @@ void lossless_attend_exactly(int kind, const void *query, const void *keys, cons
             memset(asked, 0, SIDE * dim * sizeof(float));
             for (ptrdiff_t n = 0; n < count; n++) {
                 ptrdiff_t r = (p * SIDE + n) / group, head = kv * group + (p * SIDE + n) % group;
-                widen(1, (const uint16_t *)query + head * strides[0] + r * strides[1], dim, asked + n * dim);
+                widen(SIXTEEN, (const uint16_t *)query + head * strides[0] + r * strides[1], dim, asked + n * dim);
             }
             score(asked, dim, key_at(&a, kv, 0), a.key_strides[1], past, laid, scores, width);
             for (ptrdiff_t n = 0; n < count; n++) {
@@ -123,6 +163,9 @@ void lossless_attend_exactly(int kind, const void *query, const void *keys, cons
                     score(asked, dim, at(&a, 0, kv, r, k), 0, 1, laid, some, 1);
                     scores[n * width + k] = some[n];
                 }
+#if defined(IN_FLOAT16)
+                for (ptrdiff_t k = end - (end - start) % KEYS % 4; k < end; k++) scores[n * width + k] = score_last(asked + n * dim, at(&a, 0, kv, r, k), dim);
+#endif
                 float most = -INFINITY, total = 0;
                 memset(found, 0, dim * sizeof(float));
                 for (ptrdiff_t first = start; first < end; first += KEYS) {
@@ -137,11 +180,19 @@ void lossless_attend_exactly(int kind, const void *query, const void *keys, cons
                     most = largest;
                     if (first > start)
                         for (ptrdiff_t i = 0; i < dim; i++) found[i] *= faded;
+#if defined(IN_FLOAT16)
+                    ptrdiff_t apart = not_aligned(head, heads, end - start, threads);
+                    float unaligned[3] = {found[0], found[1], found[2]};
+                    weigh_first(&a, kv, r, first, block, own, apart, unaligned);
                     weigh(&a, kv, r, first, block, own, found);
+                    memcpy(found, unaligned, apart * sizeof *found);
+#else
+                    weigh(&a, kv, r, first, block, own, found);
+#endif
                 }
                 float share = 1 / total;
                 uint16_t *to = (uint16_t *)out + (r * heads + head) * dim;
-                for (ptrdiff_t i = 0; i < dim; i++) to[i] = as_bfloat16(found[i] * share);
+                for (ptrdiff_t i = 0; i < dim; i++) put_number(SIXTEEN, to, i, found[i] * share);
             }
         }
 }

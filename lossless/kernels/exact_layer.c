@@ -1,5 +1,5 @@
-/* Decoder layers in bfloat16 with the bits of torch's eager operations for a row by itself (fused.py): norms, projections, rotary
-   embedding, attention (exact.c), residuals and a gated MLP. What torch writes to memory is rounded to bfloat16 here, too, and nothing
+/* Decoder layers in 16 bits with the bits of torch's eager operations for a row by itself (fused.py): norms, projections, rotary
+   embedding, attention (exact.c), residuals and a gated MLP. What torch writes to memory is rounded to 16 bits here, too, and nothing
    else is.
 
    Sums of projections are in the order of base/exact.py. The mean of squares is that of torch's `mean`: eight lanes, four vectors side by
@@ -12,12 +12,18 @@
 
 #define ABREAST 4
 #define LEVELS 4
+#define MORE 64  /* places of INTERLEAVED weights beyond their inputs, at most */
 #define EVERY 16 /* sums of one level are added to those of the next */
+
+INLINE f32x8 eight(const uint16_t *at) {
+    __m128i halves = _mm_loadu_si128((const __m128i *)at);
+    return SIXTEEN == FLOAT16 ? (f32x8)_mm256_cvtph_ps(halves) : (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+}
 
 static float mean_of_squares(const uint16_t *row, ptrdiff_t dim) {
     f32x8 sums[LEVELS][ABREAST] = {};
     ptrdiff_t vectors = dim / 8, turns = vectors / ABREAST;
-#define SQUARES(v) (as_f32x8(row + 8 * (v)) * as_f32x8(row + 8 * (v))) /* of numbers of 8 bits: nothing is lost */
+#define SQUARES(v) (eight(row + 8 * (v)) * eight(row + 8 * (v))) /* of numbers of 8 or 11 bits: nothing is lost */
     for (ptrdiff_t i = 0; i < turns;) {
         UNROLL for (int k = 0; k < ABREAST; k++) sums[0][k] += SQUARES(i * ABREAST + k);
         i++;
@@ -30,7 +36,7 @@ static float mean_of_squares(const uint16_t *row, ptrdiff_t dim) {
     for (ptrdiff_t v = turns * ABREAST; v < vectors; v++) sums[0][0] += SQUARES(v);
     f32x8 all = sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3];
     float sum = 0;
-    for (ptrdiff_t i = vectors * 8; i < dim; i++) sum += as_float(row[i]) * as_float(row[i]);
+    for (ptrdiff_t i = vectors * 8; i < dim; i++) sum += number_at(SIXTEEN, row, i) * number_at(SIXTEEN, row, i);
     for (int lane = 0; lane < 8; lane++) sum += all[lane];
     return sum / dim;
 }
@@ -39,12 +45,12 @@ static float mean_of_squares(const uint16_t *row, ptrdiff_t dim) {
 static void normalize_exactly(const struct norm *norm, const uint16_t *row, ptrdiff_t dim, uint16_t *out) {
     float scale = 1 / sqrtf(mean_of_squares(row, dim) + (float)norm->eps);
     for (ptrdiff_t i = 0; i < dim; i += LANES) {
-        f32s scaled = load_bfloat16(row + i) * scale;
-        store_bfloat16(out + i, (norm->twice ? rounded(scaled) : scaled) * load(norm->weight + i));
+        f32s scaled = load_kind(SIXTEEN, row, i) * scale;
+        store_kind(SIXTEEN, out, i, (norm->twice ? rounded_to(SIXTEEN, scaled) : scaled) * load(norm->weight + i));
     }
 }
 
-void lossless_norm_exactly(const struct norm *norm, const uint16_t *rows, uint16_t *out, ptrdiff_t count, ptrdiff_t dim) {
+void EXACTLY(lossless_norm)(const struct norm *norm, const uint16_t *rows, uint16_t *out, ptrdiff_t count, ptrdiff_t dim) {
     for (ptrdiff_t r = 0; r < count; r++) normalize_exactly(norm, rows + r * dim, dim, out + r * dim);
 }
 
@@ -52,15 +58,15 @@ void lossless_norm_exactly(const struct norm *norm, const uint16_t *rows, uint16
 static void turn(const struct norm *norm, const uint16_t *cos, const uint16_t *sin, ptrdiff_t dim, uint16_t *head) {
     if (norm->weight) normalize_exactly(norm, head, dim, head);
     for (ptrdiff_t i = 0, half = dim / 2; i < half; i += LANES) {
-        f32s first = load_bfloat16(head + i), second = load_bfloat16(head + half + i);
-        store_bfloat16(head + i, rounded(first * load_bfloat16(cos + i)) - rounded(second * load_bfloat16(sin + i)));
-        store_bfloat16(head + half + i, rounded(second * load_bfloat16(cos + half + i)) + rounded(first * load_bfloat16(sin + half + i)));
+        f32s first = load_kind(SIXTEEN, head, i), second = load_kind(SIXTEEN, head, half + i);
+        store_kind(SIXTEEN, head, i, rounded_to(SIXTEEN, first * load_kind(SIXTEEN, cos, i)) - rounded_to(SIXTEEN, second * load_kind(SIXTEEN, sin, i)));
+        store_kind(SIXTEEN, head, half + i, rounded_to(SIXTEEN, second * load_kind(SIXTEEN, cos, half + i)) + rounded_to(SIXTEEN, first * load_kind(SIXTEEN, sin, half + i)));
     }
 }
 
 /* to += added */
 static void add_to(uint16_t *to, const uint16_t *added, ptrdiff_t count) {
-    for (ptrdiff_t i = 0; i < count; i += LANES) store_bfloat16(to + i, load_bfloat16(to + i) + load_bfloat16(added + i));
+    for (ptrdiff_t i = 0; i < count; i += LANES) store_kind(SIXTEEN, to, i, load_kind(SIXTEEN, to, i) + load_kind(SIXTEEN, added, i));
 }
 
 /* gate = activation(gate) * up */
@@ -68,31 +74,31 @@ static void gated(const uint16_t *activation, uint16_t *gate, const uint16_t *up
     for (ptrdiff_t i = 0; i < count; i += LANES) {
         uint16_t active[LANES];
         for (int lane = 0; lane < LANES; lane++) active[lane] = activation[gate[i + lane]];
-        store_bfloat16(gate + i, load_bfloat16(active) * load_bfloat16(up + i));
+        store_kind(SIXTEEN, gate, i, load_kind(SIXTEEN, active, 0) * load_kind(SIXTEEN, up, i));
     }
 }
 
 /* As lossless_layers (layer.c); scratch: as FusedLayer.scratch in fused.py says. */
-void lossless_layers_exactly(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const uint16_t *hidden,
+void EXACTLY(lossless_layers)(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const uint16_t *hidden,
                              const uint16_t *cos, const uint16_t *sin, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past,
                              uint16_t *out, float *scratch, ptrdiff_t longest, ptrdiff_t rows, int threads) {
     ptrdiff_t dim = layers[0]->dim, heads = layers[0]->heads, kv_heads = layers[0]->kv_heads, size = layers[0]->head_dim;
     ptrdiff_t inner = layers[0]->gate.outs, wide = heads * size, slim = kv_heads * size;
     uint16_t *normal = (uint16_t *)scratch, *query = normal + rows * longest, *key = query + rows * longest, *value = key + rows * slim;
     uint16_t *gate = value + rows * slim, *up = gate + rows * longest, *added = up + rows * longest;
-    float *numbers = (float *)(added + rows * longest), *rest = numbers + rows * (longest + ABREAST);
+    float *numbers = (float *)(added + rows * longest), *rest = numbers + rows * (longest + MORE);
     memcpy(out, hidden, rows * dim * sizeof *out);
     for (ptrdiff_t i = 0; i < count; i++) {
         const struct layer *l = layers[i];
         uint16_t *keys = kept[i].keys, *values = kept[i].values;
         ptrdiff_t stride = kept[i].capacity * size, strides[6] = {size, wide, stride, size, stride, size};
-        lossless_norm_exactly(&l->first, out, normal, rows, dim);
+        EXACTLY(lossless_norm)(&l->first, out, normal, rows, dim);
         struct rows given = ready_exactly(&l->q, normal, rows, numbers), found, active = {.halves = gate};
 #pragma omp parallel num_threads(threads)
         {
-            project(&l->q, &given, rows, 1, query);
-            project(&l->k, &given, rows, 1, key);
-            project(&l->v, &given, rows, 1, value);
+            project(&l->q, &given, rows, SIXTEEN, query);
+            project(&l->k, &given, rows, SIXTEEN, key);
+            project(&l->v, &given, rows, SIXTEEN, value);
         }
         for (ptrdiff_t r = 0; r < rows; r++) {
             for (ptrdiff_t head = 0; head < heads; head++) turn(&l->of_queries, cos + r * size, sin + r * size, size, query + r * wide + head * size);
@@ -103,30 +109,30 @@ void lossless_layers_exactly(const struct layer *const *layers, const struct kep
                 memcpy(values + head * stride + (past + r) * size, value + r * slim + head * size, size * sizeof *from);
             }
         }
-        lossless_attend_exactly(BFLOAT16, query, keys, values, added, rest, NULL, lengths, paths, (float)l->scale, heads, kv_heads, rows, size, past,
+        EXACTLY(lossless_attend)(SIXTEEN, query, keys, values, added, rest, NULL, lengths, paths, (float)l->scale, heads, kv_heads, rows, size, past,
                                 depth, strides, threads);
         found = ready_exactly(&l->o, added, rows, numbers);
 #pragma omp parallel num_threads(threads)
         {
-            project(&l->o, &found, rows, 1, query);
+            project(&l->o, &found, rows, SIXTEEN, query);
 #pragma omp barrier
 #pragma omp single
             {
                 add_to(out, query, rows * dim);
-                lossless_norm_exactly(&l->second, out, normal, rows, dim);
+                EXACTLY(lossless_norm)(&l->second, out, normal, rows, dim);
                 given = ready_exactly(&l->gate, normal, rows, numbers);
             }
 #pragma omp for schedule(static)
             for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
                 ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
-                project_panel(&l->gate, &given, rows, 1, gate, p);
-                project_panel(&l->up, &given, rows, 1, up, p);
+                project_panel(&l->gate, &given, rows, SIXTEEN, gate, p);
+                project_panel(&l->up, &given, rows, SIXTEEN, up, p);
                 for (ptrdiff_t r = 0; r < rows; r++) gated(l->activation, gate + r * inner + first, up + r * inner + first, valid);
             }
-            if (l->down.kind == INTERLEAVED)
+            if (interleaved(&l->down))
 #pragma omp single
                 active = ready_exactly(&l->down, gate, rows, numbers);
-            project(&l->down, &active, rows, 1, added);
+            project(&l->down, &active, rows, SIXTEEN, added);
         }
         add_to(out, added, rows * dim);
     }

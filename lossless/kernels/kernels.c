@@ -68,15 +68,11 @@ INLINE void stored_product(const float *weights, const float *rows, ptrdiff_t co
     }
 }
 
-INLINE void decode_bfloat16(const uint16_t *from, float *to, ptrdiff_t count) {
-    for (ptrdiff_t i = 0; i < count; i += LANES) store(to + i, load_bfloat16(from + i));
-}
-
 /* A tile of one row, whose weights are decoded where they are multiplied. */
-INLINE void tile_of_bfloat16(const uint16_t *weights, const float *row, ptrdiff_t ins, float *out) {
+INLINE void tile_of_halves(int kind, const uint16_t *weights, const float *row, ptrdiff_t ins, float *out) {
     f32s added[WIDE] = {};
     for (ptrdiff_t i = 0; i < ins; i += LANES)
-        UNROLL for (int n = 0; n < WIDE; n++) added[n] += load_bfloat16(weights + n * ins + i) * load(row + i);
+        UNROLL for (int n = 0; n < WIDE; n++) added[n] += load_kind(kind, weights, n * ins + i) * load(row + i);
     f32x4 found = sums(added[0], added[1], added[2], added[3]);
     memcpy(out, &found, sizeof found);
 }
@@ -92,12 +88,14 @@ void lossless_stored(int kind, const void *weight, const float *rows, float *out
             /* the last tile may begin before the one ahead of it ends: the same numbers are written twice */
             ptrdiff_t n = t * WIDE + WIDE <= outs ? t * WIDE : outs - WIDE;
             const float *weights = (const float *)weight + n * ins;
-            if (kind == BFLOAT16 && count == 1) {
-                tile_of_bfloat16((const uint16_t *)weight + n * ins, rows, ins, out + n);
-                continue;
-            }
-            if (kind == BFLOAT16) {
-                decode_bfloat16((const uint16_t *)weight + n * ins, decoded, WIDE * ins);
+            if (kind != FLOAT32) {
+                const uint16_t *halves = (const uint16_t *)weight + n * ins;
+                if (count == 1) {
+                    if (kind == BFLOAT16) tile_of_halves(BFLOAT16, halves, rows, ins, out + n);
+                    else tile_of_halves(FLOAT16, halves, rows, ins, out + n);
+                    continue;
+                }
+                widen(kind, halves, WIDE * ins, decoded);
                 weights = decoded;
             }
             stored_product(weights, rows, count, ins, out + n, outs, WIDE);
@@ -108,13 +106,13 @@ void lossless_stored(int kind, const void *weight, const float *rows, float *out
 /* out[r] = rows[r] / sqrt(mean(rows[r]^2) + eps) * (weight + offset), for rows [count, dim] and a weight [dim] of one kind. */
 void lossless_norm(int kind, const void *rows, const void *weight, float offset, float eps, void *out, ptrdiff_t count, ptrdiff_t dim) {
     float row[dim], factors[dim];
-    ptrdiff_t size = kind == BFLOAT16 ? 2 : 4;
-    widen(kind == BFLOAT16, weight, dim, factors);
+    ptrdiff_t size = bytes_of(kind);
+    widen(kind, weight, dim, factors);
     for (ptrdiff_t i = 0; i < dim; i++) factors[i] += offset;
     for (ptrdiff_t r = 0; r < count; r++) {
-        widen(kind == BFLOAT16, (const char *)rows + r * dim * size, dim, row);
+        widen(kind, (const char *)rows + r * dim * size, dim, row);
         normalize(factors, eps, row, dim, row);
-        narrow(kind == BFLOAT16, row, dim, (char *)out + r * dim * size);
+        narrow(kind, row, dim, (char *)out + r * dim * size);
     }
 }
 
@@ -126,8 +124,8 @@ void lossless_attend(int kind, const void *query, const void *keys, const void *
                      int threads) {
     struct attention a = {kind, heads, kv_heads, rows, dim, past, depth, scale, keys, values, {strides[2], strides[3]}, {strides[4], strides[5]},
                           starts, lengths, paths};
-    ptrdiff_t size = kind == BFLOAT16 ? 2 : 4, group = heads / kv_heads, numbers = heads * rows * dim;
-    float *asked = scratch, *found = kind == BFLOAT16 ? asked + numbers : out;
+    ptrdiff_t size = bytes_of(kind), group = heads / kv_heads, numbers = heads * rows * dim;
+    float *asked = scratch, *found = kind == FLOAT32 ? out : asked + numbers;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -138,9 +136,9 @@ void lossless_attend(int kind, const void *query, const void *keys, const void *
                 for (ptrdiff_t i = 0; i < dim; i += LANES) store(to + i, load_kind(kind, from, i));
             }
         attend(&a, asked, asked + 2 * numbers, found);
-        if (kind == BFLOAT16)
+        if (kind != FLOAT32)
 #pragma omp for schedule(static)
-            for (ptrdiff_t i = 0; i < numbers; i += LANES) store_bfloat16((uint16_t *)out + i, load(found + i));
+            for (ptrdiff_t i = 0; i < numbers; i += LANES) store_kind(kind, out, i, load(found + i));
     }
 }
 

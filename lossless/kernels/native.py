@@ -5,7 +5,7 @@ modules, models, or trees. Where there is no gcc, or where what it makes is wron
 called. `$LOSSLESS_CC` names another compiler, with flags if need be; empty, none is used.
 
     multiply    weights in panels (panels.py): the fastest products that we know of for a few rows
-    linear      weights in float32 or bfloat16, as torch keeps them: no copy of them is made
+    linear      weights as torch keeps them: no copy of them is made
     norm        RMS norms
     attend      rows of a draft tree over the past and their own paths
 
@@ -37,10 +37,13 @@ from torch.nn import functional as F
 from ..storage import cache_dir
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
+_TWICE, _IN_FLOAT16 = ("exact.c", "exact_layer.c"), "-DIN_FLOAT16"  # sources that are compiled for either dtype of 16 bits
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes some six
-FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID, INTERLEAVED = range(8)  # as vectors.h has them
-_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+# as vectors.h has them
+FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID, INTERLEAVED, FLOAT16, INTERLEAVED_FLOAT16 = range(10)
+SIXTEEN = (torch.bfloat16, torch.float16)
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
 LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
 _SIDE = 4  # queries that attend side by side, as exact.c has it
@@ -99,16 +102,18 @@ def _compile(command: list[str], library: Path) -> None:
         subprocess.run([*command, *rest], capture_output=True, timeout=_SECONDS, check=True)
 
     with tempfile.TemporaryDirectory(prefix="lossless-") as scratch:
-        made = {str(source): str(Path(scratch) / f"{source.stem}.o") for source in _SOURCES if source.suffix == ".c"}
+        told: list[tuple[str, ...]] = [(str(source),) for source in _SOURCES if source.suffix == ".c"]
+        told += [(str(source), _IN_FLOAT16) for source in _SOURCES if source.name in _TWICE]
+        made = [str(Path(scratch) / f"{number}.o") for number in range(len(told))]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda source: run("-c", "-o", made[source], source), made))
-        run("-shared", "-o", str(library), *made.values(), "-lm")
+            list(pool.map(lambda given, out: run("-c", "-o", out, *given), told, made))
+        run("-shared", "-o", str(library), *made, "-lm")
 
 
 def _declared(library: Any) -> Any:
     pointer, size, number = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
     library.lossless_stored.argtypes = [number, *[pointer] * 3, *[size] * 3, number]
-    library.lossless_panels.argtypes = [number, number, *[pointer] * 7, *[size] * 4, number]
+    library.lossless_panels.argtypes = [number, number, *[pointer] * 8, *[size] * 5, number]
     library.lossless_lay.argtypes = [pointer, size, size, pointer, number]
     library.lossless_lay_grid.argtypes = [pointer, size, size, size, number, pointer, pointer, number]
     library.lossless_lay_bytes.argtypes = [pointer, size, size, pointer, pointer, number]
@@ -120,15 +125,32 @@ def _declared(library: Any) -> Any:
     library.lossless_level.argtypes = [*[pointer] * 4, number, pointer, pointer, size, *[pointer] * 4, size, pointer, size, number]
     library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
     library.lossless_move.argtypes = [pointer, size, size, size, size, size, pointer, size]
-    if library.lossless_exact():
-        library.lossless_attend_exactly.argtypes = library.lossless_attend.argtypes
-        library.lossless_layers_exactly.argtypes = library.lossless_layers.argtypes
-        library.lossless_norm_exactly.argtypes = [pointer, pointer, pointer, size, size]
-        for name in ("attend", "layers", "norm"):
-            getattr(library, f"lossless_{name}_exactly").restype = None
+    for dtype in SIXTEEN if library.lossless_exact() else ():
+        for name, like in (("attend", library.lossless_attend.argtypes), ("layers", library.lossless_layers.argtypes), ("norm", [*[pointer] * 3, size, size])):
+            exact = _exactly(library, name, dtype)
+            exact.argtypes, exact.restype = like, None
     for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest", "lay", "lay_bytes", "move"):
         getattr(library, f"lossless_{name}").restype = None
     return library
+
+
+def _exactly(library: Any, name: str, dtype: torch.dtype) -> Any:
+    return getattr(library, f"lossless_{name}_exactly_in_{str(dtype).removeprefix('torch.')}")
+
+
+def in_torchs_order(name: str, dtype: torch.dtype) -> Any:
+    """What computes attention, norms or layers of this dtype in torch's own order, where it is known (`knows_order`)."""
+    return _exactly(compiled(), name, dtype)
+
+
+def knows_order() -> bool:
+    """Whether it is known in which order torch adds up numbers of 16 bits on such a processor; and whether those of float16 have kernels."""
+    return available() and bool(compiled().lossless_exact())
+
+
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether numbers of this dtype have kernels, where there are any."""
+    return dtype in KINDS and (dtype is not torch.float16 or bool(compiled().lossless_exact()))
 
 
 def _processor() -> str:
@@ -153,30 +175,30 @@ def room(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def multiply(
     kind: int, weight: torch.Tensor, outs: int, rows: torch.Tensor, bias: torch.Tensor | None,
-    scales: torch.Tensor | None = None, code: torch.Tensor | None = None, chunk: int | None = None,
+    scales: torch.Tensor | None = None, code: torch.Tensor | None = None, chunk: int | None = None, order: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`[..., in]` times a weight in panels of this kind (panels.h) -> `[..., out]`, in the dtype of the rows. No gradient flows.
 
     chunk: inputs that are added up by themselves, where rows and weights are multiplied as pairs of bfloat16, None for all of them; of
-        weights on a grid the block.
+        weights on a grid the block; of interleaved ones the inputs of a sum.
+    order: of interleaved weights.
     """
     *before, ins = rows.shape
-    halves = rows.dtype is torch.bfloat16
-    given = (rows if halves or rows.dtype is torch.float32 else rows.float()).contiguous()
-    out = room(*before, outs, dtype=given.dtype)
-    scratch = room(math.prod(before) * (2 * ins + 64) if halves or kind == EIGHT_BITS else 0)
+    given = (rows if has_kernels(rows.dtype) else rows.float()).contiguous()
+    out, places = room(*before, outs, dtype=given.dtype), 0 if order is None else len(order)
+    scratch = room(math.prod(before) * max(2 * ins + 64, places) if given.dtype is not torch.float32 or kind == EIGHT_BITS else 0)
     added = None if bias is None else bias.float().contiguous()
     compiled().lossless_panels(
-        kind, halves, weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
-        given.data_ptr(), scratch.data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
-        math.prod(before), ins, outs, chunk or ins, torch.get_num_threads(),
+        kind, KINDS[given.dtype], weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
+        None if order is None else order.data_ptr(), given.data_ptr(), scratch.data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
+        math.prod(before), ins, outs, chunk or ins, places, torch.get_num_threads(),
     )  # fmt: skip
     return out if out.dtype is rows.dtype else out.to(rows.dtype)
 
 
 def multipliable(outs: int, ins: int, dtype: torch.dtype) -> bool:
     """Whether weights of this shape and dtype have a kernel here as they are stored."""
-    return dtype in _KINDS and ins % LANES == 0 and ins <= _WIDEST and outs >= 4 and available()
+    return ins % LANES == 0 and ins <= _WIDEST and outs >= 4 and available() and has_kernels(dtype)
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -187,7 +209,7 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     plain, weight = rows.float().contiguous(), weight.contiguous()
     out = room(*before, len(weight))
     compiled().lossless_stored(
-        _KINDS[weight.dtype], weight.data_ptr(), plain.data_ptr(), out.data_ptr(), math.prod(before), ins, len(weight), torch.get_num_threads()
+        KINDS[weight.dtype], weight.data_ptr(), plain.data_ptr(), out.data_ptr(), math.prod(before), ins, len(weight), torch.get_num_threads()
     )
     if bias is not None:
         out += bias
@@ -195,11 +217,11 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def norm(rows: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) -> torch.Tensor:
-    """`[..., dim]` / sqrt(mean of squares + eps) * (weight + offset), `weight` `[dim]` of the same dtype, float32 or bfloat16."""
+    """`[..., dim]` / sqrt(mean of squares + eps) * (weight + offset), `weight` `[dim]` of the same dtype, that has kernels."""
     rows, weight = rows.contiguous(), weight.contiguous()
     out, dim = torch.empty_like(rows), rows.shape[-1]
     compiled().lossless_norm(
-        _KINDS[rows.dtype], rows.data_ptr(), weight.data_ptr(), offset, eps, out.data_ptr(), rows.numel() // dim, dim
+        KINDS[rows.dtype], rows.data_ptr(), weight.data_ptr(), offset, eps, out.data_ptr(), rows.numel() // dim, dim
     )
     return out
 
@@ -239,8 +261,8 @@ class Paths:
 
 def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `attend` has a kernel for these here: not for values that are wider or narrower than keys (DeepSeek's), for example."""
-    alike = key.shape == value.shape and query.dtype in _KINDS and key.dtype == query.dtype and query.device.type == "cpu" and not query.requires_grad
-    return alike and len(query) == 1 and query.shape[-1] % (2 * LANES) == 0 and available()
+    alike = key.shape == value.shape and available() and has_kernels(query.dtype) and key.dtype == query.dtype and query.device.type == "cpu" and not query.requires_grad
+    return alike and len(query) == 1 and query.shape[-1] % (2 * LANES) == 0
 
 
 def attend(
@@ -253,7 +275,7 @@ def attend(
         query: `[1, heads, rows, dim]`; key, value: `[1, kv_heads, past + rows, dim]`.
         scale: of the scores; None for 1 / sqrt(dim).
         starts: of each row the first key that it sees; None: all are seen.
-        exactly: in bfloat16, in torch's own order (exact.c), where that is to be had (base/exact.py).
+        exactly: in 16 bits, in torch's own order (exact.c), where that is to be had (base/exact.py).
 
     Returns:
         `[1, rows, heads, dim]`.
@@ -263,13 +285,13 @@ def attend(
     kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
     out = room(1, rows, heads, dim, dtype=query.dtype)
     if exactly:
-        by, numbers = compiled().lossless_attend_exactly, scratch_exactly(dim, past + depth, threads)
+        by, numbers = in_torchs_order("attend", query.dtype), scratch_exactly(dim, past + depth, threads)
     else:
         by, numbers = compiled().lossless_attend, heads * rows * (3 * dim + past + depth) + threads * panel() * dim
     scratch, first = room(numbers), None if starts is None else torch.tensor(starts, dtype=torch.int32, device="cpu")
     strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
     by(
-        _KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+        KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(),
         None if first is None else first.data_ptr(),
         paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,
         strides, threads,

@@ -7,6 +7,7 @@
    Layouts, in words of 32 bits; an output and the one LANES behind it are a pair:
        FLOAT32    [panels, ins, PANEL]                 numbers
        BFLOAT16   [panels, ins / 2, PANEL]             two inputs in a word, the first in its low half
+       FLOAT16    [panels, ins, PANEL / 2]             two outputs in a word
        FOUR_BITS  [panels, ins / 4, LANES]             four inputs in a word, a byte each, of it the first of a pair in the low half;
                   scales [panels, ins / 64, PANEL]     and `code`, 16 numbers that the four bits stand for
        PAIRED_FOUR_BITS  the same, multiplied with rows of bfloat16 in pairs
@@ -15,22 +16,19 @@
        FOUR_BIT_GRID, EIGHT_BIT_GRID                   numbers as in FOUR_BITS, EIGHT_BITS; scales [panels, blocks, 2, PANEL]: of each block of
                                                        an output's weights the step between two numbers, and what 0 stands for
 
-       INTERLEAVED [panels, ABREAST * each / 2, PANEL] BFLOAT16 in torch's order on processors with AVX2: it adds up every ABREAST-th input by itself,
-                                                       `each` of them, and these sums in pairs, half of them apart, until one is left. Here
-                                                       those that are added up stand side by side, and so do sums that meet
+       INTERLEAVED [panels, places / 2, PANEL]         BFLOAT16 whose inputs are added up in several sums of `each`, one input after the other, and then
+                                                       these sums in pairs, until one is left. Inputs of a sum stand side by side, and so do sums
+                                                       that meet; some places are empty. Which input stands where is what `order` says
+       INTERLEAVED_FLOAT16 [panels, places, PANEL / 2] the same of FLOAT16
 
    Rows for EIGHT_BITS are rounded to bytes, too: such products are for drafts. */
 
 #pragma once
 #include "vectors.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #define PANEL (2 * LANES)
 #define BLOCK 64      /* 4-bit numbers with one scale */
-#define ABREAST 64    /* sums of INTERLEAVED, and how often they are halved */
-#define HALVINGS 6
+#define HALVINGS 6    /* of the sums of INTERLEAVED, at most 2^6 */
 #define AHEAD 1024    /* words that are fetched before they are needed */
 #if LANES == 16
 #define ROWS 12 /* rows whose sums fit the registers */
@@ -40,7 +38,7 @@
 
 /* How rows are multiplied with a panel. PAIRS, PAIRED_CODES: rows of bfloat16, two inputs at a time, where the processor
    can; then `code` is of bfloat16, too, and a block is added up before it is scaled. */
-enum way { NUMBERS, HALVES, CODES, BYTES, PAIRS, PAIRED_CODES, STEPS, FINE_STEPS, ASTRIDE };
+enum way { NUMBERS, HALVES, FLOAT16S, CODES, BYTES, PAIRS, PAIRED_CODES, STEPS, FINE_STEPS, IN_ORDER, IN_ORDER_FLOAT16 };
 
 /* Bytes of a row lie between 0 and 2 * MIDDLE - 1, MIDDLE stands for 0. Without the instruction for it, two products are added in 16
    bits, for which eight bits would be too many. */
@@ -144,6 +142,14 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             add(sums, (f32s)(first << 16), (f32s)(second << 16), rows + i, stride, count);
             add(sums, (f32s)(first & 0xffff0000u), (f32s)(second & 0xffff0000u), rows + i + 1, stride, count);
         }
+#if defined(EXACT)
+    if (way == FLOAT16S)
+        for (ptrdiff_t i = 0; i < ins; i++, panel += PANEL / 2) {
+            __builtin_prefetch(panel + AHEAD);
+            const uint16_t *weights = (const uint16_t *)panel;
+            add(sums, load_float16(weights), load_float16(weights + LANES), rows + i, stride, count);
+        }
+#endif
     if (way == CODES) {
         struct code code;
         memcpy(&code, table, sizeof code);
@@ -231,12 +237,11 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
 }
 
 /* The sums of a row, with a bias, to where they belong: `valid` outputs of them are asked for. */
-INLINE void finish(const f32s *sums, const float *bias, int halves, void *out, ptrdiff_t at, ptrdiff_t valid) {
+INLINE void finish(const f32s *sums, const float *bias, int kind, void *out, ptrdiff_t at, ptrdiff_t valid) {
     if (valid == PANEL) {
         for (int half = 0; half < 2; half++, at += LANES) {
             f32s sum = bias ? sums[half] + load(bias + half * LANES) : sums[half];
-            if (halves) store_bfloat16((uint16_t *)out + at, sum);
-            else store((float *)out + at, sum);
+            store_kind(kind, out, at, sum);
         }
         return;
     }
@@ -244,30 +249,21 @@ INLINE void finish(const f32s *sums, const float *bias, int halves, void *out, p
     store(some, sums[0]);
     store(some + LANES, sums[1]);
     for (ptrdiff_t n = 0; n < valid; n++) {
-        float sum = bias ? some[n] + bias[n] : some[n];
-        if (halves) ((uint16_t *)out)[at + n] = as_bfloat16(sum);
-        else ((float *)out)[at + n] = sum;
+        put_number(kind, out, at + n, bias ? some[n] + bias[n] : some[n]);
     }
 }
 
-/* Rows [count, ins] of bfloat16 as INTERLEAVED weights are multiplied with them: [count, ABREAST * each], 0 where there are no more. The sums that
-   meet first are half of all apart: so their places are those of their numbers with the bits in reverse. */
-INLINE void interleave(const uint16_t *rows, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t each, float *out) {
-    ptrdiff_t places[ABREAST];
-    for (int n = 0; n < ABREAST; n++) {
-        places[n] = 0;
-        for (int bit = 0; bit < HALVINGS; bit++) places[n] |= (n >> bit & 1) << (HALVINGS - 1 - bit);
-    }
-    for (ptrdiff_t r = 0; r < count; r++, rows += ins, out += ABREAST * each)
-        for (ptrdiff_t turn = 0; turn < each; turn++)
-            for (int n = 0; n < ABREAST; n++) out[places[n] * each + turn] = turn * ABREAST < ins ? as_float(rows[turn * ABREAST + n]) : 0;
+/* Rows [count, ins] of 16 bits as INTERLEAVED weights are multiplied with them: [count, places]. order: the input that stands at each, -1 for none. */
+INLINE void interleave(int kind, const uint16_t *rows, ptrdiff_t count, ptrdiff_t ins, const int32_t *order, ptrdiff_t places, float *out) {
+    for (ptrdiff_t r = 0; r < count; r++, rows += ins, out += places)
+        for (ptrdiff_t n = 0; n < places; n++) out[n] = order[n] < 0 ? 0 : number_at(kind, rows, order[n]);
 }
 
 /* The rows of one part with one panel of INTERLEAVED weights. */
-INLINE void astride(const uint32_t *panel, const float *rows, ptrdiff_t each, int count, f32s (*out)[2]) {
+INLINE void in_order(enum way way, const uint32_t *panel, const float *rows, ptrdiff_t places, ptrdiff_t each, int count, f32s (*out)[2]) {
     f32s waiting[HALVINGS][ROWS][2], sums[ROWS][2];
-    for (ptrdiff_t n = 0; n < ABREAST; n++, panel += each / 2 * PANEL, rows += each) {
-        multiply(HALVES, panel, NULL, NULL, rows, NULL, each, each, ABREAST * each, count, sums);
+    for (ptrdiff_t n = 0; n < places / each; n++, panel += each / 2 * PANEL, rows += each) {
+        multiply(way, panel, NULL, NULL, rows, NULL, each, each, places, count, sums);
         int level = 0;
         for (; n >> level & 1; level++)
             UNROLL for (int r = 0; r < count; r++) sums[r][0] += waiting[level][r][0], sums[r][1] += waiting[level][r][1];
@@ -279,8 +275,8 @@ INLINE void astride(const uint32_t *panel, const float *rows, ptrdiff_t each, in
 /* The rows of one part with one panel; in chunks of inputs, whose sums are added up one after the other. */
 INLINE void part(enum way way, const uint32_t *panel, const float *scales, const float *table, const void *rows, const float *row_scales,
                  ptrdiff_t ins, ptrdiff_t chunk, int count, f32s (*sums)[2]) {
-    if (way == ASTRIDE) {
-        astride(panel, rows, chunk, count, sums);
+    if (way == IN_ORDER || way == IN_ORDER_FLOAT16) {
+        in_order(way == IN_ORDER ? HALVES : FLOAT16S, panel, rows, ins, chunk, count, sums);
         return;
     }
     if (way != PAIRS || chunk >= ins) {
@@ -296,9 +292,9 @@ INLINE void part(enum way way, const uint32_t *panel, const float *scales, const
 }
 
 /* All rows with one panel. chunk: of inputs that are added up by themselves, if both are bfloat16, at least `ins` for none; of weights on a
-   grid the block; of INTERLEAVED ones `each`, and `ins` is ABREAST times as many. */
+   grid the block; of INTERLEAVED ones `each`, and `ins` are the places. kind: of what comes out. */
 INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows,
-                    const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int halves, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
+                    const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int kind, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
     ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == BYTES ? 1 : way == PAIRS || way == PAIRED_CODES ? 2 : 4; /* about equal parts */
     for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
         const void *from = rows + r * ins * size;
@@ -311,6 +307,6 @@ INLINE void product(enum way way, const uint32_t *panel, const float *scales, co
             CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
         }
-        for (ptrdiff_t n = 0; n < some; n++) finish(sums[n], bias, halves, out, (r + n) * outs + first, valid);
+        for (ptrdiff_t n = 0; n < some; n++) finish(sums[n], bias, kind, out, (r + n) * outs + first, valid);
     }
 }

@@ -2,9 +2,9 @@
 
 Knows: the layouts, what is lost in none of them, and how a product is called. Does not know: modules, or models.
 
-    Panels      float32 or bfloat16. Weights in float32 whose numbers are numbers of bfloat16, as those of almost every checkpoint are
-                that is loaded so, are kept in 16 bits: the same numbers, from half of the memory.
-    Interleaved bfloat16, multiplied in torch's order on processors with AVX2
+    Panels      float32, bfloat16 or float16. Weights in float32 whose numbers are numbers of 16 bits, as those of almost every checkpoint
+                are that is loaded so, are kept so: the same numbers, from half of the memory.
+    Interleaved bfloat16 or float16, multiplied in torch's order where rows and weights are not multiplied as pairs
     FourBits    4-bit numbers in blocks of 64, as bitsandbytes makes them
     EightBits   rounded to 8 bits, with a scale for each output: for drafts, which may be wrong
 
@@ -20,18 +20,20 @@ import torch
 from torch.nn import functional as F
 
 from . import native
-from .native import BFLOAT16, EIGHT_BITS, FLOAT32, FOUR_BITS, INTERLEAVED, PAIRED_FOUR_BITS
+from .native import EIGHT_BITS, FOUR_BITS, INTERLEAVED, INTERLEAVED_FLOAT16, PAIRED_FOUR_BITS
 from .pages import own_pages
 
 _BLOCK = 64  # 4-bit numbers with one scale
-ABREAST = 64  # sums that torch has side by side on processors with AVX2, in eight registers
+ABREAST = 64  # sums that torch's own product has side by side, in eight registers
+_HALVINGS = 6  # of them, until one is left
+_LANES = 16  # sums that oneDNN's has, in one
 _SOME = 1024  # outputs that are looked at together
 _LOW_BITS = 0xFFFF  # of a number in float32: those that bfloat16 has not
 
 
 def available(dtype: torch.dtype, ins: int) -> bool:
     """Whether weights of this dtype, for so many inputs, can be laid out and multiplied here."""
-    return dtype in (torch.float32, torch.bfloat16) and ins % 2 == 0 and native.available() and _right()
+    return ins % 2 == 0 and native.available() and native.has_kernels(dtype) and _right()
 
 
 def multiplies_pairs(ins: int) -> bool:
@@ -39,9 +41,16 @@ def multiplies_pairs(ins: int) -> bool:
     return available(torch.bfloat16, ins) and bool(native.compiled().lossless_pairs())
 
 
-def interleaves(ins: int) -> bool:
-    """Whether a weight in bfloat16 for so many inputs can be multiplied in torch's order on processors with AVX2, and this is one."""
-    return ins % ABREAST == 0 and available(torch.bfloat16, ins) and bool(native.compiled().lossless_exact()) and not multiplies_pairs(ins)
+def interleaves(dtype: torch.dtype, ins: int) -> bool:
+    """Whether a weight of this dtype for so many inputs can be multiplied in torch's order in sums of some of them."""
+    if not (available(torch.bfloat16, ins) and native.knows_order()) or (dtype is torch.bfloat16 and multiplies_pairs(ins)):
+        return False
+    return ins % (2 if _by_lanes(dtype) else ABREAST) == 0
+
+
+def _by_lanes(dtype: torch.dtype) -> bool:
+    """Whether it is oneDNN that multiplies one row of this dtype: bfloat16 on processors with AVX-512."""
+    return dtype is torch.bfloat16 and native.panel() == 2 * _LANES
 
 
 def four_bits_available(ins: int) -> bool:
@@ -56,10 +65,18 @@ def eight_bits_available(ins: int) -> bool:
 
 def itemsize(weight: torch.Tensor) -> int:
     """Bytes that each number of a weight `[out, in]` takes in panels."""
-    if weight.dtype == torch.bfloat16:
-        return 2
+    return _smallest(weight).itemsize
+
+
+def _smallest(weight: torch.Tensor) -> torch.dtype:
+    """The dtype of the fewest bits that has the numbers of a weight, and kernels here."""
+    if weight.dtype in native.SIXTEEN:
+        return weight.dtype
     some = weight.detach().split(_SOME)
-    return 4 if any(bool((part.contiguous().view(torch.int32) & _LOW_BITS).any()) for part in some) else 2
+    if not any(bool((part.contiguous().view(torch.int32) & _LOW_BITS).any()) for part in some):
+        return torch.bfloat16
+    halves = native.has_kernels(torch.float16) and all(torch.equal(part.half().float(), part) for part in some)
+    return torch.float16 if halves else weight.dtype
 
 
 def _laid_out(numbers: torch.Tensor) -> torch.Tensor:
@@ -67,12 +84,18 @@ def _laid_out(numbers: torch.Tensor) -> torch.Tensor:
     return own_pages(*numbers.shape, dtype=numbers.dtype).copy_(numbers)
 
 
+def _in_columns(weight: torch.Tensor) -> torch.Tensor:
+    """`[out, in]` -> `[panels, in, panel]`; outputs that are not there are 0."""
+    panel = native.panel()
+    return _laid_out(F.pad(weight, (0, 0, 0, -len(weight) % panel)).view(-1, panel, weight.shape[1]).transpose(1, 2))
+
+
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """A weight in float32 or bfloat16.
+    """A weight in float32 or 16 bits.
 
     Attributes:
-        numbers: `[panels, in, panel]` float32, or `[panels, in / 2, panel, 2]` bfloat16; outputs that are not there are 0.
+        numbers: `[panels, in, panel]` float32 or float16, or `[panels, in / 2, panel, 2]` bfloat16; outputs that are not there are 0.
         outs: outputs.
         dtype: of the weight, which may be float32 where the numbers are not.
         chunk: inputs that are added up by themselves, and their sums in turn; None for all. Only for pairs of bfloat16.
@@ -86,8 +109,10 @@ class Panels:
     @classmethod
     def of(cls, weight: torch.Tensor, chunk: int | None = None) -> Panels:
         """`[out, in]`, which is left as it is."""
-        panel, (outs, ins), given = native.panel(), weight.shape, weight.detach()
-        panels, given = -(-outs // panel), (given.to(torch.bfloat16) if itemsize(weight) == 2 else given).contiguous()
+        panel, (outs, ins), given = native.panel(), weight.shape, weight.detach().to(_smallest(weight)).contiguous()
+        if given.dtype is torch.float16:
+            return cls(_in_columns(given), outs, weight.dtype)
+        panels = -(-outs // panel)
         shape = (ins // 2, panel, 2) if given.dtype == torch.bfloat16 else (ins, panel)
         numbers = own_pages(panels, *shape, dtype=given.dtype)
         native.compiled().lossless_lay(given.data_ptr(), outs, shape[0], numbers.data_ptr(), torch.get_num_threads())
@@ -95,7 +120,7 @@ class Panels:
 
     @property
     def kind(self) -> int:
-        return BFLOAT16 if self.numbers.dtype == torch.bfloat16 else FLOAT32
+        return native.KINDS[self.numbers.dtype]
 
     @property
     def nbytes(self) -> int:
@@ -113,30 +138,38 @@ class Panels:
 
 @dataclass(frozen=True, eq=False)
 class Interleaved:
-    """A weight in bfloat16 of which every 64th input is added up by itself, and then these sums, in pairs.
+    """A weight in 16 bits whose inputs are added up in several sums, and then these, in pairs.
 
     Attributes:
-        numbers: `[panels, 64 * each / 2, panel, 2]`: of each sum its `each` inputs, of which the last may be 0, in the order in which sums meet.
+        numbers: `[panels, places / 2, panel, 2]` bfloat16, or `[panels, places, panel]` float16; where no input stands they are 0.
         outs, ins: outputs and inputs.
+        order: `[places]` int32, the input at each place, -1 for none: those of a sum stand side by side, and so do sums that meet.
+        chunk: inputs of a sum.
     """
 
     numbers: torch.Tensor
     outs: int
     ins: int
-    dtype = torch.bfloat16
-    kind = INTERLEAVED
+    order: torch.Tensor
+    chunk: int
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Interleaved:
-        """`[out, in]` bfloat16, inputs a multiple of 64; it is left as it is."""
+        """`[out, in]`, which is left as it is."""
         outs, ins = weight.shape
-        filled = F.pad(weight.detach(), (0, -ins % (2 * ABREAST))).view(outs, -1, ABREAST)  # a number of inputs that can be had in pairs
-        return cls(Panels.of(filled[:, :, _meeting()].transpose(1, 2).reshape(outs, -1)).numbers, outs, ins)
+        order, chunk = _order(weight.dtype, ins)
+        filled = F.pad(weight.detach(), (0, 1))[:, order.long()]  # -1 is the last one, and 0
+        if weight.dtype is torch.bfloat16:
+            return cls(Panels.of(filled).numbers, outs, ins, order, chunk)
+        return cls(_in_columns(filled), outs, ins, order, chunk)
 
     @property
-    def chunk(self) -> int:
-        """Inputs of each sum, as projections.h is told."""
-        return 2 * self.numbers.shape[1] // ABREAST
+    def dtype(self) -> torch.dtype:
+        return self.numbers.dtype
+
+    @property
+    def kind(self) -> int:
+        return INTERLEAVED if self.dtype is torch.bfloat16 else INTERLEAVED_FLOAT16
 
     @property
     def nbytes(self) -> int:
@@ -144,19 +177,29 @@ class Interleaved:
 
     def dense(self) -> torch.Tensor:
         """`[out, in]`, what was laid out: a copy, made at each call."""
-        filled = Panels(self.numbers, self.outs, self.dtype).dense().view(self.outs, ABREAST, -1)
-        return filled[:, _meeting().argsort()].transpose(1, 2).reshape(self.outs, -1)[:, : self.ins]
+        filled = self.numbers.transpose(1, 2).reshape(-1, len(self.order))[: self.outs]
+        dense = filled.new_empty(self.outs, self.ins + 1)
+        dense[:, self.order.long()] = filled
+        return dense[:, : self.ins]
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`[..., in]` -> `[..., out]`, both bfloat16."""
-        return native.multiply(self.kind, self.numbers, self.outs, rows.bfloat16(), bias, chunk=self.chunk).to(rows.dtype)
+        """`[..., in]` -> `[..., out]`, in the dtype of the rows, which are rounded to that of the weight."""
+        return native.multiply(self.kind, self.numbers, self.outs, rows.to(self.dtype), bias, chunk=self.chunk, order=self.order).to(rows.dtype)
 
 
 @functools.cache
-def _meeting() -> torch.Tensor:
-    """`[64]`: the sums in the order in which they meet: first those that are half of all apart, so that each place is the number with its bits in
-    reverse."""
-    return torch.tensor([int(f"{place:06b}"[::-1], 2) for place in range(ABREAST)])
+def _order(dtype: torch.dtype, ins: int) -> tuple[torch.Tensor, int]:
+    """Of `Interleaved` weights order and chunk.
+
+    torch itself adds up every 64th input, and of these sums in turn those that are half of all apart. oneDNN multiplies pairs, and adds up every
+    16th pair, the second input of each before the first; of these sums those that are half of all apart, and then neighbours in turn.
+    """
+    side, each = (_LANES, 2) if _by_lanes(dtype) else (ABREAST, 1)
+    turns = -(-ins // (side * each))
+    turns += turns * each % 2  # inputs of a sum are laid out in pairs
+    meeting = torch.arange(side).view(2, -1).t() if each == 2 else torch.arange(side).view(*[2] * _HALVINGS).permute(*reversed(range(_HALVINGS)))
+    places = torch.arange(turns * side * each, dtype=torch.int32).view(turns, side, each).flip(2)[:, meeting.flatten()].transpose(0, 1).flatten()
+    return places.masked_fill(places >= ins, -1), turns * each
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +312,9 @@ def _right() -> bool:
     weight = torch.randn(70, 64, generator=generator, dtype=torch.float32)
     pairs = torch.randint(256, (70 * 32,), generator=generator, dtype=torch.uint8)
     four = FourBits.from_pairs(pairs, torch.rand(70, generator=generator, dtype=torch.float32), torch.randn(16, generator=generator, dtype=torch.float32), 70)
-    for product in (Panels.of(weight), Panels.of(weight.bfloat16()), four, EightBits.of(weight)):
+    products: list[Panels | FourBits | EightBits] = [four, EightBits.of(weight)]
+    products += [Panels.of(weight.to(dtype)) for dtype in native.KINDS if native.has_kernels(dtype)]
+    for product in products:
         for rows in (torch.randn(15, 64, generator=generator, dtype=torch.float32), torch.randn(15, 64, generator=generator, dtype=torch.float32).bfloat16()):
             found, alone = (torch.cat([product.multiply(some, None) for some in rows.split(size)]) for size in (15, 1))
             off = 0.1 if isinstance(product, EightBits) else 1e-4 if rows.dtype == torch.float32 else 0.02

@@ -4,26 +4,29 @@
 
 struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdiff_t count, float *scratch) {
     struct rows rows = {.halves = halves};
-    if (w->kind == INTERLEAVED) {
-        interleave(halves, count, w->ins, w->chunk, scratch);
+    if (interleaved(w)) {
+        if (w->kind == INTERLEAVED) interleave(BFLOAT16, halves, count, w->ins, w->order, w->places, scratch);
+        else interleave(FLOAT16, halves, count, w->ins, w->order, w->places, scratch);
         rows.numbers = scratch;
     }
     return rows;
 }
 
-void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int halves, void *out, ptrdiff_t p) {
-    ptrdiff_t ins = w->kind == INTERLEAVED ? ABREAST * w->chunk : w->ins, first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
+void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out, ptrdiff_t p) {
+    ptrdiff_t ins = interleaved(w) ? w->places : w->ins, first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
     const float *bias = w->bias ? w->bias + first : NULL;
     const uint32_t *numbers = w->numbers;
 #define PROJECT(way, words_, scales_, bias_, rows_)                                                                                           \
-    product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), rows->scales, count, ins, w->chunk, bias_, halves, out, first, w->outs, valid)
+    product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), rows->scales, count, ins, w->chunk, bias_, kind, out, first, w->outs, valid)
     switch (w->kind) {
     case FLOAT32: PROJECT(NUMBERS, ins * PANEL, NULL, bias, rows->numbers); break;
     case BFLOAT16:
-        if (takes_pairs(rows->halves != NULL, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, bias, rows->halves);
+        if (takes_pairs(rows->halves ? BFLOAT16 : FLOAT32, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, bias, rows->halves);
         else PROJECT(HALVES, ins / 2 * PANEL, NULL, bias, rows->numbers);
         break;
-    case INTERLEAVED: PROJECT(ASTRIDE, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
+    case FLOAT16: PROJECT(FLOAT16S, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
+    case INTERLEAVED: PROJECT(IN_ORDER, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
+    case INTERLEAVED_FLOAT16: PROJECT(IN_ORDER_FLOAT16, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
     case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
     case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
     case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * 2 * PANEL, bias, rows->bytes); break;
@@ -41,32 +44,33 @@ void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t co
     }
 }
 
-void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, int halves, void *out) {
+void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out) {
     ptrdiff_t panels = (w->outs + PANEL - 1) / PANEL;
 #pragma omp for schedule(static) nowait
-    for (ptrdiff_t p = 0; p < panels; p++) project_panel(w, rows, count, halves, out, p);
+    for (ptrdiff_t p = 0; p < panels; p++) project_panel(w, rows, count, kind, out, p);
 }
 
 /* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
 
-   halves: rows and out are bfloat16, else float32. scratch: [count, ins], for rows of bfloat16, and [count, 1 + ins / 4] for EIGHT_BITS;
-   [count, ABREAST * chunk] for INTERLEAVED, whose rows are bfloat16.
+   number: the kind of rows and out. scratch: [count, ins], for rows of 16 bits, and [count, 1 + ins / 4] for EIGHT_BITS;
+   [count, places] for INTERLEAVED, whose rows are of the weight's kind.
    bias: [outs] or NULL. ins is even for BFLOAT16, and so is `chunk` (panels.h); ins is a multiple of BLOCK for FOUR_BITS, of 4 for
    EIGHT_BITS, of `chunk` on a grid. */
-void lossless_panels(int kind, int halves, const uint32_t *weight, const float *scales, const float *code, const void *rows, float *scratch,
-                     const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, ptrdiff_t chunk, int threads) {
-    struct weight w = {kind, ins, outs, chunk, weight, scales, code, bias};
+void lossless_panels(int kind, int number, const uint32_t *weight, const float *scales, const float *code, const int32_t *order, const void *rows,
+                     float *scratch, const float *bias, void *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, ptrdiff_t chunk, ptrdiff_t places,
+                     int threads) {
+    struct weight w = {kind, ins, outs, chunk, places, weight, scales, code, bias, order};
     struct rows given = ready_exactly(&w, rows, count, scratch);
-    if (kind != INTERLEAVED && !takes_pairs(halves, &w) && kind != PAIRED_FOUR_BITS) {
+    if (!interleaved(&w) && !takes_pairs(number, &w) && kind != PAIRED_FOUR_BITS) {
         const float *numbers = rows;
-        if (halves) {
-            widen(1, rows, count * ins, scratch);
+        if (number != FLOAT32) {
+            widen(number, rows, count * ins, scratch);
             numbers = scratch, scratch += count * ins;
         }
         given = ready(0, &w, numbers, count, scratch);
     }
 #pragma omp parallel num_threads(threads)
-    project(&w, &given, count, halves, out);
+    project(&w, &given, count, number, out);
 }
 
 /* weights [outs, words], of 32 bits each, into panels [panels, words, PANEL], all of it 0 before: FLOAT32, or BFLOAT16 of two inputs a word. */

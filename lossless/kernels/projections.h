@@ -4,9 +4,10 @@
 #include "panels.h"
 
 struct weight { /* of a projection, in panels */
-    int64_t kind, ins, outs, chunk; /* chunk: as panels.h has it */
+    int64_t kind, ins, outs, chunk, places; /* chunk: as panels.h has it; places: of INTERLEAVED weights */
     const void *numbers;
     const float *scales, *code, *bias;
+    const int32_t *order; /* of INTERLEAVED weights */
 };
 
 /* A few rows, in the ways that weights are multiplied with them; bfloat16 and bytes only if they are asked for. */
@@ -18,21 +19,21 @@ struct rows {
 };
 
 /* Whether a weight is multiplied with rows of bfloat16. */
-INLINE int takes_pairs(int64_t halves, const struct weight *w) {
+INLINE int takes_pairs(int64_t kind, const struct weight *w) {
 #if defined(__AVX512BF16__)
-    return halves && w->kind == BFLOAT16;
+    return kind == BFLOAT16 && w->kind == BFLOAT16;
 #else
-    (void)halves, (void)w;
+    (void)kind, (void)w;
     return 0;
 #endif
 }
 
-/* Rows [count, ins] for this weight, and for others if all or none of them are EIGHT_BITS. halves: the rows are of a model in bfloat16.
+/* Rows [count, ins] for this weight, and for others if all or none of them are EIGHT_BITS. kind: of numbers in the model that the rows are of.
    scratch: as many numbers as the rows are. */
-INLINE struct rows ready(int64_t halves, const struct weight *w, const float *numbers, ptrdiff_t count, float *scratch) {
+INLINE struct rows ready(int64_t kind, const struct weight *w, const float *numbers, ptrdiff_t count, float *scratch) {
     struct rows rows = {numbers, NULL, NULL, NULL};
-    if (takes_pairs(halves, w)) {
-        narrow(1, numbers, count * w->ins, scratch);
+    if (takes_pairs(kind, w)) {
+        narrow(BFLOAT16, numbers, count * w->ins, scratch);
         rows.halves = (const uint16_t *)scratch;
     }
     if (w->kind == EIGHT_BITS) {
@@ -42,11 +43,13 @@ INLINE struct rows ready(int64_t halves, const struct weight *w, const float *nu
     return rows;
 }
 
-/* Rows [count, ins] of bfloat16 for weights that are multiplied in torch's order. scratch: [count, ABREAST * chunk] for INTERLEAVED ones. */
+/* Rows [count, ins] of 16 bits for weights that are multiplied in torch's order. scratch: [count, places] for INTERLEAVED ones. */
+INLINE int interleaved(const struct weight *w) { return w->kind == INTERLEAVED || w->kind == INTERLEAVED_FLOAT16; }
+
 struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdiff_t count, float *scratch);
 
-/* rows times one panel of a weight -> out [count, outs], bfloat16 if `halves`, else float32. */
-void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int halves, void *out, ptrdiff_t p);
+/* rows times one panel of a weight -> out [count, outs] of this kind. */
+void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out, ptrdiff_t p);
 
 /* The whole product, by all threads of a parallel region; it is not waited for. */
-void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, int halves, void *out);
+void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out);

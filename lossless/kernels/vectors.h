@@ -6,14 +6,18 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
 #else
 #define LANES 8
 #endif
-/* Whether it is known in which order torch adds up numbers of bfloat16 on this processor (exact.c, base/exact.py). */
-#if defined(__AVX512BF16__) || (defined(__AVX2__) && defined(__FMA__) && LANES == 8)
+/* Whether it is known in which order torch adds up numbers of 16 bits on this processor (exact.c, base/exact.py). Those of float16 are converted by
+   the same processors. */
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define EXACT
 #endif
 #define INLINE static inline __attribute__((always_inline))
@@ -26,7 +30,7 @@ typedef uint32_t u32s_at __attribute__((vector_size(LANES * 4), aligned(4), may_
 typedef int32_t i32s __attribute__((vector_size(LANES * 4)));
 typedef uint16_t u16s __attribute__((vector_size(LANES * 2)));
 
-enum kind { FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID, INTERLEAVED };
+enum kind { FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID, INTERLEAVED, FLOAT16, INTERLEAVED_FLOAT16 };
 
 INLINE f32s load(const float *at) { return (f32s) * (const f32s_at *)at; }
 
@@ -63,20 +67,80 @@ INLINE void store_bfloat16(uint16_t *at, f32s numbers) {
     memcpy(at, &halves, sizeof halves);
 }
 
+#if defined(EXACT)
+#if LANES == 16
+INLINE f32s load_float16(const uint16_t *at) { return (f32s)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at)); }
+
+INLINE void store_float16(uint16_t *at, f32s numbers) { _mm256_storeu_si256((__m256i *)at, _mm512_cvtps_ph((__m512)numbers, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+INLINE f32s load_float16(const uint16_t *at) { return (f32s)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at)); }
+
+INLINE void store_float16(uint16_t *at, f32s numbers) { _mm_storeu_si128((__m128i *)at, _mm256_cvtps_ph((__m256)numbers, _MM_FROUND_TO_NEAREST_INT)); }
+#endif
+#endif
+
+/* What exact.c and exact_layer.c are compiled for: twice, the second time with IN_FLOAT16. */
+#if defined(IN_FLOAT16)
+#define SIXTEEN FLOAT16
+#define EXACTLY(name) name##_exactly_in_float16
+#else
+#define SIXTEEN BFLOAT16
+#define EXACTLY(name) name##_exactly_in_bfloat16
+#endif
+
+/* Numbers of float32, bfloat16 or float16: `kind` says which. */
+INLINE ptrdiff_t bytes_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
+
 INLINE f32s load_kind(int kind, const void *at, ptrdiff_t i) {
+#if defined(EXACT)
+    if (kind == FLOAT16) return load_float16((const uint16_t *)at + i);
+#endif
     return kind == BFLOAT16 ? load_bfloat16((const uint16_t *)at + i) : load((const float *)at + i);
+}
+
+INLINE void store_kind(int kind, void *at, ptrdiff_t i, f32s numbers) {
+#if defined(EXACT)
+    if (kind == FLOAT16) {
+        store_float16((uint16_t *)at + i, numbers);
+        return;
+    }
+#endif
+    if (kind == BFLOAT16) store_bfloat16((uint16_t *)at + i, numbers);
+    else store((float *)at + i, numbers);
+}
+
+/* To the nearest numbers of this kind. */
+INLINE f32s rounded_to(int kind, f32s numbers) {
+#if defined(EXACT)
+    if (kind == FLOAT16) {
+        uint16_t halves[LANES];
+        store_float16(halves, numbers);
+        return load_float16(halves);
+    }
+#endif
+    return kind == BFLOAT16 ? rounded(numbers) : numbers;
+}
+
+INLINE float number_at(int kind, const void *at, ptrdiff_t i) {
+#if defined(EXACT)
+    if (kind == FLOAT16) return _cvtsh_ss(((const uint16_t *)at)[i]);
+#endif
+    return kind == BFLOAT16 ? as_float(((const uint16_t *)at)[i]) : ((const float *)at)[i];
+}
+
+INLINE void put_number(int kind, void *at, ptrdiff_t i, float number) {
+#if defined(EXACT)
+    if (kind == FLOAT16) {
+        ((uint16_t *)at)[i] = _cvtss_sh(number, _MM_FROUND_TO_NEAREST_INT);
+        return;
+    }
+#endif
+    if (kind == BFLOAT16) ((uint16_t *)at)[i] = as_bfloat16(number);
+    else ((float *)at)[i] = number;
 }
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
-
-INLINE f32x8 as_f32x8(const uint16_t *at) {
-    u16x8 halves;
-    memcpy(&halves, at, sizeof halves);
-    return (f32x8)(__builtin_convertvector(halves, u32x8) << 16);
-}
 
 /* The lanes of a vector added up to four. */
 INLINE f32x4 fold(f32s a) {
@@ -121,17 +185,18 @@ INLINE f32s silu(f32s x) {
     return x * ((f32s)((below & (u32s)small) | (~below & (u32s)one)) / (1 + small));
 }
 
-/* Numbers of either kind -> float32. */
-INLINE void widen(int halves, const void *from, ptrdiff_t count, float *to) {
-    for (ptrdiff_t i = 0; i < count; i++) to[i] = halves ? as_float(((const uint16_t *)from)[i]) : ((const float *)from)[i];
+/* Numbers of any kind -> float32. */
+INLINE void widen(int kind, const void *from, ptrdiff_t count, float *to) {
+    ptrdiff_t whole = count - count % LANES;
+    for (ptrdiff_t i = 0; i < whole; i += LANES) store(to + i, load_kind(kind, from, i));
+    for (ptrdiff_t i = whole; i < count; i++) to[i] = number_at(kind, from, i);
 }
 
-/* float32 -> numbers of either kind. */
-INLINE void narrow(int halves, const float *from, ptrdiff_t count, void *to) {
-    for (ptrdiff_t i = 0; i < count; i++) {
-        if (halves) ((uint16_t *)to)[i] = as_bfloat16(from[i]);
-        else ((float *)to)[i] = from[i];
-    }
+/* float32 -> numbers of any kind. */
+INLINE void narrow(int kind, const float *from, ptrdiff_t count, void *to) {
+    ptrdiff_t whole = count - count % LANES;
+    for (ptrdiff_t i = 0; i < whole; i += LANES) store_kind(kind, to, i, load(from + i));
+    for (ptrdiff_t i = whole; i < count; i++) put_number(kind, to, i, from[i]);
 }
 
 /* out = row / sqrt(mean of squares + eps) * weight, which may be NULL */

@@ -50,7 +50,7 @@ def exact_when_fused(runner: Any) -> bool:
     """The same for a runner of an exact twin, whose layers then look as if they had the bits that rows have alone; whether they do is not
     tried here. False, and nothing is done, unless all of them do."""
     like = FusedLayer.of(runner.layers[0])
-    if runner.implementation != "sdpa" or like is None or not like.exactly or not exact.attends(like.head_dim):
+    if runner.implementation != "sdpa" or like is None or not like.exactly or not exact.attends(like.dtype, like.head_dim):
         return False
     return fuse(runner.layers, runner.first_top, runner.own_hooks)
 
