@@ -171,7 +171,7 @@ def pack(model: Any) -> Any:
     if not kinds:
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
         raise UsageError(f"{type(model).__name__} in {dtype} on {getattr(model, 'device', 'its device')} has no weight that can be packed: "
-                         "packing takes a CPU, and float32, bfloat16 (from AVX-512 on, or with gcc) or 4 bits (with gcc); or the current GPU, with Triton, and float32, bfloat16 or float16")  # fmt: skip
+                         "packing takes a CPU, and float32, bfloat16 (from AVX-512 on, or with gcc), float16 (with gcc) or 4 bits (with gcc); or the current GPU, with Triton, and float32, bfloat16 or float16")  # fmt: skip
     _replace(model, kinds)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED)
