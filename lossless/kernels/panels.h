@@ -262,7 +262,7 @@ INLINE void interleave(int kind, const uint16_t *rows, ptrdiff_t count, ptrdiff_
 /* The rows of one part with one panel of INTERLEAVED weights. */
 INLINE void in_order(enum way way, const uint32_t *panel, const float *rows, ptrdiff_t places, ptrdiff_t each, int count, f32s (*out)[2]) {
     f32s waiting[HALVINGS][ROWS][2], sums[ROWS][2];
-    for (ptrdiff_t n = 0; n < places / each; n++, panel += each / 2 * PANEL, rows += each) {
+    for (ptrdiff_t n = 0; n < places / each; n++, panel += each * PANEL / 2, rows += each) {
         multiply(way, panel, NULL, NULL, rows, NULL, each, each, places, count, sums);
         int level = 0;
         for (; n >> level & 1; level++)

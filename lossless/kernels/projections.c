@@ -24,9 +24,9 @@ void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t co
         if (takes_pairs(rows->halves ? BFLOAT16 : FLOAT32, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, bias, rows->halves);
         else PROJECT(HALVES, ins / 2 * PANEL, NULL, bias, rows->numbers);
         break;
-    case FLOAT16: PROJECT(FLOAT16S, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
+    case FLOAT16: PROJECT(FLOAT16S, ins * PANEL / 2, NULL, bias, rows->numbers); break;
     case INTERLEAVED: PROJECT(IN_ORDER, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
-    case INTERLEAVED_FLOAT16: PROJECT(IN_ORDER_FLOAT16, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
+    case INTERLEAVED_FLOAT16: PROJECT(IN_ORDER_FLOAT16, ins * PANEL / 2, NULL, bias, rows->numbers); break;
     case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
     case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
     case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * 2 * PANEL, bias, rows->bytes); break;
