@@ -34,13 +34,14 @@ from ..test_generate import letters as make_letters
 BASES: dict[str, Callable[[], Any]] = {
     "llama": lambda: build_tiny(seed=5, hidden=64, inner=160),
     "llama, heads of 32": lambda: build_tiny(seed=7, hidden=128, inner=160),  # which the kernels take
+    "llama, of 64s": lambda: build_tiny(seed=9, hidden=128, inner=192),  # which exact twins take in every dtype
     "llama, heads of 32, packed": lambda: build_tiny(seed=8, hidden=128, inner=160),
     "llama, eager": lambda: build_tiny(seed=6, attention="eager"),
     "mistral": lambda: build("mistral"),
     "qwen3": lambda: build("qwen3"),
     "gpt2": lambda: build("gpt2"),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HOME = str(Path(lossless.__file__).parent)
 
 
