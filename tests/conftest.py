@@ -40,6 +40,8 @@ _OF_COMMANDS = {"test_older", "test_bad_input", "test_robustness", "test_cli", "
 _OF_EXACTNESS = {"test_exactness", "test_exact", "test_verdict", "test_conditions", "test_noise", "test_invariance", "test_fused", "test_packed", "test_gpu",
                  "test_certificate", "test_robustness", "test_lossless", "test_kernels", "test_adapter"}  # fmt: skip
 
+_OF_COSTS = {"test_measure", "test_policy", "test_forecast", "test_bench"}
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What was imported stays: the garbage collector need not go through it again and again."""
@@ -78,6 +80,13 @@ def _few_sizes_are_probed(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     each, folder = Passes.each, verdict.cache_dir() / "of few sizes"
     monkeypatch.setattr(Passes, "each", lambda passes: (size for size in each(passes) if size[0] in (1, 2, 3, passes.rows)))
     monkeypatch.setattr(verdict, "cache_dir", lambda: folder)
+
+
+@pytest.fixture(autouse=True)
+def _costs_are_timed_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are not the subject: a tiny model's curve decides how fast tokens come, never which."""
+    if request.path.stem not in _OF_COSTS:
+        monkeypatch.setattr(measure, "_REPEATS", 1)
 
 
 @pytest.fixture(autouse=True)

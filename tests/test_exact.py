@@ -192,6 +192,29 @@ def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sampl
     assert fast.stats.drafted
 
 
+@of_each_dtype
+@pytest.mark.parametrize("right", [True, False])
+def test_prompts_are_read_through_the_twin_where_they_have_the_bits_of_the_base_s(
+    base: LlamaForCausalLM, dtype: torch.dtype, right: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not panels.interleaves(dtype, 128) or panels._by_lanes(dtype):
+        pytest.skip("torch's own product of several rows has another order on this machine")
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    real, base = panels.Interleaved.multiply, base.to(dtype)
+    if not right:
+        monkeypatch.setattr(panels.Interleaved, "multiply", lambda self, rows, bias: real(self, rows, bias) * (1.01 if rows.shape[-2] > 40 else 1))
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
+    assert fast.guarantee.level == "bitwise"
+    assert fast.guarantee.prompts == right
+    asked = []
+    own = fast.reader.verify
+    monkeypatch.setattr(fast.reader, "verify", lambda *args, **kwargs: asked.append(args) or own(*args, **kwargs))
+    expected, found = both(fast, prompt_ids(300), max_new_tokens=30, output_scores=True, return_dict_in_generate=True)
+    assert torch.equal(expected.sequences, found.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(expected.scores, found.scores, strict=True))
+    assert bool(asked) == (not right)
+
+
 def test_the_head_of_a_prompt_has_the_bits_of_the_base_s_and_does_not_lay_out_its_weight(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
     own, head = base.lm_head, fast.reader.lm_head

@@ -23,7 +23,7 @@ def test_an_exact_twin_and_a_whole_answer(held: str) -> None:
     """Products, norms, attention, layers, 4 bits and answers in 16 bits, bit for bit, in torch's order there."""
     if held == "avx512" and not native.compiled().lossless_pairs():
         pytest.skip("nothing to hold: the other tests see what there is")
-    some = "beside_any_number or own_path or nearly_cancel or norms_have or fused_layers_have or four_bit or answers_are or another_order"
+    some = "beside_any_number or own_path or nearly_cancel or norms_have or fused_layers_have or four_bit or answers_are or another_order or prompts_are"
     if held == "avx512":  # float16 goes as it does without
         some = f"not torch.float16 and ({some})"
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of these tests
@@ -32,4 +32,5 @@ def test_an_exact_twin_and_a_whole_answer(held: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout or "[100%]" in done.stdout
     skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
-    assert all("bitsandbytes has torch multiply in float32" in line for line in skipped), skipped
+    known = ("bitsandbytes has torch multiply in float32", "torch's own product of several rows")
+    assert all(any(reason in line for reason in known) for line in skipped), skipped

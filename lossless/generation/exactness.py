@@ -84,6 +84,7 @@ class Guarantee:
         noise: how far differences between logits move with the shape of a pass, in logits.
         twin: passes over trees run through packed copies of the weights.
         attends_exactly: their rows attend by base/exact.py; fused: and the layers of such a pass are one call.
+        prompts: prompts are read through these copies, too: with the bits of the base's own pass over them.
         again: numbers of rows, falling, of which a pass that takes each row by itself, in the base's own weights, gives each the bits
             of a pass of its own: so a text is read again, under near-tie, where these are left; the rest in passes of one row.
     """
@@ -96,6 +97,7 @@ class Guarantee:
     again: tuple[int, ...] = ()
     attends_exactly: bool = False
     fused: bool = False
+    prompts: bool = False
 
     def __post_init__(self) -> None:
         require_one_of(EXACTNESS, "exact", self.level)
@@ -182,13 +184,25 @@ def _same_bits(runner: StreamRunner, twin: StreamRunner, wanted: str | None, kno
         for twin.attends_exactly, twin.fused in ways:
             bits, noise, _ = _compare(runner, twin, limits, known, passes)
             if bits:
-                return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly, fused=twin.fused)
+                prompts = all(_reads(runner, twin, text.prompt) for text in known)
+                return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly, fused=twin.fused, prompts=prompts)
     elif wanted is None:
         with _limited(twin, at_a_time(twin.model, passes.rows)):
             noise = _compare(runner, twin, None, known, passes, _QUIET, whole=True)[1]
         if noise < _QUIET and min(limits.values()) >= min(passes.rows, MOST):
             return Guarantee("near-tie", noise=noise, twin=True, again=_again(runner, known))
     return None
+
+
+def _reads(reader: StreamRunner, twin: StreamRunner, prompt: list[int]) -> bool:
+    """Whether a twin reads a prompt with the bits of the base's own pass over it: its last logits, and all keys and values."""
+    found, kept = [], []
+    for by in (reader, twin):
+        cache, device = RowCache(len(by.layers), len(prompt)), input_device(by.model)
+        places = torch.arange(len(prompt), device=device)[None]
+        found.append(by.verify(torch.tensor([prompt], device=device), places, None, cache, None, last_only=True).logits)
+        kept.append([each[:, :, : len(prompt)] for layer in cache.rows if layer.is_initialized for each in (layer.keys, layer.values)])
+    return torch.equal(*found) and all(map(torch.equal, *kept))
 
 
 def at_a_time(model: Any, rows: int) -> dict[nn.Module, int]:

@@ -180,7 +180,8 @@ class DecodeLoop:
             # a padding row sees itself, so that its softmax has something to sum
             mask = own & ~padding[:, None, cache.length :].to(device) | torch.eye(rows, dtype=torch.bool, device=device)
         nodes = torch.tensor([rows - 1]) if self._streams_join(alone=True) else None
-        out = self.reader.verify(prompt, positions, mask, cache, nodes, last_only=True)
+        by = self.runner if self.attached.guarantee.prompts and padding is None and len(prompt) == 1 else self.reader
+        out = by.verify(prompt, positions, mask, cache, nodes, last_only=True)
         if device.type == "cpu" and len(prompt) * rows > _LONG:
             give_back_memory()
         return out

@@ -19,6 +19,7 @@ from .conditions import circumstances, file_name
 from .exactness import Guarantee, Passes
 from .limits import projections
 
+_PASSES = ("attends_exactly", "fused", "prompts")  # of a guarantee, the last ones
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a file that is no verdict ends with
 
 
@@ -58,7 +59,7 @@ def read_guarantee(path: Path, model: Any, twin: Any = None) -> Guarantee:
         limits = {module: limits.pop(name) for name, module in _named(twin if kept["twin"] else model).items()} | limits
     if limits and not all(isinstance(module, torch.nn.Module) and type(rows) is int for module, rows in limits.items()):
         raise ValueError("limits of other projections")
-    return Guarantee(str(kept["level"]), limits, dict(kept["operations"]), float(kept["noise"]), bool(kept["twin"]), _rows(kept["again"]), bool(kept["attends_exactly"]), bool(kept["fused"]))
+    return Guarantee(str(kept["level"]), limits, dict(kept["operations"]), float(kept["noise"]), bool(kept["twin"]), _rows(kept["again"]), *(bool(kept[name]) for name in _PASSES))
 
 
 def keep(path: Path, model: Any, found: Guarantee) -> None:
@@ -68,8 +69,7 @@ def keep(path: Path, model: Any, found: Guarantee) -> None:
     limits = None if found.limits is None else {name: found.limits[module] for name, module in _named(model).items()}
     verdict = {
         "level": found.level, "limits": limits, "operations": found.operations, "noise": found.noise, "twin": found.twin, "again": found.again,
-        "attends_exactly": found.attends_exactly, "fused": found.fused,
-    }  # fmt: skip
+    } | {name: getattr(found, name) for name in _PASSES}  # fmt: skip
     with contextlib.suppress(OSError):
         write_json(path, {"guarantee": verdict})
 

@@ -27,6 +27,7 @@ _BLOCK = 64  # 4-bit numbers with one scale
 ABREAST = 64  # sums that torch's own product has side by side, in eight registers
 _HALVINGS = 6  # of them, until one is left
 _LANES = 16  # sums that oneDNN's has, in one
+_PROMPT = 256  # rows of a prompt that are multiplied together: they are laid out for it
 _SOME = 1024  # outputs that are looked at together
 _LOW_BITS = 0xFFFF  # of a number in float32: those that bfloat16 has not
 
@@ -184,7 +185,9 @@ class Interleaved:
 
     def multiply(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`, in the dtype of the rows, which are rounded to that of the weight."""
-        return native.multiply(self.kind, self.numbers, self.outs, rows.to(self.dtype), bias, chunk=self.chunk, order=self.order).to(rows.dtype)
+        pieces = rows.to(self.dtype).reshape(-1, self.ins).split(_PROMPT)
+        done = [native.multiply(self.kind, self.numbers, self.outs, piece, bias, chunk=self.chunk, order=self.order) for piece in pieces]
+        return (done[0] if len(done) == 1 else torch.cat(done)).view(*rows.shape[:-1], self.outs).to(rows.dtype)
 
 
 @functools.cache

@@ -36,6 +36,7 @@ from ..base.layers import (
     input_device,
     refuse_other_rows,
     rotaries,
+    shortest_window,
     uses_attention_interface,
 )
 from ..base.packed import model_bytes
@@ -124,6 +125,11 @@ class StreamRunner:
         return AloneRows([range(j + 1) for j in range(self.adapter.config.num_streams)])
 
     @cached_property
+    def _as_the_base(self) -> bool:
+        """Whether a row alone attends as in the base's own call: no layer has a window, and no kernel is chosen by how keys lie in memory."""
+        return input_device(self.base).type == "cpu" and not self.own_attention and shortest_window(self.base) is None
+
+    @cached_property
     def _short(self) -> ShortPass | None:
         """Passes by the parts of a model whose layers are fused."""
         return ShortPass.of(self)
@@ -201,8 +207,9 @@ class StreamRunner:
         plan.exactly = self.attends_exactly
         plan.keeps_bits = unpadded and (apart or self.limits is not None)
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
-        if (unpadded and apart) or (not last_only and (plan.keeps_bits or (unpadded and count == 1 and nodes is None and not self.own_attention))):
-            plan.alone = paths()
+        single = count == 1 and nodes is None
+        if unpadded and (apart or (not last_only and (self.limits is not None or (single and not self.own_attention)))):
+            plan.alone = None if single and self._as_the_base and not plan.exactly else paths()
         if self.fused and unpadded and (not last_only or count == 1):  # a packed base reads a text of one token so, too
             plan.paths = plan.alone or paths()
 
@@ -230,9 +237,7 @@ class StreamRunner:
     def _observe(self, ids: torch.Tensor, cache: Any) -> tuple[Pass, torch.Tensor]:
         """The pass, and `[batch, 1, vocab]` logits of the last row."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        allowed = None
-        if not self._knows_causal():
-            allowed = torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        allowed = None if self._knows_causal() else torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         plan = Pass(self.implementation, len(ids), ids.shape[1], PositionMask(allowed, positions, positions), last_only=True)
         return plan, self.run(plan, ids, positions, cache)
 
