@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from lossless.adapter.compat import new_adapter
 from lossless.drafting.noise import NoiseTape
+from lossless.generation.exactness import Guarantee
 from lossless.generation.model import AcceleratedModel, accelerate
 
 from .conformance.families import build
@@ -162,3 +163,16 @@ def test_several_answers_to_a_prompt_are_asked_about_as_transformers_asks(fast: 
         numbers.append((by.generate(prompt_ids(), **options), set(asked)))
     assert torch.equal(numbers[0][0], numbers[1][0])
     assert numbers[0][1] == numbers[1][1]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("noise", [5.0, 0.0])
+def test_a_batch_with_two_tokens_nearly_tied_is_the_base_s_own_answer(noise: float, do_sample: bool, fast: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guarantee, "of_batches", noise)
+    ids, mask = padded(5, 9, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, found = both(fast, ids, seed=3, attention_mask=mask, do_sample=do_sample, max_new_tokens=20)
+    assert torch.equal(expected, found)
+    assert fast.stats.served == (noise == 0.0)
+    assert ("nearly tied" in fast.stats.why) == (noise > 0.0)

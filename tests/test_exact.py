@@ -240,7 +240,7 @@ def four_bit(model: LlamaForCausalLM, compute_dtype: torch.dtype, quant_type: st
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_four_bit_rows_have_the_bits_of_bitsandbytes(dtype: torch.dtype, quant_type: str, nested: bool, base: LlamaForCausalLM) -> None:
     if dtype is torch.float32 and not panels.multiplies_pairs(128):
         pytest.skip("bitsandbytes has torch multiply in float32 on this machine: in an order that is not known here")
@@ -255,7 +255,7 @@ def test_four_bit_rows_have_the_bits_of_bitsandbytes(dtype: torch.dtype, quant_t
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_four_bit_base_is_served_through_bits_of_its_own(dtype: torch.dtype, do_sample: bool, base: LlamaForCausalLM) -> None:
     model = four_bit(base.to(dtype), dtype, "nf4", nested=False)
     fast = accelerate(model, new_adapter(model, tiny_config()).randomize(1), adaptive=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import lossless
 from lossless.adapter.compat import new_adapter
@@ -22,7 +22,9 @@ from lossless.base.packed import dense, is_packed, packed_bytes, packed_twin
 from lossless.base.structure import state_of, structure_of
 from lossless.errors import UsageError
 from lossless.generation.model import accelerate
+from lossless.generation.trial import plain_pass
 from lossless.kernels import native, panels, products
+from lossless.streams.cache import RowCache
 
 from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -167,6 +169,20 @@ def test_a_packed_model_is_accelerated_bit_for_bit(dtype: torch.dtype, do_sample
     assert torch.equal(expected.sequences, found.sequences)
     assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
     assert fast.runner is fast.reader
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_too_close_to_call_is_read_again_with_the_packed_model_s_own_bits(dtype: torch.dtype) -> None:
+    """Several rows a pass, as if each were alone: its layers go a short way then, too."""
+    base = lossless.pack(build_tiny(seed=8, hidden=128, inner=160).to(dtype))
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(2), exact="near-tie")
+    rows = fast.guarantee.again[-1]
+    ids, own, cache = prompt_ids(5 * rows), DynamicCache(config=base.config), RowCache(4)
+    for place in range(0, 5 * rows, rows):
+        alone = [plain_pass(base, [int(token)], own) for token in ids[0, place : place + rows]]
+        out = fast.reader.verify(ids[:, place : place + rows], torch.arange(place, place + rows)[None], None, cache, None, last_only=True, apart=True)
+        cache.keep(range(rows))
+        assert torch.equal(out.logits[0, -1].float(), alone[-1])
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

@@ -55,7 +55,7 @@ class NoiseTape:
     def peek(self, texts: Sequence[int], count: int, like: torch.Tensor) -> torch.Tensor:
         """`[texts, count, vocab]`, the noise for the next positions of these texts, without drawing it."""
         begins = [self._read[text] - self._first for text in texts]
-        generator = _generator(like.device)
+        generator = generator_of(like.device)
         here = generator.get_state()
         self._check(here)
         if self._peeked:
@@ -79,7 +79,7 @@ class NoiseTape:
 
     def _draw(self, like: torch.Tensor) -> torch.Tensor:
         if self._peeked:
-            generator = _generator(like.device)
+            generator = generator_of(like.device)
             self._check(generator.get_state())
             if self._peeked:
                 generator.set_state(self._peeked[0].after)
@@ -149,7 +149,7 @@ def _luck(noise: torch.Tensor) -> torch.Tensor:
     return -noise.clamp_min(1e-30).log()
 
 
-def _generator(device: torch.device) -> torch.Generator:
+def generator_of(device: torch.device) -> torch.Generator:
     """The one that draws on this device if none is named."""
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

@@ -112,6 +112,11 @@ class Guarantee:
         """With a bound that is no smaller."""
         return replace(self, noise=max(self.noise, noise))
 
+    @property
+    def of_batches(self) -> float:
+        """What is taken for the noise of texts of a batch, whose passes were not probed: in float32 what was measured for one text."""
+        return self.noise / _SAFETY_FLOAT32 if self.level != "off" else 0.0
+
     def after(self, moved: float) -> Guarantee:
         """What holds once differences between logits have been seen to move so far."""
         # logits of a pass may overflow: then no choice of such passes is sure, and that is no error

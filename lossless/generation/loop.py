@@ -30,7 +30,13 @@ from .exactness import moved
 from .fallback import exactness
 from .sequence import Sequence, result
 from .stats import Stats
+from .trial import is_fine
 from .verdict import keep
+
+
+class NearlyTied(RuntimeError):
+    """Two tokens of a batch are too close to each other to tell which one the base would choose."""
+
 
 _ROOM = 256  # rows behind the prompts, at first
 _LONG = 512  # rows of prompts whose activations are a good part of a small model
@@ -64,7 +70,11 @@ class DecodeLoop:
         passed_in: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """Stands in for `GenerationMixin._sample`, and is given what HF's `generate` has prepared; `input_ids` is `[batch, prompt]`."""
+        """Stands in for `GenerationMixin._sample`, and is given what HF's `generate` has prepared; `input_ids` is `[batch, prompt]`.
+
+        Raises:
+            NearlyTied: in float32, of a batch; random numbers have been drawn by then.
+        """
         prompt, past = input_ids if inputs_embeds is None else inputs_embeds, cache_among(model_kwargs)
         # with a passed-in cache the ids may be the new ones only; the mask is always of the whole text
         width = getattr(generation_config, "_mask_length", 0) if attention_mask is None else attention_mask.shape[1]
@@ -99,8 +109,11 @@ class DecodeLoop:
                 with self.stats.timing("pass_s"):
                     out = self._read_trees(trees, active, cache, noise_bias, policy.drafting)
                 # 4. accept: follow the base's choices as far as they were drafted
-                choices = [sequence.choose_after(rows, self.runner is self.reader) for sequence, rows in zip(active, out.logits, strict=True)]
+                native = self.runner is self.reader and len(active) == len(sequences)
+                choices = [sequence.choose_after(rows, native) for sequence, rows in zip(active, out.logits, strict=True)]
                 walks = [accept(tree, choose) for tree, choose in zip(trees, choices, strict=True)]
+                if len(sequences) > 1 and any(accepted.open for accepted in walks):
+                    raise NearlyTied
                 for sequence, tree, accepted in zip(active, trees, walks, strict=True):
                     sequence.remember(accepted.tokens)
                     self.stats.count(sequence.number, tree, accepted)
@@ -159,6 +172,8 @@ class DecodeLoop:
         """The sequences of the batch before anything is generated; `width` columns hold each prompt."""
         noise = NoiseTape(len(input_ids)) if config.do_sample else None
         guard = self.attached.guarantee.noise if self.stats.exact == "near-tie" else 0.0
+        if len(input_ids) > 1 and is_fine(self.reader.base) and input_ids.device.type in PEEKABLE:  # whose draws can be taken back
+            guard = self.attached.guarantee.of_batches
         sequences = []
         for number, ids in enumerate(input_ids):
             hidden, before = 0 if padding is None else int(padding[number].sum()), width - len(ids)

@@ -24,13 +24,14 @@ from ..base.processes import give_back_memory
 from ..base.structure import state_of
 from ..drafting.costs import CostCurve
 from ..drafting.drafter import Drafter
+from ..drafting.noise import generator_of
 from ..errors import UsageError, nearest
 from ..streams.runner import StreamRunner
 from .attach import attach
 from .conditions import conditions, without_autocast
 from .exactness import Guarantee, Passes
 from .fallback import fallback_reason, fallback_reason_as_prepared, lock_of, with_stop_strings
-from .loop import DecodeLoop
+from .loop import DecodeLoop, NearlyTied
 from .measure import kept_curve
 from .stats import Stats
 
@@ -168,7 +169,15 @@ class AcceleratedModel:
             if reason := fallback_reason_as_prepared(model, input_ids, streamer, ahead, exact, passed_in, **prepared):
                 self._hand_over(reason)
                 return model._sample(input_ids, streamer=streamer, **prepared)
-            found = loop.run(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
+            generator = generator_of(input_ids.device)
+            before = generator.get_state()
+            try:
+                found = loop.run(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
+            except NearlyTied:
+                generator.set_state(before)
+                self.stats = Stats()
+                self._hand_over("two tokens of a text in a batch were nearly tied")
+                return model._sample(input_ids, streamer=streamer, **prepared)
             self._stale = loop.stale
             return found
 

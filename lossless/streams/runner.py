@@ -210,7 +210,7 @@ class StreamRunner:
         single = count == 1 and nodes is None
         if unpadded and (apart or (not last_only and (self.limits is not None or (single and not self.own_attention)))):
             plan.alone = None if single and self._as_the_base and not plan.exactly else paths()
-        if self.fused and unpadded and (not last_only or count == 1):  # a packed base reads a text of one token so, too
+        if self.fused and unpadded and (apart or not last_only or count == 1):  # a packed base reads a text of one token so, too
             plan.paths = plan.alone or paths()
 
         def begin(entry: torch.Tensor) -> None:
