@@ -372,6 +372,15 @@ def test_one_text_whose_roundings_add_up_is_no_reason_to_refuse(dtype: torch.dty
         assert len(tried) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_that_says_no_numbers_over_a_tree_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    model = build_tiny().to(dtype)
+    model.model.layers[0].mlp.register_forward_hook(lambda mlp, args, out: out * torch.nan if out.shape[1] == 4 else out)
+    with pytest.raises(UsageError, match="off by inf of their spread"):
+        accelerate(model, tiny_config())
+
+
 def test_a_base_whose_layers_cannot_take_more_rows_is_refused() -> None:
     model = build_tiny()
     rows = torch.ones(1, 3, 32)

@@ -34,7 +34,7 @@ from ..streams.cache import RowCache
 from ..streams.hooks import keeping_bits
 from ..streams.runner import StreamRunner
 from .limits import MOST, find_limits, projections
-from .trial import is_fine, plain_pass, too_far
+from .trial import is_fine, number_or_infinity, plain_pass, too_far
 
 EXACTNESS = ("bitwise", "near-tie", "off")
 
@@ -258,7 +258,7 @@ def moved(logits: torch.Tensor, alone: torch.Tensor) -> float:
     read alone."""
     rivals = alone.topk(min(_RIVALS, alone.shape[1])).indices
     by = (logits.to(alone) - alone).gather(1, rivals)
-    return float((by - by[:, :1]).abs().max())
+    return number_or_infinity((by - by[:, :1]).abs().max())
 
 
 def _compare(
@@ -281,7 +281,7 @@ def _compare(
                 if streams and runner.fused:  # its layers carry none
                     continue
                 native = read(text.tree, rows, streams)
-                off = max(off, float((native - text.alone[:rows]).abs().max() / text.alone.std()))
+                off = max(off, number_or_infinity((native - text.alone[:rows]).abs().max() / text.alone.std()))
                 noise = max(noise, safety * max(_rounding(runner.base, native), moved(native, text.alone[:rows])))
                 if noise >= most:
                     return False, noise, off

@@ -99,5 +99,10 @@ def _off(runner: StreamRunner, tokens: list[int]) -> float:
         with as_decoding(model):
             plain = torch.stack([plain_pass(model, [tree.tokens[node]], own) for node in branch])  # [rows, vocab]
         apart = (out.logits[0, list(branch)].float() - plain).abs().max()
-        found = max(found, float(apart / plain.std()) if apart else 0.0)
+        found = max(found, number_or_infinity(apart / plain.std()) if apart else 0.0)
     return found
+
+
+def number_or_infinity(value: torch.Tensor) -> float:
+    """What is no number is as far off as can be: `max` would pass it over."""
+    return math.inf if value.isnan() else float(value)
