@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ from .test_lossless import both
 DTYPES = [dtype for dtype in native.SIXTEEN if exact._some_bits(dtype, 640, 64)]
 pytestmark = pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="products of bfloat16 have other bits than torch's on this machine")
 of_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "max_position_embeddings": 2048, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
 
 
 def needs_attention(dtype: torch.dtype, dim: int) -> None:
@@ -193,6 +200,45 @@ def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sampl
 
 
 @of_each_dtype
+@pytest.mark.parametrize("what", ["query", "key", "value"])
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_attention_says_where_a_number_is_not_finite(number: float, what: str, dtype: torch.dtype) -> None:
+    needs_attention(dtype, 64)
+    for length in (2, 17, 70, 600):
+        given = {"query": torch.randn(1, 4, 1, 64).to(dtype), "key": torch.randn(1, 2, length, 64).to(dtype), "value": torch.randn(1, 2, length, 64).to(dtype)}
+        assert exact.attend(*given.values(), None, native.Paths.of([[0]])) is not None
+        given[what][0, 1, -1, 5] = number
+        assert exact.attend(*given.values(), None, native.Paths.of([[0]])) is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_keys_that_overflow_have_torchs_own_attention(fused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In float16, at a token that no probe has."""
+    if torch.float16 not in DTYPES:
+        pytest.skip("products of float16 have other bits than torch's on this machine")
+    needs_attention(torch.float16, 32)
+    monkeypatch.setattr(verdict, "cache_dir", lambda: tmp_path)
+    if not fused:
+        monkeypatch.setattr(attach, "exact_when_fused", lambda runner: False)
+    torch.manual_seed(0)
+    model, token = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 4000})), 3999
+    layer = model.model.layers[0]
+    rows = layer.input_layernorm(model.model.embed_tokens.weight[token])
+    layer.self_attn.k_proj.weight.data[15] = 1300 * rows.sign()
+    queries = layer.self_attn.q_proj.weight.data
+    queries[31], queries[63] = queries[15], queries[47]  # the scores are infinite, and not no numbers: torch's attention goes on with those
+    base = freeze(model.half())
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
+    assert (fast.guarantee.level, fast.guarantee.attends_exactly, fast.guarantee.fused) == ("bitwise", True, fused)
+    for seed in range(12):
+        ids = torch.randint(3, 3000, (1, 40), generator=torch.Generator().manual_seed(seed))
+        ids[0, 5] = token
+        expected, found = both(fast, ids, max_new_tokens=20, output_logits=True, return_dict_in_generate=True)
+        assert torch.equal(expected.sequences, found.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(expected.logits, found.logits, strict=True))
+
+
+@of_each_dtype
 @pytest.mark.parametrize("right", [True, False])
 def test_prompts_are_read_through_the_twin_where_they_have_the_bits_of_the_base_s(
     base: LlamaForCausalLM, dtype: torch.dtype, right: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -303,12 +349,6 @@ def test_a_norm_in_another_order_has_no_stand_in() -> None:
     assert norms.exact(FlippedRMSNorm(576).bfloat16()) is None
     assert norms.exact(LlamaRMSNorm(576)) is None
     assert norms.exact(LlamaRMSNorm(40).bfloat16()) is None
-
-
-SIZES = {
-    "vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "max_position_embeddings": 2048, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
 
 
 @of_each_dtype

@@ -129,7 +129,7 @@ def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> b
     return query.dtype in native.SIXTEEN and native.attendable(query, key, value) and native.knows_order() and attends(query.dtype, query.shape[-1])
 
 
-attend = functools.partial(native.attend, exactly=True)  # each row with the bits of `F.scaled_dot_product_attention` of it alone
+attend = native.attend_exactly  # each row with the bits of `F.scaled_dot_product_attention` of it alone
 
 
 @functools.cache
@@ -140,7 +140,8 @@ def attends(dtype: torch.dtype, dim: int) -> bool:
         query, key, value = (torch.randn(1, _HEADS, count, dim, generator=generator, dtype=torch.float32).to(dtype) for count in (1, length, length))
         value = cancelling(2 * query, key, value)
         own = F.scaled_dot_product_attention(2 * query, key, value).transpose(1, 2)
-        if not torch.equal(attend(2 * query, key, value, None, path), own):
+        found = attend(2 * query, key, value, None, path)
+        if found is None or not torch.equal(found, own):
             return False
     return True
 

@@ -162,8 +162,8 @@ class FusedLayers:
     def __call__(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], past: int,
         paths: native.Paths,
-    ) -> torch.Tensor:  # fmt: skip
-        """`[1, rows, dim]`, `[1, rows, head_dim]` twice -> `[1, rows, dim]`.
+    ) -> torch.Tensor | None:  # fmt: skip
+        """`[1, rows, dim]`, `[1, rows, head_dim]` twice -> `[1, rows, dim]`; None if they are exact, and their attention found what is no finite number.
 
         kept: of each layer keys and values, `[1, kv_heads, capacity, head_dim]`, contiguous; those of these rows are written behind
             `past` others.
@@ -172,11 +172,11 @@ class FusedLayers:
         stores = (_Kept * len(kept))(*(_Kept(key.data_ptr(), value.data_ptr(), key.shape[2]) for key, value in kept))
         out, scratch = torch.empty_like(hidden), native.room(like.scratch(rows, past + depth, threads))
         by = native.in_torchs_order("layers", like.dtype) if like.exactly else native.compiled().lossless_layers
-        by(
+        odd = by(
             self._told, stores, len(kept), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), paths.lengths.data_ptr(),
             paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), like.longest, rows, threads,
         )  # fmt: skip
-        return out
+        return None if odd else out
 
 
 class PlainForward:

@@ -136,14 +136,16 @@ static float exponentials(float *scores, ptrdiff_t count, float most) {
     return sum;
 }
 
-/* As lossless_attend (kernels.c), of 16 bits only. scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
-void EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
+/* As lossless_attend (kernels.c), of 16 bits only; returns whether a score or what is found is no finite number: then torch may say another one,
+   for it goes about those in ways that are not known here, and `out` is of no use. scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
+int EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
                              const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
                              ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads) {
     struct attention a = {kind, heads, kv_heads, rows, dim, past, depth, scale, keys, values, {strides[2], strides[3]}, {strides[4], strides[5]},
                           starts, lengths, paths};
     ptrdiff_t group = heads / kv_heads, each = group * rows, parts = (each + SIDE - 1) / SIDE, width = past + depth;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    int odd = 0;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) reduction(| : odd)
     for (ptrdiff_t kv = 0; kv < kv_heads; kv++)
         for (ptrdiff_t p = 0; p < parts; p++) {
             float *asked = scratch + omp_get_thread_num() * (SIDE * (2 * dim + width) + dim), *laid = asked + SIDE * dim;
@@ -166,13 +168,14 @@ void EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, con
 #if defined(IN_FLOAT16)
                 for (ptrdiff_t k = end - (end - start) % KEYS % 4; k < end; k++) scores[n * width + k] = score_last(asked + n * dim, at(&a, 0, kv, r, k), dim);
 #endif
-                float most = -INFINITY, total = 0;
+                float most = -INFINITY, total = 0, nothing = 0; /* as long as all numbers are finite */
                 memset(found, 0, dim * sizeof(float));
                 for (ptrdiff_t first = start; first < end; first += KEYS) {
                     ptrdiff_t block = end - first < KEYS ? end - first : KEYS;
                     float *own = scores + n * width + first, largest = most;
                     for (ptrdiff_t k = 0; k < block; k++) {
                         own[k] *= scale;
+                        nothing += own[k] * 0;
                         largest = own[k] > largest ? own[k] : largest;
                     }
                     float sum = exponentials(own, block, largest), faded = rounded_exponential(most - largest);
@@ -192,9 +195,14 @@ void EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, con
                 }
                 float share = 1 / total;
                 uint16_t *to = (uint16_t *)out + (r * heads + head) * dim;
-                for (ptrdiff_t i = 0; i < dim; i++) put_number(SIXTEEN, to, i, found[i] * share);
+                for (ptrdiff_t i = 0; i < dim; i++) {
+                    nothing += found[i] * 0;
+                    put_number(SIXTEEN, to, i, found[i] * share);
+                }
+                odd |= nothing != 0;
             }
         }
+    return odd;
 }
 
 #endif

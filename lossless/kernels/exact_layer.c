@@ -78,8 +78,8 @@ static void gated(const uint16_t *activation, uint16_t *gate, const uint16_t *up
     }
 }
 
-/* As lossless_layers (layer.c); scratch: as FusedLayer.scratch in fused.py says. */
-void EXACTLY(lossless_layers)(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const uint16_t *hidden,
+/* As lossless_layers (layer.c); returns whether attention found what is no finite number, and then nothing more is done. scratch: as FusedLayer.scratch in fused.py says. */
+int EXACTLY(lossless_layers)(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const uint16_t *hidden,
                              const uint16_t *cos, const uint16_t *sin, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past,
                              uint16_t *out, float *scratch, ptrdiff_t longest, ptrdiff_t rows, int threads) {
     ptrdiff_t dim = layers[0]->dim, heads = layers[0]->heads, kv_heads = layers[0]->kv_heads, size = layers[0]->head_dim;
@@ -109,8 +109,9 @@ void EXACTLY(lossless_layers)(const struct layer *const *layers, const struct ke
                 memcpy(values + head * stride + (past + r) * size, value + r * slim + head * size, size * sizeof *from);
             }
         }
-        EXACTLY(lossless_attend)(SIXTEEN, query, keys, values, added, rest, NULL, lengths, paths, (float)l->scale, heads, kv_heads, rows, size, past,
+        int odd = EXACTLY(lossless_attend)(SIXTEEN, query, keys, values, added, rest, NULL, lengths, paths, (float)l->scale, heads, kv_heads, rows, size, past,
                                 depth, strides, threads);
+        if (odd) return odd;
         found = ready_exactly(&l->o, added, rows, numbers);
 #pragma omp parallel num_threads(threads)
         {
@@ -136,6 +137,7 @@ void EXACTLY(lossless_layers)(const struct layer *const *layers, const struct ke
         }
         add_to(out, added, rows * dim);
     }
+    return 0;
 }
 
 #endif

@@ -128,7 +128,7 @@ def _declared(library: Any) -> Any:
     for dtype in SIXTEEN if library.lossless_exact() else ():
         for name, like in (("attend", library.lossless_attend.argtypes), ("layers", library.lossless_layers.argtypes), ("norm", [*[pointer] * 3, size, size])):
             exact = _exactly(library, name, dtype)
-            exact.argtypes, exact.restype = like, None
+            exact.argtypes, exact.restype = like, None if name == "norm" else number
     for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest", "lay", "lay_bytes", "move"):
         getattr(library, f"lossless_{name}").restype = None
     return library
@@ -266,20 +266,33 @@ def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> b
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: Paths, starts: Sequence[int] | None = None,
-    exactly: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: Paths, starts: Sequence[int] | None = None
+) -> torch.Tensor:
     """Softmax attention of each row over the keys of the past and of the rows on its own path.
 
     Args:
         query: `[1, heads, rows, dim]`; key, value: `[1, kv_heads, past + rows, dim]`.
         scale: of the scores; None for 1 / sqrt(dim).
         starts: of each row the first key that it sees; None: all are seen.
-        exactly: in 16 bits, in torch's own order (exact.c), where that is to be had (base/exact.py).
 
     Returns:
         `[1, rows, heads, dim]`.
     """
+    return _attend(query, key, value, scale, paths, starts, False)[0]
+
+
+def attend_exactly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: Paths, starts: Sequence[int] | None = None
+) -> torch.Tensor | None:
+    """The same in 16 bits, in torch's own order (exact.c), where that is to be had (base/exact.py); None if a score, or what is found, is no finite
+    number: torch's own is to be asked then."""
+    out, odd = _attend(query, key, value, scale, paths, starts, True)
+    return None if odd else out
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, paths: Paths, starts: Sequence[int] | None, exactly: bool
+) -> tuple[torch.Tensor, bool]:
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     _, heads, rows, dim = query.shape
     kv_heads, past, depth, threads = key.shape[1], key.shape[2] - rows, paths.rows.shape[1], torch.get_num_threads()
@@ -290,13 +303,13 @@ def attend(
         by, numbers = compiled().lossless_attend, heads * rows * (3 * dim + past + depth) + threads * panel() * dim
     scratch, first = room(numbers), None if starts is None else torch.tensor(starts, dtype=torch.int32, device="cpu")
     strides = (ctypes.c_ssize_t * 6)(*(t.stride(i) for t in (query, key, value) for i in (1, 2)))
-    by(
+    odd = by(
         KINDS[query.dtype], query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), scratch.data_ptr(),
         None if first is None else first.data_ptr(),
         paths.lengths.data_ptr(), paths.rows.data_ptr(), dim**-0.5 if scale is None else scale, heads, kv_heads, rows, dim, past, depth,
         strides, threads,
     )  # fmt: skip
-    return out
+    return out, bool(odd)
 
 
 def scratch_exactly(dim: int, keys: int, threads: int) -> int:

@@ -127,11 +127,15 @@ class Run:
         fits = hidden.dtype is cos.dtype is like.dtype and cos.shape == (1, hidden.shape[1], like.head_dim)
         return fits and plan.cache.keep_from <= self.numbers[0]
 
-    def __call__(self, plan: Any, hidden: torch.Tensor, turned: Any) -> torch.Tensor:
+    def __call__(self, plan: Any, hidden: torch.Tensor, turned: Any) -> torch.Tensor | None:
+        """None if numbers were not finite: then this pass goes through the layers themselves from here on."""
         self.passes += 1
         cos, sin = (each.contiguous() for each in turned)
         kept = plan.cache.room(self.numbers, hidden.shape[1], self._like)
-        return self.layers(hidden.contiguous(), cos, sin, kept, plan.cache.length, plan.paths.tensors)
+        found = self.layers(hidden.contiguous(), cos, sin, kept, plan.cache.length, plan.paths.tensors)
+        if found is None:
+            plan.paths = None
+        return found
 
 
 def runs_of(layers: nn.ModuleList) -> list[Run]:
@@ -151,8 +155,10 @@ def _shortened(forward: Any, number: int, run: Run | None) -> Any:
             return hidden_states
         if run is None or args or not run.serves(plan, hidden_states, turned):
             return forward(hidden_states, *args, **kwargs)
+        if (found := run(plan, hidden_states, turned)) is None:
+            return forward(hidden_states, *args, **kwargs)
         plan.done = run.end  # type: ignore[union-attr]
-        return run(plan, hidden_states, turned)
+        return found
 
     short.run = run  # type: ignore[attr-defined]
     return short

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,6 +45,7 @@ class Pass:
     final: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [batch, main rows, dim] after it
 
 
+Found = TypeVar("Found")
 PASS: ContextVar[Pass | None] = ContextVar("lossless_pass", default=None)
 
 
@@ -65,7 +66,7 @@ class PassOutput:
     nodes: tuple[int, ...] = ()
 
 
-def with_plan(plan: Pass, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+def with_plan(plan: Pass, run: Callable[[], Found]) -> Found:
     """What `run` gives while hooks and attention go by this plan.
 
     No context manager: Ctrl-C at the entry of its exit would leave the plan behind.

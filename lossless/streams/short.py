@@ -58,18 +58,20 @@ class ShortPass:
         return PassOutput(self.runner.run(plan, ids, positions, cache) if logits is None else logits, plan.entry)
 
     def read(self, plan: Pass, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """`[1, rows, vocab]`; None, and nothing is done, if the layers cannot take such rows."""
+        """`[1, rows, vocab]`; None if the layers cannot take such rows, or not so."""
         hidden = self.embed(ids)
         turned = self.turn(hidden, positions)
         if not all(run.serves(plan, hidden, turned) for run in self.runs):
             return None
         return with_plan(plan, lambda: self._read(plan, hidden, turned))
 
-    def _read(self, plan: Pass, hidden: torch.Tensor, turned: Any) -> torch.Tensor:
-        for run in self.runs[:-1]:
-            hidden = run(plan, hidden, turned)
-        plan.entry = hidden
-        logits: torch.Tensor = self.runner.lm_head(self.runner.finish(self.runs[-1](plan, hidden, turned)))
+    def _read(self, plan: Pass, hidden: torch.Tensor, turned: Any) -> torch.Tensor | None:
+        for run in self.runs:
+            plan.entry = hidden  # of the last of them: from layer N - N_s on
+            if (found := run(plan, hidden, turned)) is None:
+                return None
+            hidden = found
+        logits: torch.Tensor = self.runner.lm_head(self.runner.finish(hidden))
         return logits
 
 
