@@ -82,7 +82,7 @@ def decoded(found: Report) -> str:
 def processor(found: Report) -> str:
     """As torch calls it; those with AVX-512 have bfloat16 arithmetic, unless they say that they have not."""
     name = str(found["machine"]["cpu_capability"])
-    return name if name == "AVX2" or found["machine"].get("pairs_of_bfloat16", True) else f"{name} without bfloat16"
+    return name if name == "AVX2" or found["machine"].get("pairs_of_bfloat16") is not False else f"{name} without bfloat16"
 
 
 def middle(quartiles: list[float]) -> str:

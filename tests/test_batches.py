@@ -176,3 +176,22 @@ def test_a_batch_with_two_tokens_nearly_tied_is_the_base_s_own_answer(noise: flo
     assert torch.equal(expected, found)
     assert fast.stats.served == (noise == 0.0)
     assert ("nearly tied" in fast.stats.why) == (noise > 0.0)
+
+
+@pytest.mark.parametrize("noise", [0.5, 0.0])
+def test_what_a_batch_allows_is_asked_once_even_if_it_is_answered_again(noise: float, fast: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guarantee, "of_batches", noise)
+    ids, asked = torch.cat([prompt_ids(6, seed=row) for row in range(3)]), list[tuple[int, int]]()
+
+    def allowed(number: int, text: torch.Tensor) -> list[int]:
+        asked.append((number, len(text)))
+        return [5 + 20 * number + int(text[-1]) % 7 + i for i in range(12)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = fast.base.generate(ids, max_new_tokens=20, prefix_allowed_tokens_fn=allowed)
+        theirs, asked = sorted(asked), []
+        found = fast.generate(ids, max_new_tokens=20, prefix_allowed_tokens_fn=allowed)
+    assert torch.equal(expected, found)
+    assert fast.stats.served == (noise == 0.0)
+    assert sorted(asked) == theirs

@@ -20,6 +20,9 @@ from lossless.kernels import grids, native, panels
 from .conftest import build_tiny, prompt_ids, tiny_config
 from .test_lossless import both
 
+# PEFT asks transformers for a property by a name that is on its way out
+of_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 def test_a_pipeline(tiny_folder: Path, do_sample: bool) -> None:
@@ -75,8 +78,7 @@ def test_layers_on_several_devices() -> None:
     assert torch.equal(expected, found)
 
 
-# PEFT asks transformers for a property by a name that is on its way out
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@of_peft
 @pytest.mark.parametrize("merged", [False, True], ids=["active", "merged"])
 def test_a_base_with_a_lora_of_its_own(merged: bool) -> None:
     torch.manual_seed(7)
@@ -88,8 +90,7 @@ def test_a_base_with_a_lora_of_its_own(merged: bool) -> None:
     assert not torch.equal(same_everywhere(model), before)  # the LoRA is at work
 
 
-# PEFT asks transformers for a property by a name that is on its way out
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@of_peft
 def test_a_lora_of_the_user_s_that_is_scaled_or_merged_later_is_noticed() -> None:
     torch.manual_seed(7)
     model: Any = get_peft_model(build_tiny(seed=5), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
@@ -172,8 +173,20 @@ def test_arguments_may_be_given_by_place() -> None:
         fast.generate(prompt_ids(), config, generation_config=config)
 
 
-# PEFT asks transformers for a property by a name that is on its way out
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@of_peft
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapters_of_peft_in_float32_over_a_base_in_16_bits(dtype: torch.dtype) -> None:
+    """As PEFT keeps them by default."""
+    model: Any = get_peft_model(build_tiny(seed=5, hidden=128, inner=192).to(dtype), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.eval().requires_grad_(False)
+    assert {part.weight.dtype for name, part in model.named_modules() if "lora_A.default" in name} == {torch.float32}
+    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    expected, found = both(fast, prompt_ids(9), max_new_tokens=30)
+    assert torch.equal(expected, found)
+    assert fast.stats.served
+
+
+@of_peft
 def test_arguments_by_place_of_a_base_in_peft() -> None:
     model: Any = get_peft_model(build_tiny(seed=5), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     model.requires_grad_(False)

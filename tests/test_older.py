@@ -32,5 +32,5 @@ def test_an_exact_twin_and_a_whole_answer(held: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout or "[100%]" in done.stdout
     skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
-    known = ("bitsandbytes has torch multiply in float32", "torch's own product of several rows")
+    known = ("bitsandbytes has torch multiply in float32", "torch's own product of several rows", "torch's attention has another order")
     assert all(any(reason in line for reason in known) for line in skipped), skipped

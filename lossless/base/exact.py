@@ -62,6 +62,12 @@ def exact_twin(model: Any) -> Any | None:
     return twin
 
 
+def row_by_row(twin: Any) -> bool:
+    """Whether in the base of this exact twin torch multiplies each row of a prompt as if it were alone, which takes long."""
+    made = [module for module in twin.modules() if isinstance(module, FourBitLinear | PackedLinear)]
+    return all(isinstance(module, PackedLinear) and isinstance(module.packed, panels.Interleaved) for module in made)
+
+
 def _bytes(module: Any) -> int:
     """What a copy of a weight takes."""
     decoded = stand_in(module) is FourBitLinear and not panels.multiplies_pairs(module.in_features)

@@ -18,7 +18,7 @@ import torch
 from ..base.linears import FourBitLinear, PackedLinear
 from ..base.loading import Base
 from ..base.processes import of_processor
-from ..kernels import panels
+from ..kernels import native, panels
 
 _READ_MIB = 512  # far more than the caches hold
 _MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns: large enough to fill the arithmetic, over in milliseconds
@@ -38,7 +38,7 @@ def ceiling(base: Base) -> dict[str, Any]:
     """Measure the machine, in a second or two, and tell what it allows one token a pass.
 
     Returns:
-        `cpu_capability`, what torch's own kernels use; `processor_flags`; `pairs_of_bfloat16`, whether ours multiply such; `bandwidth_gb_s`, of reading memory;
+        `cpu_capability`, what torch's own kernels use; `processor_flags`; `pairs_of_bfloat16`, whether ours multiply such, None if there are none; `bandwidth_gb_s`, of reading memory;
         `gflops` of a matrix product in each dtype; `weights_mb`, bytes that a plain pass of `base` reads; and
         `one_row_tokens_per_s`, the most tokens a second with one token a pass: for `base` as it is loaded and for its
         weights in each dtype.
@@ -49,7 +49,7 @@ def ceiling(base: Base) -> dict[str, Any]:
     return {
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "processor_flags": processor_flags(),
-        "pairs_of_bfloat16": panels.multiplies_pairs(2),
+        "pairs_of_bfloat16": panels.multiplies_pairs(2) if native.available() else None,
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "gflops": {name: round(matmul_flops(device, dtype) / 1e9, 1) for name, dtype in _DTYPES.items()},
         "weights_mb": round(weights / 1e6, 1),

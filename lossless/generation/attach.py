@@ -1,7 +1,7 @@
 """An adapter is attached to a base: who reads what, and how exactly.
 
-Knows: that close calls and prompts are read with the base's own weights and kernels, and trees through packed copies where those
-pay. Does not know: the decode loop, or what a call asks for.
+Knows: that close calls and prompts are read with the base's own weights and kernels, or with the same bits, and trees through packed copies
+where those pay. Does not know: the decode loop, or what a call asks for.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from ..base.exact import row_by_row
 from ..base.layers import (
     as_decoding,
     context_limit,
@@ -189,7 +190,7 @@ def _same_bits(runner: StreamRunner, twin: StreamRunner, wanted: str | None, kno
         for twin.attends_exactly, twin.fused in ways:
             bits, noise, _ = _compare(runner, twin, limits, known, passes)
             if bits:
-                prompts = all(_reads(runner, twin, text.prompt) for text in known)
+                prompts = row_by_row(twin.model) and all(_reads(runner, twin, text.prompt) for text in known)
                 return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly, fused=twin.fused, prompts=prompts)
     elif wanted is None:
         with _limited(twin, at_a_time(twin.model, passes.rows)):

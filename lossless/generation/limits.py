@@ -32,7 +32,9 @@ def find_limits(model: Any, own: Any = None) -> tuple[dict[nn.Module, int], dict
     for module, alone in zip(projections(model), projections(own or model), strict=True):
         kind = (type(module).__name__, *features(module), product_dtype(module))
         if kind not in kinds:
-            kinds[kind] = _limit(module, model.get_input_embeddings().weight.dtype, device_of(module), alone)
+            # rows are of the base's dtype, but for adapters that somebody keeps in another one, and has the rows converted for
+            dtype = module.weight.dtype if type(module) is nn.Linear and module.weight.is_floating_point() else model.get_input_embeddings().weight.dtype
+            kinds[kind] = _limit(module, dtype, device_of(module), alone)
         limits[module] = kinds[kind]
         size = features(module)[0] * features(module)[1]
         weights += size

@@ -33,6 +33,7 @@ from .exactness import Guarantee, Passes
 from .fallback import fallback_reason, fallback_reason_as_prepared, lock_of, with_stop_strings
 from .loop import DecodeLoop, NearlyTied
 from .measure import kept_curve
+from .sequence import remembering
 from .stats import Stats
 
 OVERRIDES = frozenset(("tree_nodes", "adaptive", "schedule", "recall", "pruning_floor"))  # of an adapter's `DraftConfig`
@@ -171,6 +172,8 @@ class AcceleratedModel:
                 return model._sample(input_ids, streamer=streamer, **prepared)
             generator = generator_of(input_ids.device)
             before = generator.get_state()
+            if len(input_ids) > 1:
+                prepared["logits_processor"] = remembering(prepared["logits_processor"])
             try:
                 found = loop.run(input_ids, streamer=streamer, passed_in=passed_in, **prepared)
             except NearlyTied:
@@ -207,7 +210,8 @@ def accelerate(
         exact: `bitwise`, every number that decides a token has the bits of the base's own pass of one row;
             `near-tie`, passes of several rows may be rounded otherwise, but a choice that this could change is made
             again from rows read one by one; `off`, it is not. None: bitwise where the device gives it, near-tie where
-            that would cost much and spare nothing (`fast.guarantee` says which). Texts of a batch of several are always `off`.
+            that would cost much and spare nothing (`fast.guarantee` says which). Texts of a batch of several are `off`, but for choices
+            that are nearly tied in float32: these have the base's own generate answer.
         overrides: `tree_nodes`, `adaptive`, `schedule`, `recall` or `pruning_floor` (see `DraftConfig`), in place of the adapter's own.
 
     Raises:

@@ -190,6 +190,28 @@ def _of_one(processors: Any, number: int) -> Any:
     return alone
 
 
+def remembering(processors: Any) -> Any:
+    """These processors; what a caller's function allows is remembered of each text and length: a batch may be answered again by the base."""
+    again = type(processors)()
+    for processor in processors:
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            processor = PrefixConstrainedLogitsProcessor(_remembered(processor._prefix_allowed_tokens_fn), processor._num_beams)
+        again.append(processor)
+    return again
+
+
+def _remembered(allowed: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
+    answers: dict[tuple[int, int], list[int]] = {}
+
+    def ask(number: int, ids: torch.Tensor) -> list[int]:
+        key = (number, len(ids))
+        if key not in answers:
+            answers[key] = allowed(number, ids)
+        return answers[key]
+
+    return ask
+
+
 def _asked_once(number: int, allowed: Callable[[int, torch.Tensor], list[int]]) -> Callable[[int, torch.Tensor], list[int]]:
     """A caller's function, for sequence `number`: it may count its calls, and its processor may be called again for a position."""
     length, answer = -1, list[int]()

@@ -261,8 +261,8 @@ class Paths:
 
 def attendable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `attend` has a kernel for these here: not for values that are wider or narrower than keys (DeepSeek's), for example."""
-    alike = key.shape == value.shape and available() and has_kernels(query.dtype) and key.dtype == query.dtype and query.device.type == "cpu" and not query.requires_grad
-    return alike and len(query) == 1 and query.shape[-1] % (2 * LANES) == 0
+    alike = key.shape == value.shape and key.dtype == query.dtype and query.device.type == "cpu" and not query.requires_grad
+    return alike and len(query) == 1 and query.shape[-1] % (2 * LANES) == 0 and available() and has_kernels(query.dtype)
 
 
 def attend(

@@ -201,8 +201,9 @@ def _order(dtype: torch.dtype, ins: int) -> tuple[torch.Tensor, int]:
     turns = -(-ins // (side * each))
     if dtype is torch.bfloat16:
         turns += turns * each % 2  # inputs of a sum are laid out in pairs
-    meeting = torch.arange(side).view(2, -1).t() if each == 2 else torch.arange(side).view(*[2] * _HALVINGS).permute(*reversed(range(_HALVINGS)))
-    places = torch.arange(turns * side * each, dtype=torch.int32).view(turns, side, each).flip(2)[:, meeting.flatten()].transpose(0, 1).flatten()
+    sums = torch.arange(side, device="cpu")
+    meeting = sums.view(2, -1).t() if each == 2 else sums.view(*[2] * _HALVINGS).permute(*reversed(range(_HALVINGS)))
+    places = torch.arange(turns * side * each, dtype=torch.int32, device="cpu").view(turns, side, each).flip(2)[:, meeting.flatten()].transpose(0, 1).flatten()
     return places.masked_fill(places >= ins, -1), turns * each
 
 

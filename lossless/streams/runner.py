@@ -127,7 +127,7 @@ class StreamRunner:
     @cached_property
     def _as_the_base(self) -> bool:
         """Whether a row alone attends as in the base's own call: no layer has a window, and no kernel is chosen by how keys lie in memory."""
-        return input_device(self.base).type == "cpu" and not self.own_attention and shortest_window(self.base) is None
+        return not self.own_attention and shortest_window(self.base) is None and all(device_of(layer).type == "cpu" for layer in self.layers)
 
     @cached_property
     def _short(self) -> ShortPass | None:
