@@ -93,8 +93,8 @@ class Norm(ctypes.Structure):
 
 def _kernel(tensor: torch.Tensor) -> Any:
     """What computes norms where this is; None if there is nothing."""
-    if gpu.here(tensor) and gpu.available() and tensor.dtype is not torch.float16:
-        return gpu.norm
+    if gpu.here(tensor) and gpu.available():
+        return gpu.norm if tensor.dtype is not torch.float16 else None
     return native.norm if tensor.device.type == "cpu" and native.available() and native.has_kernels(tensor.dtype) else None
 
 

@@ -93,7 +93,8 @@ static void weigh_first(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, pt
 #define ONE(key) number_at(FLOAT16, at(a, 1, kv, r, first + (key)), i) * weights[key]
     for (ptrdiff_t i = 0; i < dims; i++) {
         ptrdiff_t k = 0;
-        for (; k + 8 <= count; k += 8) found[i] = (((found[i] + ONE(k)) + ONE(k + 1)) + ONE(k + 2)) + ONE(k + 3) + (((ONE(k + 4) + ONE(k + 5)) + ONE(k + 6)) + ONE(k + 7));
+        for (; k + 8 <= count; k += 8)
+            found[i] = (((found[i] + ONE(k)) + ONE(k + 1)) + ONE(k + 2)) + ONE(k + 3) + (((ONE(k + 4) + ONE(k + 5)) + ONE(k + 6)) + ONE(k + 7));
         for (; k < count; k++) found[i] += ONE(k);
     }
 }
@@ -110,7 +111,8 @@ static float score_last(const float *asked, const uint16_t *key, ptrdiff_t dim) 
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-/* With how many dimensions of a head its memory begins that is not aligned: torch gives each thread as many heads, and one behind the other room for scores, two numbers and what is found. */
+/* With how many dimensions of a head its memory begins that is not aligned: torch gives each thread as many heads, and room for scores, two numbers
+   and what is found, one thread behind the other. */
 static ptrdiff_t not_aligned(ptrdiff_t head, ptrdiff_t heads, ptrdiff_t keys, int threads) {
     ptrdiff_t thread = head / ((heads + threads - 1) / threads);
     return -(thread + 1) * ((keys < KEYS ? keys : KEYS) + 2) & 3;
@@ -137,7 +139,8 @@ static float exponentials(float *scores, ptrdiff_t count, float most) {
 }
 
 /* As lossless_attend (kernels.c), of 16 bits only; returns whether a score or what is found is no finite number: then torch may say another one,
-   for it goes about those in ways that are not known here, and `out` is of no use. scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
+   for it goes about those in ways that are not known here, and `out` is of no use.
+   scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
 int EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
                              const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
                              ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads) {

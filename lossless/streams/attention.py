@@ -65,7 +65,7 @@ def _rows_alone(
     masks = [mask for length in sorted(set(lengths)) if (mask := window.mask_of_last(length)) is not None]
     if plan.implementation == GROUPED and kwargs.get("position_bias") is None and window.chunk is None and gpu.attendable(query, key, value):
         return gpu.attend_rows(query, key, value, kwargs.get("scaling"), alone.paths, window.size)
-    if (by := _in_one_call(plan, kwargs, query, key, value, masks)) is not None:  # and finds finite numbers
+    if (by := _in_one_call(plan, kwargs, query, key, value, masks)) is not None:
         starts = None if window == Window() else [window.first(length - 1) for length in lengths]
         if (found := by(query, key, value, kwargs.get("scaling"), alone.tensors, starts)) is not None:
             return found
