@@ -6,3 +6,9 @@ waits for whom), `kept` (keys and values between turns), `progress` (one call, t
 (what a visitor has), `flow` (what happens when something is asked), `words`, `style` and `page` (Gradio), `__main__` (the command), `deployment`
 (replicas with Ray Serve). Importing any of them loads no model.
 """
+
+import os
+
+# Read when torch is imported: for how long its threads turn round before they sleep where they wait for each other. By default it is some
+# milliseconds, and a browser on the same processors makes a time slice of each such wait.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")

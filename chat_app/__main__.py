@@ -17,19 +17,13 @@ import socket
 import sys
 import threading
 import warnings
-from typing import Any, NoReturn
+from typing import Any
 
+from lossless.cli.flags import Parser
 from lossless.errors import UsageError
 
 KEY_VARIABLE = "LOSSLESS_API_KEY"
 _NEEDED = {"page": ("gradio", "fastapi", "uvicorn", "prometheus_client"), "api": ("fastapi", "uvicorn", "prometheus_client")}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells more)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +46,7 @@ def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m chat_app", description="A chat page and an OpenAI-compatible endpoint on one accelerated model.")
+    parser = Parser(prog="python -m chat_app", description="A chat page and an OpenAI-compatible endpoint on one accelerated model.")
     parser.add_argument("--model", default="demo", help="hub id, local folder, .gguf file, or 'demo' (%(default)s)")
     parser.add_argument("--adapter", help="folder or hub id of an adapter; the demo model brings its own, and without one answers are plain")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (%(default)s)")

@@ -71,7 +71,8 @@ def precision(found: Report) -> str:
 def setting(found: Report) -> str:
     """What was accelerated: dtype, packed or not, and with which adapter; a model in a folder is told by its name."""
     model = "" if found["model"] == "demo" else f" {Path(found['model']).name.replace('-', ' ')}"
-    return precision(found) + model + (", packed" if found["packed"] else "") + (", random adapter" if found["adapter"] == "random" else "")
+    beside = f", beside {found['beside']} busy programs" if found.get("beside") else ""
+    return precision(found) + model + (", packed" if found["packed"] else "") + (", random adapter" if found["adapter"] == "random" else "") + beside
 
 
 def decoded(found: Report) -> str:

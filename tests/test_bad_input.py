@@ -103,6 +103,7 @@ COMMANDS = [  # what is typed, and what must be in the one line
     (f"bench {MODEL} {FITS} --suite mt_bnch", "did you mean 'mt_bench'?"),
     (f"bench {MODEL} {FITS} {FILE} --sides stok accelerated", "did you mean 'stock'?"),
     (f"bench {MODEL} {FITS} {FILE} --limit -1", "limit must be at least 1, got -1"),
+    (f"bench {MODEL} {FITS} {FILE} --beside -1", "beside must be at least 0, got -1"),
     (f"doctor {MODEL} --adapter gone/adapter/deep", "no adapter folder"),
     (f"doctor {MODEL} {FITS} --exact never", "exact must be one of"),
     (f"forecast {MODEL} --adapter file", "file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,6 +60,21 @@ def test_a_report_adds_up(pair) -> None:  # type: ignore[no-untyped-def]
     assert "4/4" in categories_table(found)
     assert sum(found["acceptance_by_depth"]) + 1 == pytest.approx(32 / passes, abs=1e-3), "every depth that is reached is a token"
     assert found["speedup_quartiles"][0] <= found["speedup"] <= found["speedup_quartiles"][1]
+
+
+def test_a_bench_beside_others_keeps_them_running_and_ends_them(pair, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    base, fast = pair
+    others, running, real = [], [], subprocess.Popen.__init__
+    monkeypatch.setattr(subprocess.Popen, "__init__", lambda self, *given, **options: others.append(self) or real(self, *given, **options))
+    own = module.run_sides
+    monkeypatch.setattr(module, "run_sides", lambda *given: running.append([each.poll() for each in others]) or own(*given))
+    found = bench(base, fast, "here", [from_text("w1 w2", "p")], Decoding(max_new_tokens=3), beside=2)
+    assert running == [[None] * 2] * 2, "of the warm-up and of the prompt"
+    assert len(others) == 2
+    assert all(each.returncode is not None for each in others)
+    assert (found["beside"], found["identical"]) == (2, 1)
+    with pytest.raises(UsageError, match="beside must be at least 0, got -1"):
+        bench(base, fast, "here", [from_text("w1 w2", "p")], Decoding(max_new_tokens=3), beside=-1)
 
 
 def test_every_side_is_measured_alike_and_each_goes_first_in_turn(pair) -> None:  # type: ignore[no-untyped-def]

@@ -102,10 +102,10 @@ class FusedLayer:
         rows = hidden.shape[1]
         query = native.room(rows, self.heads, self.head_dim)
         key, value = (native.room(rows, self.kv_heads, self.head_dim, dtype=self.dtype) for _ in range(2))
-        scratch = native.room(self.scratch_before(rows))
+        scratch = native.room(self.scratch(rows, 0, torch.get_num_threads()))
         native.compiled().lossless_before(
             ctypes.byref(self.layer), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(),
-            scratch.data_ptr(), rows, torch.get_num_threads(),
+            scratch.data_ptr(), self.longest, rows, torch.get_num_threads(),
         )  # fmt: skip
         return query, key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 
@@ -114,7 +114,7 @@ class FusedLayer:
         -> `[1, rows, dim]`."""
         rows, threads, depth = hidden.shape[1], torch.get_num_threads(), paths.rows.shape[1]
         past, out = key.shape[2] - rows, torch.empty_like(hidden)
-        scratch = native.room(self.scratch_behind(rows, past + depth, threads))
+        scratch = native.room(self.scratch(rows, past + depth, threads))
         strides = (ctypes.c_ssize_t * 4)(key.stride(1), key.stride(2), value.stride(1), value.stride(2))
         native.compiled().lossless_behind(
             ctypes.byref(self.layer), hidden.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides,
@@ -131,21 +131,13 @@ class FusedLayer:
         """The widest rows that a projection is given."""
         return max(self.heads * self.head_dim, self.dim, self.inner)
 
-    def scratch_before(self, rows: int) -> int:
-        """Numbers that `before` needs."""
-        return rows * (3 * self.dim + 2 * self.head_dim * (1 + self.kv_heads))
-
-    def scratch_behind(self, rows: int, keys: int, threads: int) -> int:
-        """Numbers that `behind` needs if a row sees so many keys at most."""
-        attending = self.heads * rows * (keys + self.head_dim) + threads * native.panel() * self.head_dim
-        return rows * (2 * self.heads * self.head_dim + 3 * self.dim + 2 * self.inner + self.longest) + attending
-
     def scratch(self, rows: int, keys: int, threads: int) -> int:
-        """Numbers that layers one behind the other need."""
+        """Numbers that either call needs, or that of several layers, if a row sees so many keys at most."""
         if self.exactly:  # rows of 16 bits, five as long as can be, keys and values, and one more in 32, with what fills it up
             return rows * (4 * self.longest + panels.ABREAST + self.kv_heads * self.head_dim) + native.scratch_exactly(self.head_dim, keys, threads)
-        own = rows * self.head_dim * (self.heads + 2 * self.kv_heads)
-        return own + max(self.scratch_before(rows), self.scratch_behind(rows, keys, threads))
+        attending = self.heads * rows * (keys + self.head_dim) + threads * native.panel() * self.head_dim
+        own = 3 * self.dim + (2 + 3 * self.heads + 2 * self.kv_heads) * self.head_dim + 2 * self.inner + self.longest
+        return rows * own + attending
 
 
 class _Kept(ctypes.Structure):

@@ -87,7 +87,7 @@ def bench(arguments: argparse.Namespace) -> int:
     for side, reason in left_out.items():
         print(f"lossless: note: {side} is left out: {reason}", file=sys.stderr)
     plain, journal = arguments.plain and STOCK in names, journal_of(arguments)
-    measured = benchmark.bench(base, fast, name, prompts, decoding, arguments.load_in, journal, plain, others)
+    measured = benchmark.bench(base, fast, name, prompts, decoding, arguments.load_in, journal, plain, others, arguments.beside)
     found = {"suite": arguments.suite, "left_out": left_out, "machine": ceiling(base)} | measured
     print(f"{categories_table(found)}\n\n{sides_table(found)}")
     print(

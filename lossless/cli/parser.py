@@ -14,14 +14,14 @@ import re
 import sys
 import warnings
 from dataclasses import is_dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
 
 from ..adapter.config import AdapterConfig, DraftConfig
 from ..distillation.config import DistillConfig
-from ..errors import UsageError, nearest
+from ..errors import UsageError
 from ..evaluation.memory import Trial
 from ..evaluation.sides import ACCELERATED, ALL, COMPILED, LLAMA_CPP, SIDES, STOCK
 from ..evaluation.suites import FOLDER_VARIABLE, SUITES
@@ -29,31 +29,13 @@ from ..storage import versions
 from ..training.ablation import VARIANTS
 from ..training.config import TrainConfig
 from . import commands, training
+from .flags import Parser
 
 # a variant of an ablation in a few minutes on two cores: many small steps learn fastest at first
 _SMALL_SHAPE = AdapterConfig(4, 4, lora_rank=32, transition_rank=256, next_token_rank=0, drafting=DraftConfig(schedule="parallel"))
 _SMALL_TRAINING = TrainConfig(steps=300, answers_per_step=8, eval_every=300, checkpoint_every=50, held_out=32)
 _FORMER = {"--told-rank": "--next-token-rank", "--start-rank": "--init-rank", "--share": "--data-fraction"}  # flags of before, for a release
 _PROMPTS = "JSONL, JSON, CSV, Parquet, Arrow, a folder for datasets, or a data set's hub id; plain, alpaca, chat or ShareGPT records"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells more)\n")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # told by the command that they were given to, which knows its flags
-            known = re.findall(r"--[\w-]+", self.format_help())
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0].partition('=')[0], known)}")
-        return found, unknown
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            known = list(map(str, action.choices))
-            raise argparse.ArgumentError(action, f"must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +89,7 @@ def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lossless", description="Faster answers from a frozen chat model, token for token the same.")
+    parser = Parser(prog="lossless", description="Faster answers from a frozen chat model, token for token the same.")
     parser.add_argument("--version", action="version", version=" ".join(f"{k} {v}" for k, v in versions().items()))
     verbs = parser.add_subparsers(title="commands", required=True)
 
@@ -138,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--sides", nargs="+", metavar="NAME", default=[STOCK, ACCELERATED],
                          help=f"what is measured, of {', '.join(SIDES)}; {ALL} is all but {COMPILED}, which takes minutes ({STOCK} {ACCELERATED})")  # fmt: skip
     command.add_argument("--gguf", metavar="FILE", help=f"the same model for {LLAMA_CPP}")
+    command.add_argument("--beside", type=int, default=0, metavar="N", help="beside N other processes that never rest, as on a machine in use (%(default)s)")
     command.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True,
                          help=f"with {STOCK}, to compare; or measure acceptance only")  # fmt: skip
     command.add_argument("--json", metavar="OUT", help="write the report here; after an interruption the same command goes on")

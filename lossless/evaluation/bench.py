@@ -28,7 +28,7 @@ from ..distillation.prompts import Prompt
 from ..errors import UsageError, require_types
 from ..generation.model import AcceleratedModel
 from ..storage import resumed, versions
-from .machine import process_peak_mib
+from .machine import busy, process_peak_mib
 from .sides import ACCELERATED, STOCK, Answer, Side, accelerated, stock
 from .timing import Decoding, encode_checked
 
@@ -176,6 +176,7 @@ def bench(
     journal: Path | None = None,
     plain: bool = True,
     rivals: Sequence[Side] = (),
+    beside: int = 0,
 ) -> dict[str, Any]:
     """Every prompt on every side, interleaved, after a warm-up of each that is not counted.
 
@@ -184,6 +185,7 @@ def bench(
         journal: a file that keeps the runs of each prompt as they are made; a later call with the same one goes on after them.
         plain: with stock `model.generate`; without it nothing is compared.
         rivals: sides beyond stock and the accelerated one.
+        beside: other processes that never rest, as many as these.
 
     Returns:
         Everything that a reader needs to repeat and to judge the runs, ready for JSON.
@@ -191,11 +193,13 @@ def bench(
     Raises:
         UsageError: a prompt does not fit, or the journal is another report's.
     """
+    if beside < 0:
+        raise UsageError(f"beside must be at least 0, got {beside}")
     encoded = encode_checked(base, prompts, decoding)
     sides = [*([stock(base)] if plain else []), accelerated(base, fast), *rivals]
-    header = settings(base, fast, name, load_in, decoding) | {"plain": plain}
+    header = settings(base, fast, name, load_in, decoding) | {"plain": plain, "beside": beside}
     asked = whose("bench", header | {"sides": [side.name for side in sides]}, fast, encoded)
-    with resumed(journal, asked) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar:
+    with resumed(journal, asked) as (kept, write), tqdm(total=len(prompts), unit="prompt", desc="bench") as bar, busy(beside):
         runs = [Run.from_dict(run, [side.name for side in sides]) for run in kept]
         bar.update(len(runs))
         if len(runs) < len(prompts):

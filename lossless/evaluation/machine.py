@@ -1,6 +1,6 @@
 """What the machine can do at best: how fast it reads memory and multiplies, and what that allows a plain model.
 
-Knows: processors, GPUs, and two small measurements. Does not know: prompts, sides, or how fast a model really is.
+Knows: processors, GPUs, two small measurements, and how to keep processors busy. Does not know: prompts, sides, or how fast a model really is.
 
 A plain model reads all its weights for each token, so that the bandwidth of the memory bounds it: no loop that takes one
 token a pass can be faster than bandwidth / bytes of weights. Weights small enough to stay in a cache escape that bound.
@@ -8,9 +8,11 @@ token a pass can be faster than bandwidth / bytes of weights. Weights small enou
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -98,6 +100,16 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
         if len(took) > 1 and sum(took) > _BUDGET_S:
             break
     return min(took[1:])
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many other processes that never rest, for as long as this lasts."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(processes):
+            other = stack.enter_context(subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]))
+            stack.callback(other.kill)
+        yield
 
 
 def process_peak_mib() -> float | None:

@@ -5,6 +5,7 @@
 
 #pragma once
 #include "panels.h"
+#include "team.h"
 
 struct attention {
     int kind; /* of keys and values */
@@ -52,8 +53,8 @@ INLINE void add_values(int kind, const void *values, ptrdiff_t stride, ptrdiff_t
     }
 }
 
-/* To be called by all threads of a parallel region. asked: queries [kv_heads, rows, group, dim]; out [rows, heads, dim]. */
-static void attend(const struct attention *a, const float *asked, float *scratch, float *out) {
+/* By all threads of a parallel region; what is found is not waited for. asked: queries [kv_heads, rows, group, dim]; out [rows, heads, dim]. */
+static void attend(struct team *team, const struct attention *a, const float *asked, float *scratch, float *out) {
     ptrdiff_t rows = a->rows, dim = a->dim, past = a->past, width = past + a->depth, group = a->heads / a->kv_heads, each = group * rows;
     ptrdiff_t blocks = (past + PANEL - 1) / PANEL, chunks = dim / (2 * LANES), parts = (each + ROWS - 1) / ROWS;
     float *scores = scratch, *added = scores + a->heads * rows * width, *own = added + a->heads * rows * dim + omp_get_thread_num() * PANEL * dim;
@@ -67,7 +68,7 @@ static void attend(const struct attention *a, const float *asked, float *scratch
             product(NUMBERS, (const uint32_t *)own, NULL, NULL, (const char *)(asked + kv * each * dim), NULL, each, dim, dim, NULL, 0,
                     scores + kv * each * width, first, width, count);
         }
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(static) nowait
     for (ptrdiff_t kv = 0; kv < a->kv_heads; kv++)
         for (ptrdiff_t r = 0; r < rows; r++)
             for (ptrdiff_t first = 0; first < a->lengths[r]; first += PANEL) {
@@ -77,8 +78,9 @@ static void attend(const struct attention *a, const float *asked, float *scratch
                 product(NUMBERS, (const uint32_t *)own, NULL, NULL, (const char *)(asked + (kv * rows + r) * group * dim), NULL, group, dim, dim, NULL, 0,
                         scores + (kv * rows + r) * group * width, past + first, width, count);
             }
+    wait_for_all(team);
     /* 2. softmax, lane by lane from the first key that is seen */
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (ptrdiff_t h = 0; h < a->heads * rows; h++) {
         ptrdiff_t r = h / group % rows, start = a->starts ? a->starts[r] : 0, count = past + a->lengths[r] - start;
         float *score = scores + h * width + start, most = -INFINITY;
@@ -99,8 +101,9 @@ static void attend(const struct attention *a, const float *asked, float *scratch
         for (ptrdiff_t j = 0; j < count; j++) score[j] /= sum;
         memset(scores + h * width, 0, start * sizeof(float)); /* keys before the first are multiplied with nothing */
     }
+    wait_for_all(team);
     /* 3. values: of the past for all rows, key after key, and of each row's path behind them */
-#pragma omp for collapse(3) schedule(static)
+#pragma omp for collapse(3) schedule(static) nowait
     for (ptrdiff_t kv = 0; kv < a->kv_heads; kv++)
         for (ptrdiff_t p = 0; p < parts; p++)
             for (ptrdiff_t c = 0; c < chunks; c++) {
@@ -130,8 +133,8 @@ static void attend(const struct attention *a, const float *asked, float *scratch
 }
 
 #if defined(EXACT)
-/* The same in torch's order (exact.c). */
-int EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
-                             const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
-                             ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads);
+/* The same in torch's order (exact.c), of numbers of 16 bits as they are; `odd` is set if a score or what is found is no finite number. scratch: of each
+   of `threads` threads, as many as torch would take, SIDE * (2 * dim + past + depth) + dim numbers. */
+void EXACTLY(attend)(const struct attention *a, const uint16_t *query, ptrdiff_t head_stride, ptrdiff_t row_stride, float *scratch, int threads,
+                     uint16_t *out, int *odd);
 #endif

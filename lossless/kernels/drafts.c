@@ -2,11 +2,13 @@
    weights rounded to bytes, for all that drafts are multiplied with. */
 
 #include "projections.h"
+#include "team.h"
 
 /* The `count` largest of each row of logits [rows, vocab], largest first, and their logarithmic probabilities -> numbers, scores
-   [rows, count]; vocab a multiple of LANES. What is not a number is never among them: then numbers are 0 and scores -INFINITY. */
-void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, ptrdiff_t count, int32_t *numbers, float *scores, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+   [rows, count]; vocab a multiple of LANES. What is not a number is never among them: then numbers are 0 and scores -INFINITY. By all threads of a
+   parallel region; it is not waited for. */
+static void likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, ptrdiff_t count, int32_t *numbers, float *scores) {
+#pragma omp for schedule(static) nowait
     for (ptrdiff_t r = 0; r < rows; r++) {
         const float *row = logits + r * vocab;
         int32_t *best = numbers + r * count;
@@ -29,6 +31,11 @@ void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, pt
         float sum = logf(sums(total, none, none, none)[0]), most = score[0];
         for (ptrdiff_t k = 0; k < count; k++) score[k] -= most + sum;
     }
+}
+
+void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, ptrdiff_t count, int32_t *numbers, float *scores, int threads) {
+#pragma omp parallel num_threads(threads)
+    likeliest(logits, rows, vocab, count, numbers, scores);
 }
 
 struct recurrent {
@@ -56,30 +63,28 @@ void lossless_level(const struct recurrent *by, const int64_t *of, const float *
         normalize(NULL, 1e-6f, read, dim, normal + n * dim);
     }
     struct rows path = ready(0, &by->recur, before, rows, first), token = ready(0, &by->token, normal, rows, second);
+    struct team team = {0};
 #pragma omp parallel num_threads(threads)
     {
         project(&by->recur, &path, rows, 0, next);
         project(&by->token, &token, rows, 0, told);
-#pragma omp barrier
-#pragma omp single
-        {
+        BY_ONE(&team) {
             for (ptrdiff_t n = 0; n < rows; n++)
                 for (ptrdiff_t i = 0, j = n * rank; i < rank; i += LANES, j += LANES)
                     store(next + j, silu(load(next + j) + load(told + j) + load(heard + texts[n] * apart * rank + i)));
             path = ready(0, &by->out, next, rows, first);
         }
         project(&by->out, &path, rows, 0, read);
-#pragma omp barrier
-#pragma omp single
-        {
+        BY_ONE(&team) {
             for (ptrdiff_t n = 0; n < rows; n++)
                 for (ptrdiff_t i = 0, j = n * dim; i < dim; i++, j++) read[j] = (read[j] + streams[texts[n] * apart * dim + i]) * (float)by->scale;
             token = ready(0, &by->head, read, rows, second);
         }
         project(&by->head, &token, rows, 0, logits);
+        wait_for_all(&team);
+        if (count) likeliest(logits, rows, vocab, count, tokens, scores);
+        wait_for_all(&team);
     }
-    if (!count) return;
-    lossless_likeliest(logits, rows, vocab, count, tokens, scores, threads);
     for (ptrdiff_t k = 0; k < rows * count; k++) tokens[k] = by->ids ? (int32_t)by->ids[tokens[k]] : tokens[k];
 }
 

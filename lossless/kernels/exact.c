@@ -138,17 +138,11 @@ static float exponentials(float *scores, ptrdiff_t count, float most) {
     return sum;
 }
 
-/* As lossless_attend (kernels.c), of 16 bits only; returns whether a score or what is found is no finite number: then torch may say another one,
-   for it goes about those in ways that are not known here, and `out` is of no use.
-   scratch: for each thread SIDE * (2 * dim + past + depth) + dim numbers. */
-int EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
-                             const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
-                             ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads) {
-    struct attention a = {kind, heads, kv_heads, rows, dim, past, depth, scale, keys, values, {strides[2], strides[3]}, {strides[4], strides[5]},
-                          starts, lengths, paths};
-    ptrdiff_t group = heads / kv_heads, each = group * rows, parts = (each + SIDE - 1) / SIDE, width = past + depth;
-    int odd = 0;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) reduction(| : odd)
+void EXACTLY(attend)(const struct attention *a, const uint16_t *query, ptrdiff_t head_stride, ptrdiff_t row_stride, float *scratch, int threads,
+                     uint16_t *out, int *odd) {
+    ptrdiff_t heads = a->heads, kv_heads = a->kv_heads, rows = a->rows, dim = a->dim, past = a->past;
+    ptrdiff_t group = heads / kv_heads, each = group * rows, parts = (each + SIDE - 1) / SIDE, width = past + a->depth;
+#pragma omp for collapse(2) schedule(static) nowait
     for (ptrdiff_t kv = 0; kv < kv_heads; kv++)
         for (ptrdiff_t p = 0; p < parts; p++) {
             float *asked = scratch + omp_get_thread_num() * (SIDE * (2 * dim + width) + dim), *laid = asked + SIDE * dim;
@@ -157,19 +151,19 @@ int EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, cons
             memset(asked, 0, SIDE * dim * sizeof(float));
             for (ptrdiff_t n = 0; n < count; n++) {
                 ptrdiff_t r = (p * SIDE + n) / group, head = kv * group + (p * SIDE + n) % group;
-                widen(SIXTEEN, (const uint16_t *)query + head * strides[0] + r * strides[1], dim, asked + n * dim);
+                widen(SIXTEEN, query + head * head_stride + r * row_stride, dim, asked + n * dim);
             }
-            score(asked, dim, key_at(&a, kv, 0), a.key_strides[1], past, laid, scores, width);
+            score(asked, dim, key_at(a, kv, 0), a->key_strides[1], past, laid, scores, width);
             for (ptrdiff_t n = 0; n < count; n++) {
                 ptrdiff_t r = (p * SIDE + n) / group, head = kv * group + (p * SIDE + n) % group;
-                ptrdiff_t start = starts ? starts[r] : 0, end = past + lengths[r];
+                ptrdiff_t start = a->starts ? a->starts[r] : 0, end = past + a->lengths[r];
                 for (ptrdiff_t k = past; k < end; k++) {
                     float some[SIDE];
-                    score(asked, dim, at(&a, 0, kv, r, k), 0, 1, laid, some, 1);
+                    score(asked, dim, at(a, 0, kv, r, k), 0, 1, laid, some, 1);
                     scores[n * width + k] = some[n];
                 }
 #if defined(IN_FLOAT16)
-                for (ptrdiff_t k = end - (end - start) % KEYS % 4; k < end; k++) scores[n * width + k] = score_last(asked + n * dim, at(&a, 0, kv, r, k), dim);
+                for (ptrdiff_t k = end - (end - start) % KEYS % 4; k < end; k++) scores[n * width + k] = score_last(asked + n * dim, at(a, 0, kv, r, k), dim);
 #endif
                 float most = -INFINITY, total = 0, nothing = 0; /* as long as all numbers are finite */
                 memset(found, 0, dim * sizeof(float));
@@ -177,7 +171,7 @@ int EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, cons
                     ptrdiff_t block = end - first < KEYS ? end - first : KEYS;
                     float *own = scores + n * width + first, largest = most;
                     for (ptrdiff_t k = 0; k < block; k++) {
-                        own[k] *= scale;
+                        own[k] *= a->scale;
                         nothing += own[k] * 0;
                         largest = own[k] > largest ? own[k] : largest;
                     }
@@ -189,22 +183,38 @@ int EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, cons
 #if defined(IN_FLOAT16)
                     ptrdiff_t apart = not_aligned(head, heads, end - start, threads);
                     float unaligned[3] = {found[0], found[1], found[2]};
-                    weigh_first(&a, kv, r, first, block, own, apart, unaligned);
-                    weigh(&a, kv, r, first, block, own, found);
+                    weigh_first(a, kv, r, first, block, own, apart, unaligned);
+                    weigh(a, kv, r, first, block, own, found);
                     memcpy(found, unaligned, apart * sizeof *found);
 #else
-                    weigh(&a, kv, r, first, block, own, found);
+                    weigh(a, kv, r, first, block, own, found);
 #endif
                 }
                 float share = 1 / total;
-                uint16_t *to = (uint16_t *)out + (r * heads + head) * dim;
+                uint16_t *to = out + (r * heads + head) * dim;
                 for (ptrdiff_t i = 0; i < dim; i++) {
                     nothing += found[i] * 0;
                     put_number(SIXTEEN, to, i, found[i] * share);
                 }
-                odd |= nothing != 0;
+                if (nothing != 0) __atomic_store_n(odd, 1, __ATOMIC_RELAXED);
             }
         }
+}
+
+/* As lossless_attend (kernels.c), of 16 bits only; returns whether a score or what is found is no finite number: then torch may say another one,
+   for it goes about those in ways that are not known here, and `out` is of no use. scratch: as above. */
+int EXACTLY(lossless_attend)(int kind, const void *query, const void *keys, const void *values, void *out, float *scratch,
+                             const int32_t *starts, const int32_t *lengths, const int32_t *paths, float scale, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t rows,
+                             ptrdiff_t dim, ptrdiff_t past, ptrdiff_t depth, const ptrdiff_t *strides, int threads) {
+    struct attention a = {kind, heads, kv_heads, rows, dim, past, depth, scale, keys, values, {strides[2], strides[3]}, {strides[4], strides[5]},
+                          starts, lengths, paths};
+    struct team team = {0};
+    int odd = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        EXACTLY(attend)(&a, query, strides[0], strides[1], scratch, threads, out, &odd);
+        wait_for_all(&team);
+    }
     return odd;
 }
 

@@ -78,6 +78,21 @@ static void gated(const uint16_t *activation, uint16_t *gate, const uint16_t *up
     }
 }
 
+/* Queries [rows, heads, head_dim] and keys are turned, in place, and keys and values [rows, kv_heads, head_dim] kept behind `past` others. */
+static void turn_and_keep(const struct layer *layer, const struct kept *kept, const uint16_t *cos, const uint16_t *sin, ptrdiff_t rows, ptrdiff_t past,
+                          uint16_t *query, uint16_t *key, const uint16_t *value) {
+    ptrdiff_t heads = layer->heads, kv_heads = layer->kv_heads, size = layer->head_dim;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        for (ptrdiff_t head = 0; head < heads; head++) turn(&layer->of_queries, cos + r * size, sin + r * size, size, query + (r * heads + head) * size);
+        for (ptrdiff_t head = 0; head < kv_heads; head++) {
+            ptrdiff_t from = (r * kv_heads + head) * size, to = (head * kept->capacity + past + r) * size;
+            turn(&layer->of_keys, cos + r * size, sin + r * size, size, key + from);
+            memcpy((uint16_t *)kept->keys + to, key + from, size * sizeof *key);
+            memcpy((uint16_t *)kept->values + to, value + from, size * sizeof *key);
+        }
+    }
+}
+
 /* As lossless_layers (layer.c); returns whether attention found what is no finite number, and then nothing more is done. scratch: as FusedLayer.scratch in fused.py says. */
 int EXACTLY(lossless_layers)(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const uint16_t *hidden,
                              const uint16_t *cos, const uint16_t *sin, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past,
@@ -87,57 +102,48 @@ int EXACTLY(lossless_layers)(const struct layer *const *layers, const struct kep
     uint16_t *normal = (uint16_t *)scratch, *query = normal + rows * longest, *key = query + rows * longest, *value = key + rows * slim;
     uint16_t *gate = value + rows * slim, *up = gate + rows * longest, *added = up + rows * longest;
     float *numbers = (float *)(added + rows * longest), *rest = numbers + rows * (longest + MORE);
+    struct team team = {0};
+    struct rows given;
+    int odd = 0;
     memcpy(out, hidden, rows * dim * sizeof *out);
-    for (ptrdiff_t i = 0; i < count; i++) {
+    EXACTLY(lossless_norm)(&layers[0]->first, out, normal, rows, dim);
+    given = ready_exactly(&layers[0]->q, normal, rows, numbers);
+#pragma omp parallel num_threads(threads)
+    for (ptrdiff_t i = 0; i < count && !odd; i++) {
         const struct layer *l = layers[i];
-        uint16_t *keys = kept[i].keys, *values = kept[i].values;
-        ptrdiff_t stride = kept[i].capacity * size, strides[6] = {size, wide, stride, size, stride, size};
-        EXACTLY(lossless_norm)(&l->first, out, normal, rows, dim);
-        struct rows given = ready_exactly(&l->q, normal, rows, numbers), found, active = {.halves = gate};
-#pragma omp parallel num_threads(threads)
-        {
-            project(&l->q, &given, rows, SIXTEEN, query);
-            project(&l->k, &given, rows, SIXTEEN, key);
-            project(&l->v, &given, rows, SIXTEEN, value);
+        ptrdiff_t apart = kept[i].capacity * size;
+        struct attention a = {SIXTEEN, heads, kv_heads, rows, size, past, depth, (float)l->scale, kept[i].keys, kept[i].values,
+                              {apart, size}, {apart, size}, NULL, lengths, paths};
+        project(&l->q, &given, rows, SIXTEEN, query);
+        project(&l->k, &given, rows, SIXTEEN, key);
+        project(&l->v, &given, rows, SIXTEEN, value);
+        BY_ONE(&team) turn_and_keep(l, kept + i, cos, sin, rows, past, query, key, value);
+        EXACTLY(attend)(&a, query, size, wide, rest, threads, added, &odd);
+        BY_ONE(&team) given = ready_exactly(&l->o, added, rows, numbers);
+        project(&l->o, &given, rows, SIXTEEN, query);
+        BY_ONE(&team) {
+            add_to(out, query, rows * dim);
+            EXACTLY(lossless_norm)(&l->second, out, normal, rows, dim);
+            given = ready_exactly(&l->gate, normal, rows, numbers);
         }
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            for (ptrdiff_t head = 0; head < heads; head++) turn(&l->of_queries, cos + r * size, sin + r * size, size, query + r * wide + head * size);
-            for (ptrdiff_t head = 0; head < kv_heads; head++) {
-                uint16_t *from = key + r * slim + head * size;
-                turn(&l->of_keys, cos + r * size, sin + r * size, size, from);
-                memcpy(keys + head * stride + (past + r) * size, from, size * sizeof *from);
-                memcpy(values + head * stride + (past + r) * size, value + r * slim + head * size, size * sizeof *from);
+#pragma omp for schedule(static) nowait
+        for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
+            ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
+            project_panel(&l->gate, &given, rows, SIXTEEN, gate, p);
+            project_panel(&l->up, &given, rows, SIXTEEN, up, p);
+            for (ptrdiff_t r = 0; r < rows; r++) gated(l->activation, gate + r * inner + first, up + r * inner + first, valid);
+        }
+        BY_ONE(&team) given = ready_exactly(&l->down, gate, rows, numbers);
+        project(&l->down, &given, rows, SIXTEEN, added);
+        BY_ONE(&team) {
+            add_to(out, added, rows * dim);
+            if (i + 1 < count) {
+                EXACTLY(lossless_norm)(&layers[i + 1]->first, out, normal, rows, dim);
+                given = ready_exactly(&layers[i + 1]->q, normal, rows, numbers);
             }
         }
-        int odd = EXACTLY(lossless_attend)(SIXTEEN, query, keys, values, added, rest, NULL, lengths, paths, (float)l->scale, heads, kv_heads, rows, size, past,
-                                depth, strides, threads);
-        if (odd) return odd;
-        found = ready_exactly(&l->o, added, rows, numbers);
-#pragma omp parallel num_threads(threads)
-        {
-            project(&l->o, &found, rows, SIXTEEN, query);
-#pragma omp barrier
-#pragma omp single
-            {
-                add_to(out, query, rows * dim);
-                EXACTLY(lossless_norm)(&l->second, out, normal, rows, dim);
-                given = ready_exactly(&l->gate, normal, rows, numbers);
-            }
-#pragma omp for schedule(static)
-            for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
-                ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
-                project_panel(&l->gate, &given, rows, SIXTEEN, gate, p);
-                project_panel(&l->up, &given, rows, SIXTEEN, up, p);
-                for (ptrdiff_t r = 0; r < rows; r++) gated(l->activation, gate + r * inner + first, up + r * inner + first, valid);
-            }
-            if (interleaved(&l->down))
-#pragma omp single
-                active = ready_exactly(&l->down, gate, rows, numbers);
-            project(&l->down, &active, rows, SIXTEEN, added);
-        }
-        add_to(out, added, rows * dim);
     }
-    return 0;
+    return odd;
 }
 
 #endif

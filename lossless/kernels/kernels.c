@@ -80,10 +80,11 @@ INLINE void tile_of_halves(int kind, const uint16_t *weights, const float *row, 
 /* rows [count, ins] times weight [outs, ins] -> out [count, outs]; outs at least 4, ins a multiple of LANES. */
 void lossless_stored(int kind, const void *weight, const float *rows, float *out, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t outs, int threads) {
     ptrdiff_t tiles = (outs + WIDE - 1) / WIDE;
+    struct team team = {0};
 #pragma omp parallel num_threads(threads)
     {
         float decoded[kind == FLOAT32 ? 1 : WIDE * ins];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (ptrdiff_t t = 0; t < tiles; t++) {
             /* the last tile may begin before the one ahead of it ends: the same numbers are written twice */
             ptrdiff_t n = t * WIDE + WIDE <= outs ? t * WIDE : outs - WIDE;
@@ -100,6 +101,7 @@ void lossless_stored(int kind, const void *weight, const float *rows, float *out
             }
             stored_product(weights, rows, count, ins, out + n, outs, WIDE);
         }
+        wait_for_all(&team);
     }
 }
 
@@ -126,19 +128,23 @@ void lossless_attend(int kind, const void *query, const void *keys, const void *
                           starts, lengths, paths};
     ptrdiff_t size = bytes_of(kind), group = heads / kv_heads, numbers = heads * rows * dim;
     float *asked = scratch, *found = kind == FLOAT32 ? out : asked + numbers;
+    struct team team = {0};
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (ptrdiff_t head = 0; head < heads; head++)
             for (ptrdiff_t r = 0; r < rows; r++) {
                 const void *from = (const char *)query + (head * strides[0] + r * strides[1]) * size;
                 float *to = asked + (((head / group) * rows + r) * group + head % group) * dim;
                 for (ptrdiff_t i = 0; i < dim; i += LANES) store(to + i, load_kind(kind, from, i));
             }
-        attend(&a, asked, asked + 2 * numbers, found);
+        wait_for_all(&team);
+        attend(&team, &a, asked, asked + 2 * numbers, found);
+        wait_for_all(&team);
         if (kind != FLOAT32)
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (ptrdiff_t i = 0; i < numbers; i += LANES) store_kind(kind, out, i, load(found + i));
+        wait_for_all(&team);
     }
 }
 

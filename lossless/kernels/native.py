@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from ..storage import cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "team.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
 _TWICE, _IN_FLOAT16 = ("exact.c", "exact_layer.c"), "-DIN_FLOAT16"  # sources that are compiled for either dtype of 16 bits
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _SECONDS = 120  # that compiling may take; it takes some six
@@ -119,7 +119,7 @@ def _declared(library: Any) -> Any:
     library.lossless_lay_bytes.argtypes = [pointer, size, size, pointer, pointer, number]
     library.lossless_attend.argtypes = [number, *[pointer] * 8, ctypes.c_float, *[size] * 6, pointer, number]
     library.lossless_norm.argtypes = [number, pointer, pointer, ctypes.c_float, ctypes.c_float, pointer, size, size]
-    library.lossless_before.argtypes = [*[pointer] * 8, size, number]
+    library.lossless_before.argtypes = [*[pointer] * 8, size, size, number]
     library.lossless_behind.argtypes = [*[pointer] * 8, size, size, pointer, pointer, size, size, number]
     library.lossless_layers.argtypes = [*[pointer] * 2, size, *[pointer] * 5, size, size, pointer, pointer, size, size, number]
     library.lossless_level.argtypes = [*[pointer] * 4, number, pointer, pointer, size, *[pointer] * 4, size, pointer, size, number]

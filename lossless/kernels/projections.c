@@ -1,6 +1,7 @@
 /* Products of a few rows with weights in panels, of every kind: compiled here once, for whoever projects. */
 
 #include "projections.h"
+#include "team.h"
 
 struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdiff_t count, float *scratch) {
     struct rows rows = {.halves = halves};
@@ -69,8 +70,12 @@ void lossless_panels(int kind, int number, const uint32_t *weight, const float *
         }
         given = ready(0, &w, numbers, count, scratch);
     }
+    struct team team = {0};
 #pragma omp parallel num_threads(threads)
-    project(&w, &given, count, number, out);
+    {
+        project(&w, &given, count, number, out);
+        wait_for_all(&team);
+    }
 }
 
 /* weights [outs, words], of 32 bits each, into panels [panels, words, PANEL], all of it 0 before: FLOAT32, or BFLOAT16 of two inputs a word. */

@@ -48,12 +48,17 @@ def test_what_is_refused(arguments: list[str], said: str, capsys: pytest.Capture
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--port", "many"], ["--unheard-of"]])
-def test_flags_that_are_none(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--port", "many"], "invalid int value: 'many'"), (["--unheard-of"], "unrecognized arguments: --unheard-of"), (["--adaptor", "x"], "did you mean '--adapter'?")],
+)
+def test_flags_that_are_none(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command.main(arguments)
     assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
