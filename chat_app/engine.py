@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lossless.base.layers import CACHE, context_limit, input_device
-from lossless.base.loading import load_base, precision
+from lossless.base.loading import check_tokens, load_base, precision
 from lossless.base.packed import is_packed, pack
 from lossless.base.processes import device_name, free_memory
 from lossless.distillation.prompts import encode
@@ -165,8 +165,7 @@ class Engine:
         else:
             check_messages(messages)
             ids = encode(self.tokenizer, messages)
-        if not ids:
-            raise UsageError("the prompt must not be empty")
+        check_tokens(ids, self.model)
         if len(ids) >= self.info.context:
             raise TooLong(f"a prompt must have less than {self.info.context} tokens, this one has {len(ids)}: shorten it or begin anew")
         return ids
@@ -327,9 +326,10 @@ def load(
             context=context_limit(base.model) or _CONTEXT, packed=is_packed(base.model),
         )  # fmt: skip
         kept_bytes = min(_KEPT_BYTES, int(_KEPT_SHARE * free_memory(base.model.device) * 2**30))
+        check_tokens(greeting := encode(base.tokenizer, _GREETING), base.model)
         for warmed in (base.model, fast):
             if warmed is not None:  # what is made at a first call is not to be timed in the first answer
-                ids = torch.tensor([encode(base.tokenizer, _GREETING)], device=input_device(base.model))
+                ids = torch.tensor([greeting], device=input_device(base.model))
                 warmed.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=_WARM_TOKENS, do_sample=False)
         return Engine(base.model, base.tokenizer, fast, info, kept_bytes, slot)
 

@@ -37,7 +37,7 @@ DRAFTERS = {"shipped": "streams", "runs/paper": "the paper's streams",
             "runs/ablation/paper-+-pruning-layer": "the paper's streams on a small budget",
             "runs/ablation/paper-+-transition": "streams with a transition on a small budget"}  # fmt: skip
 # the rows of the first page, in its order
-FRONT = ("float32-rivals", "float32-sampled", "float32-random", "float32-checkpoint", "bfloat16", "bfloat16-packed", "float16", "4bit", "4bit-bfloat16",
+FRONT = ("float32-rivals", "float32-beside", "float32-sampled", "float32-random", "float32-checkpoint", "bfloat16", "bfloat16-packed", "float16", "4bit", "4bit-bfloat16",
          "bfloat16-avx512", "float32-avx2", "bfloat16-avx2", "4bit-avx2", "4bit-bfloat16-avx2")  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import lossless
 from lossless import AdapterConfig, DraftConfig, StreamAdapter, UsageError, accelerate
@@ -55,6 +56,11 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "torn" / "model.safetensors").write_bytes((folder / "m" / "model.safetensors").read_bytes()[:1000])
     shutil.copytree(folder / "m", folder / "words")
     (folder / "words" / "tokenizer.json").write_text('{"model": 3}')
+    shutil.copytree(folder / "m", folder / "foreign")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "m")
+    tokenizer.add_tokens(["beyond"])
+    tokenizer.save_pretrained(folder / "foreign")
+    (folder / "beyond.jsonl").write_text('{"prompt": "w1"}\n{"prompt": "beyond w1"}\n')
     (folder / "file").write_text("a file where a folder should be")
     (folder / "broken-answers").mkdir()
     (folder / "broken-answers" / "distill.json").write_text("{")
@@ -117,6 +123,8 @@ COMMANDS = [  # what is typed, and what must be in the one line
     (f"distill {MODEL} --prompts p.jsonl --out d --max-new-tokens 512", "below the model's context of 512, got 512"),
     (f"train {MODEL} --data broken-answers --out t", "distill.json is broken"),
     (f"train {MODEL} --data gone --out t --steps 0", "steps must be at least 1, got 0"),
+    *[(f"{command} --model foreign --adapter random {given}", "the tokenizer is not this model's: tokens must be below 96, got 96")
+      for command, given in (("compare", "--prompt beyond"), ("generate", "--prompt beyond"), ("bench", "--prompts beyond.jsonl"), ("verify", "--prompts beyond.jsonl"))],
     (f"train {MODEL} --data gone --out t --learning-rate nan", "learning_rate must be a finite number, got nan"),
     (f"train {MODEL} --data gone --out t --share 0", "data_fraction must be above 0 and at most 1, got 0.0"),
     (f"train {MODEL} --data gone --out t --mixed-precision fp61", "did you mean 'fp16'?"),

@@ -234,7 +234,11 @@ def test_a_twin_is_a_second_model_over_its_own_weights(monkeypatch: pytest.Monke
     assert packed_bytes(lossless.pack(build_tiny(seed=5))) == 0
     monkeypatch.setattr(module, "free_memory", lambda device: 1e-6)
     monkeypatch.setattr(native, "available", lambda: False)
-    assert packed_twin(model) is None  # no memory
+    with pytest.warns(UserWarning, match=r"packed copies of the weights take 0 MiB, and of 0 MiB that are free they may take 50%"):
+        assert packed_twin(model) is None
+    with pytest.raises(UsageError, match=r"pack\(\) lays out a weight anew before it lets the old one go: that takes up to 0 MiB, and 0 MiB are free"):
+        lossless.pack(model)
+    assert state_of(model) == before
 
 
 @pytest.mark.parametrize("compiler", [True, False], ids=["kernels", "no kernels"])
@@ -244,7 +248,8 @@ def test_a_base_without_memory_for_a_twin_is_served_all_the_same(compiler: bool,
     monkeypatch.setattr(module, "free_memory", lambda device: 0.0)
     monkeypatch.setattr(native, "available", lambda: compiler)
     model = build_tiny(seed=5)
-    fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
+    with pytest.warns(UserWarning, match="packed copies of the weights take"):
+        fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2))
     assert fast.guarantee.twin == (fast.runner is not fast.reader) == compiler
     stored = [part for part in fast.runner.model.modules() if isinstance(part, StoredLinear)]
     own = {id(parameter) for parameter in model.parameters()}

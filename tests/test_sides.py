@@ -77,6 +77,12 @@ def test_the_dtype_of_stock_is_not_measured_twice(base: Base) -> None:
     assert left_out == {"plain-float32": "the stock side is of float32 here"}
 
 
+def test_what_a_packed_model_is_without_packing_is_measured_beside_it(base: Base) -> None:
+    pack(base.model)
+    sides, left_out = rivals(["plain-float32"], base)
+    assert ([side.name for side in sides], left_out) == (["plain-float32"], {})
+
+
 def test_quantized_weights_are_not_loaded_anew_in_full(base: Base) -> None:
     found, left_out = rivals(["all", "compiled"], base, load_in="4bit")
     assert [side.name for side in found] == ["prompt-lookup"]

@@ -16,9 +16,11 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+import lossless
 from lossless.adapter.compat import new_adapter
 from lossless.generation.fallback import lock_of
 from lossless.generation.model import AcceleratedModel, accelerate
+from lossless.kernels import native
 from lossless.streams.passes import PASS
 
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -45,6 +47,16 @@ def owned(dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     made = model._get_stopping_criteria
     model._get_stopping_criteria = lambda *args, **kwargs: made(*args, **kwargs)
     return model
+
+
+def plain(dtype: torch.dtype) -> Any:
+    """A base that nobody touched, of a shape that the kernels take: its layers are fused."""
+    return build_tiny(seed=5, hidden=128, inner=192).to(dtype)
+
+
+BASES: dict[str, Callable[[], Any]] = {
+    "hooks": owned, "float32": lambda: plain(torch.float32), "bfloat16": lambda: plain(torch.bfloat16), "packed": lambda: lossless.pack(plain(torch.bfloat16)),
+}  # fmt: skip
 
 
 class State:
@@ -139,9 +151,11 @@ def left_behind(model: Any, before: State) -> list[Any]:
     return found
 
 
-def test_a_call_that_is_interrupted_anywhere_leaves_nothing_behind() -> None:
-    model = owned()
+@pytest.mark.parametrize("base", BASES)
+def test_a_call_that_is_interrupted_anywhere_leaves_nothing_behind(base: str) -> None:
+    model, count = BASES[base](), INTERRUPTIONS if base == "hooks" else max(5, INTERRUPTIONS // 2)
     every = calls(model)
+    assert any(fast.runner.fused for fast, _ in every.values()) == (base != "hooks" and native.available())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # beams are handed over
         expected = {name: answer(model, options) for name, (_, options) in every.items()}
@@ -149,7 +163,7 @@ def test_a_call_that_is_interrupted_anywhere_leaves_nothing_behind() -> None:
             answer(fast, options)
         before, rng, times = State(model), random.Random(2), 0
         lasts = {name: moments(lambda f=fast, o=options: answer(f, o)) for name, (fast, options) in every.items()}
-        for number in range(INTERRUPTIONS):
+        for number in range(count):
             name = list(every)[number % len(every)]
             fast, options = every[name]
             moment = rng.randint(1, lasts[name])
@@ -157,7 +171,7 @@ def test_a_call_that_is_interrupted_anywhere_leaves_nothing_behind() -> None:
             assert left_behind(model, before) == [], (name, moment)
             assert torch.equal(answer(fast, options), expected[name]), (name, moment)
             assert fast.stats.served == (name != "handed over"), (name, moment)
-    assert times > 0.9 * INTERRUPTIONS
+    assert times > 0.9 * count
 
 
 def test_attaching_that_is_interrupted_anywhere_leaves_nothing_behind() -> None:

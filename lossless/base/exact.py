@@ -25,8 +25,7 @@ from ..kernels.pages import together
 from . import norms
 from .layers import features
 from .linears import FourBitLinear, PackedLinear
-from .packed import TWIN_SHARE, dense, product_dtype, put, stand_in
-from .processes import free_memory
+from .packed import dense, has_memory_for, product_dtype, put, stand_in
 from .structure import structure_of
 
 _SEVERAL = 256  # outputs of a product that is tried; of fewer, torch has other ways with some
@@ -44,7 +43,7 @@ def exact_twin(model: Any) -> Any | None:
     Weights in float32 beside such in 4 bits (an LM head) are packed, too, and round otherwise.
     """
     modules: dict[str, Any] = {name: module for name, module in model.named_modules() if stand_in(module) in (FourBitLinear, PackedLinear)}
-    if sum(map(_bytes, modules.values())) > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
+    if not has_memory_for(sum(map(_bytes, modules.values()))):
         return None
     with together():
         found = {name: made for name, module in modules.items() if (made := _exact(module)) is not None}

@@ -7,7 +7,7 @@ frozen and in eval mode.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,15 @@ def require_model(model: Any) -> None:
     """Raises UsageError for anything that is not a loaded model, whatever wraps it."""
     if not all(hasattr(model, name) for name in ("generate", "get_input_embeddings", "config")):
         raise UsageError(f"model must be a loaded Hugging Face causal LM, got {type(model).__name__}")
+
+
+def check_tokens(ids: Sequence[int], model: Any) -> None:
+    """Raises UsageError for what a tokenizer makes of a text if the model can do nothing with it: no token, or one that it has no embedding of."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if not ids:
+        raise UsageError("a prompt must have at least one token, and the tokenizer makes none of this one")
+    if max(ids) >= rows:
+        raise UsageError(f"the tokenizer is not this model's: tokens must be below {rows}, got {max(ids)}")
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,6 +16,7 @@ rows.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ..kernels import gpu, grids, native, panels, products
 from ..kernels.pages import together
 from .attention import GROUPED
 from .fused import fuse_plain, unfuse_plain
-from .layers import CACHE, decoder_layers, features
+from .layers import CACHE, decoder_layers, device_of, features
 from .linears import FourBitLinear, PackedLinear, PaddedLinear, StoredLinear, packable, scales_of, stored_pairs
 from .loading import require_model
 from .norms import FusedNorm, fused
@@ -160,7 +161,7 @@ def pack(model: Any) -> Any:
     are beside the packed head). Undone by `unpack`.
 
     Raises:
-        UsageError: the model holds weights that ask for gradients, or nothing that can be packed here.
+        UsageError: the model holds weights that ask for gradients, or nothing that can be packed here, or there is no memory to do it in.
     """
     require_model(model)
     if any(parameter.requires_grad for parameter in model.parameters()):
@@ -172,6 +173,9 @@ def pack(model: Any) -> Any:
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
         raise UsageError(f"{type(model).__name__} in {dtype} on {getattr(model, 'device', 'its device')} has no weight that can be packed: "
                          "packing takes a CPU, and float32, bfloat16 (from AVX-512 on, or with gcc), float16 (with gcc) or 4 bits (with gcc); or the current GPU, with Triton, and float32, bfloat16 or float16")  # fmt: skip
+    needed, free = max(packed_bytes(model, {name: kind}) for name, kind in kinds.items()) / 2**20, free_memory(device_of(model)) * 2**10
+    if needed > free:
+        raise UsageError(f"pack() lays out a weight anew before it lets the old one go: that takes up to {needed:.0f} MiB, and {free:.0f} MiB are free")
     _replace(model, kinds)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED)
@@ -246,13 +250,25 @@ def is_padded(model: nn.Module) -> bool:
     return any(isinstance(module, PaddedLinear) for module in model.modules())
 
 
+def has_memory_for(twin: int) -> bool:
+    """Whether so many bytes of a twin may be taken; if not, that is told."""
+    needed, free = twin / 2**20, free_memory(torch.device("cpu")) * 2**10
+    if needed <= TWIN_SHARE * free:
+        return True
+    warnings.warn(
+        f"packed copies of the weights take {needed:.0f} MiB, and of {free:.0f} MiB that are free they may take {TWIN_SHARE:.0%}: drafts are "
+        "checked with the weights as they are, which is slower", stacklevel=2,
+    )  # fmt: skip
+    return False
+
+
 def packed_twin(model: Any) -> Any | None:
     """A model of the same structure whose products cost little for further rows; None if there is none to be had.
 
     Where there is no memory for packed copies, kernels of ours take the weights as they are.
     """
     kinds = _stand_ins(model)
-    if packed_bytes(model, kinds) > TWIN_SHARE * free_memory(torch.device("cpu")) * 2**30:
+    if not has_memory_for(packed_bytes(model, kinds)):
         kinds = {name: kind for name, kind in kinds.items() if kind is not PackedLinear}
         kinds |= {name: StoredLinear for name, module in model.named_modules() if _storable(module)}
     if not kinds:

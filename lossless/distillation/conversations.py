@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..base.layers import context_limit
-from ..base.loading import Base
+from ..base.loading import Base, check_tokens
 from ..errors import UsageError
 from .answers import Answers
 from .batching import Job
@@ -97,6 +97,7 @@ class Conversations:
         name = f"{number}/{turn}:{self.prompts[number].id}"
         try:
             ids = encode(self.base.tokenizer, messages)
+            check_tokens(ids, self.base.model)
         except UsageError as error:
             self.skipped.append(f"{name}: {error}")
             return None

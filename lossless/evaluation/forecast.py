@@ -45,7 +45,8 @@ By (3) a draft model's first token pays if and only if a > (c + v(1) - v(0)) / v
 with c <= 1 has S <= min(1 / (1 - a), 1 / c), and streams with l <= 1 + s have S <= min(1 / ((1 + s) (1 - a)), 1 / l).
 With the same depth and acceptance, streams are faster if and only if c > l + s / d.
 
-**Assumed** of acceptance, by (2) to (4): it depends on no more than that the ancestors were accepted (independence),
+**Assumed** of drafts, everywhere: they are the streams', so that d is at most their number. What repeats the text itself (`recall`) may be longer, and
+where a text repeats much, tau and S go beyond (1). Assumed of acceptance, by (2) to (4): it depends on no more than that the ancestors were accepted (independence),
 and its rates are those of every step (stationarity; if a differs between steps, tau is above (2) at the mean a, as
 a^j is convex). Assumed of costs, everywhere: they do not depend on the length of the context, streams cost the same
 however many they are, and a draft model needs no pass to catch up with what was accepted.
@@ -254,7 +255,7 @@ def _by_length(forecast: Forecast) -> list[str]:
         line("break-even length", [forecast.break_even(n) for n in rows]),
         line("speedup at most", [forecast.speedup(forecast.longest(n), n) for n in rows]),
         "",
-        f"Limit of such trees: {limit.speedup:.2f}, at depth {limit.depth} in {limit.rows} rows, all tokens accepted.",
+        f"Limit of such trees (what repeats the text itself may go beyond): {limit.speedup:.2f}, at depth {limit.depth} in {limit.rows} rows, all tokens accepted.",
         f"At depth {depth} streams draft as fast as a draft model of {tied:.3f} plain tokens a pass.",
     ]
 

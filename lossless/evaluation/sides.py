@@ -30,7 +30,7 @@ import torch
 from ..base.layers import decoder_layers
 from ..base.linears import packable
 from ..base.loading import Base, load_base, precision
-from ..base.packed import pack
+from ..base.packed import is_packed, pack
 from ..errors import UsageError, nearest, require_one_of
 from ..kernels import gpu
 from .timing import Clock, Decoding, timed_generate
@@ -133,7 +133,7 @@ def _make(name: str, base: Base, load_in: str | None, gguf: str | Path | None) -
     dtype = (_DTYPE_SIDES | _PACKED_SIDES)[name]
     if name in _PACKED_SIDES:
         return _packed(name, base, dtype)
-    if dtype == own:
+    if dtype == own and not is_packed(base.model):
         return f"the stock side is of {dtype} here"
     return Side(name, _generating(base, dtype, _as_it_is), dtype, plain=True)
 

@@ -18,7 +18,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..base.layers import context_limit
-from ..base.loading import Base
+from ..base.loading import Base, check_tokens
 from ..distillation.prompts import Prompt, encode
 from ..errors import UsageError, require_at_least, require_seed, require_types
 
@@ -95,12 +95,13 @@ def encode_checked(base: Base, prompts: list[Prompt], decoding: Decoding) -> lis
     """Token ids `[1, length]` of every prompt, each checked against the model's context.
 
     Raises:
-        UsageError: a prompt and its answer would not fit.
+        UsageError: a prompt and its answer would not fit, or the tokenizer is another model's.
     """
     limit = context_limit(base.model)
     found = []
     for prompt in prompts:
         ids = encode(base.tokenizer, prompt.messages)
+        check_tokens(ids, base.model)
         if limit is not None and len(ids) + decoding.max_new_tokens > limit:
             raise UsageError(
                 f"prompt {prompt.id!r} has {len(ids)} tokens; with max_new_tokens={decoding.max_new_tokens} "
