@@ -220,9 +220,7 @@ time.sleep, file_download._ETAG_RETRY_TIMEOUT, hub._PATIENCE = lambda seconds: N
 
 @pytest.mark.parametrize("hub", ["refuses", "is silent"])
 def test_a_hub_that_does_not_answer_is_one_line(hub: str, place: Path) -> None:
-    asked = ["generate --model m --adapter owner/name --prompt w1", "push --adapter a --repo owner/name"]
-    if hub == "refuses":
-        asked.append("generate --model owner/name --adapter a --prompt w1")
+    asked = ["generate --model m --adapter owner/name --prompt w1", "push --adapter a --repo owner/name", "generate --model owner/name --adapter a --prompt w1"]
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         if hub == "is silent":

@@ -55,16 +55,15 @@ def base() -> Base:
     return Base(model, Words(), "tiny")
 
 
+def continued(model: Any, jobs: list[Job], **how: Any) -> list[tuple[Job, list[int]]]:
+    with torch.inference_mode(), continue_all(model, JobQueue(jobs), **{"generator": torch.Generator()} | how) as answers:
+        return list(answers)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 64])
 def test_greedy_answers_are_generate_s_own(base: Base, batch_size: int) -> None:
     jobs = [Job(p.id, Words()(p.messages[0]["content"])["input_ids"], 0.0) for p in numbers(40)]
-    with torch.inference_mode():
-        found = {
-            job.id: answer
-            for job, answer in continue_all(
-                base.model, JobQueue(jobs), eos_ids={EOS}, batch_size=batch_size, max_new_tokens=25, generator=torch.Generator()
-            )
-        }
+    found = {job.id: answer for job, answer in continued(base.model, jobs, eos_ids={EOS}, batch_size=batch_size, max_new_tokens=25)}
     assert len(found) == 40
     lengths = set()
     for job in jobs:
@@ -78,13 +77,8 @@ def test_greedy_answers_are_generate_s_own(base: Base, batch_size: int) -> None:
 def test_hot_answers_differ_from_greedy_and_repeat_with_the_seed(base: Base) -> None:
     def answers(temperature: float, seed: int) -> list[list[int]]:
         jobs = [Job(str(i), [10 + i], temperature) for i in range(8)]
-        with torch.inference_mode():
-            return [
-                answer for _, answer in sorted(
-                    ((int(job.id), answer) for job, answer in continue_all(
-                        base.model, JobQueue(jobs), eos_ids=set(), batch_size=8, max_new_tokens=12,
-                        generator=torch.Generator().manual_seed(seed))))
-            ]  # fmt: skip
+        found = continued(base.model, jobs, eos_ids=set(), batch_size=8, max_new_tokens=12, generator=torch.Generator().manual_seed(seed))
+        return [answer for _, answer in sorted((int(job.id), answer) for job, answer in found)]
 
     assert answers(2.0, 1) == answers(2.0, 1)
     assert answers(2.0, 1) != answers(2.0, 2)
@@ -244,11 +238,30 @@ def foreign_shard() -> bytes:
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_fewer_jobs_than_slots(base: Base, count: int) -> None:
     jobs = [Job(str(i), [10 + i], 0.0) for i in range(count)]
-    with torch.inference_mode():
-        found = list(
-            continue_all(base.model, JobQueue(jobs), eos_ids=set(), batch_size=8, max_new_tokens=5, generator=torch.Generator())
-        )
+    found = continued(base.model, jobs, eos_ids=set(), batch_size=8, max_new_tokens=5)
     assert sorted(job.id for job, _ in found) == [str(i) for i in range(count)]
+
+
+@pytest.mark.parametrize("what", ["answers", "drawn prompts", "estimate"])
+def test_who_breaks_off_leaves_no_hook(what: str, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the traceback is held, too."""
+    head, asked = base.model.get_output_embeddings(), []
+
+    def broken_off(batch: _Batch, *given: Any) -> Any:
+        asked.append(len(head._forward_pre_hooks))
+        raise KeyboardInterrupt
+
+    config = DistillConfig(batch_size=4, max_new_tokens=8, max_prompt_tokens=30, self_drawn=4 if what == "drawn prompts" else 0)
+    if what == "drawn prompts":
+        monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: ([14], ""))
+    if what != "estimate":
+        monkeypatch.setattr(module, "_estimate", lambda *given: "")
+    monkeypatch.setattr(_Batch, "step", broken_off)
+    with pytest.raises(KeyboardInterrupt) as held:
+        distill(base, numbers(6), config, tmp_path)
+    assert asked == [1]
+    assert not head._forward_pre_hooks
+    assert held.traceback
 
 
 def test_a_finished_folder_is_left_as_it_is(
@@ -333,8 +346,7 @@ def test_rows_that_have_ended_are_replaced_at_once(base: Base) -> None:
     jobs = [Job(str(i), [10 + i % 80], 0.0) for i in range(64)]
     passes = []
     hook = base.model.register_forward_hook(lambda module, given, kwargs, output: passes.append(kwargs["input_ids"].shape), with_kwargs=True)
-    with torch.inference_mode():
-        answers = [a for _, a in continue_all(base.model, JobQueue(jobs), eos_ids={EOS, 8, 9, 10, 11}, batch_size=8, max_new_tokens=40, generator=torch.Generator())]
+    answers = [answer for _, answer in continued(base.model, jobs, eos_ids={EOS, 8, 9, 10, 11}, batch_size=8, max_new_tokens=40)]
     hook.remove()
     steps = sum(shape[1] == 1 and shape[0] == 8 for shape in passes)
     together = [max(map(len, answers[i : i + 8])) for i in range(0, 64, 8)]

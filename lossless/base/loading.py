@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import UsageError, require_one_of
@@ -63,6 +65,9 @@ def load_base(
     try:
         with quiet():
             model: Any
+            if gguf_file is None and not Path(source).is_dir():
+                with contextlib.suppress(RemoteEntryNotFoundError):  # adapters have none
+                    hf_hub_download(source, "config.json")  # of a hub that is silent every file would be waited for, one after the other
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
             if load_in is not None and gguf_file is None:
                 options |= {"quantization_config": _quantization(load_in, source, dtype, device), "device_map": {"": device}}

@@ -60,6 +60,7 @@ class _Slot:
         return self.job.temperature if self.job else 0.0
 
 
+@contextlib.contextmanager
 def continue_all(
     model: Any,
     queue: JobQueue,
@@ -68,18 +69,17 @@ def continue_all(
     batch_size: int,
     max_new_tokens: int,
     generator: torch.Generator,
-) -> Generator[tuple[Job, list[int]], None, None]:
-    """Continue every job with the base alone, yielding each as it finishes.
+) -> Iterator[Iterator[tuple[Job, list[int]]]]:
+    """Continue every job with the base alone: gives what tells each as it finishes. Behind this the base is as it was, whoever broke off.
 
     The batch stays full: when enough rows have finished, waiting jobs take their places. Whoever is given an answer may
     put more jobs into the queue.
 
     Yields:
-        (job, answer ids): the ids end with an EOS id unless `max_new_tokens` came first.
+        an iterator of (job, answer ids): the ids end with an EOS id unless `max_new_tokens` came first.
     """
-    batch = _Batch(model, batch_size, generator)
     with _dense_rows(model.get_output_embeddings()):
-        yield from _keep_full(batch, queue, eos_ids, max_new_tokens)
+        yield _keep_full(_Batch(model, batch_size, generator), queue, eos_ids, max_new_tokens)
 
 
 @contextlib.contextmanager

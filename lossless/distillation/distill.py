@@ -10,11 +10,11 @@ A folder holds `distill.json` (what was asked for, of which base), the answers i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -114,7 +114,7 @@ def _distill(
             base.model, queue, eos_ids=eos_ids(base), batch_size=config.batch_size, max_new_tokens=config.max_new_tokens,
             generator=torch.Generator(base.model.device).manual_seed(config.seed + len(done) + state.process_index),
         )  # fmt: skip
-        with contextlib.closing(decoding) as answers:  # its hook leaves the base with it, whatever holds on to this frame
+        with decoding as answers:
             while fresh < missing and (answered := next(answers, None)):
                 job, answer = answered
                 writer.write(talks.record(job, answer))
@@ -177,11 +177,11 @@ def _estimate(base: Base, config: DistillConfig, tokens: int, processes: int) ->
     def trial(count: int) -> float:
         jobs = [Job(str(i), [1 + i % 7], 0.0) for i in range(config.batch_size)]
         started = time.monotonic()
-        for _ in continue_all(
+        with continue_all(
             base.model, JobQueue(jobs), eos_ids=set(), batch_size=config.batch_size, max_new_tokens=count,
             generator=torch.Generator(base.model.device),
-        ):  # fmt: skip
-            pass
+        ) as answers:  # fmt: skip
+            deque(answers, maxlen=0)
         return time.monotonic() - started
 
     gigabytes = _batch_gb(base, config)  # before there is a batch of that size
@@ -228,15 +228,12 @@ def _draw_prompts(base: Base, config: DistillConfig, folder: Path) -> list[Promp
     names = [f"drawn-{i}" for i in range(state.process_index, config.self_drawn, state.num_processes)]
     jobs = (Job(name, opening, 1.0) for name in names if name not in have)
     bar = tqdm(total=len(names), initial=len(have & set(names)), unit="prompt", desc="prompts drawn", disable=not state.is_main_process)
-    with append_jsonl(folder / f"drawn-{state.process_index:03d}.jsonl") as write, bar:
-        for job, ids in continue_all(
-            base.model,
-            JobQueue(jobs),
-            eos_ids=eos_ids(base),
-            batch_size=config.batch_size,
-            max_new_tokens=_DRAWN_PROMPT_TOKENS,
-            generator=torch.Generator(base.model.device).manual_seed(config.seed + len(have) + state.process_index),
-        ):
+    drawing = continue_all(
+        base.model, JobQueue(jobs), eos_ids=eos_ids(base), batch_size=config.batch_size, max_new_tokens=_DRAWN_PROMPT_TOKENS,
+        generator=torch.Generator(base.model.device).manual_seed(config.seed + len(have) + state.process_index),
+    )  # fmt: skip
+    with append_jsonl(folder / f"drawn-{state.process_index:03d}.jsonl") as write, bar, drawing as answers:
+        for job, ids in answers:
             write({"id": job.id, "prompt": _closed(base, ids, closing)})
             bar.update()
     state.wait_for_everyone()
