@@ -242,21 +242,21 @@ def test_fewer_jobs_than_slots(base: Base, count: int) -> None:
     assert sorted(job.id for job, _ in found) == [str(i) for i in range(count)]
 
 
-@pytest.mark.parametrize("what", ["answers", "drawn prompts", "estimate"])
+@pytest.mark.parametrize("what", ["answers", "drawn prompts"])
 def test_who_breaks_off_leaves_no_hook(what: str, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as the traceback is held, too."""
     head, asked = base.model.get_output_embeddings(), []
 
-    def broken_off(batch: _Batch, *given: Any) -> Any:
+    def broken_off(*given: Any) -> Any:
         asked.append(len(head._forward_pre_hooks))
         raise KeyboardInterrupt
 
-    config = DistillConfig(batch_size=4, max_new_tokens=8, max_prompt_tokens=30, self_drawn=4 if what == "drawn prompts" else 0)
-    if what == "drawn prompts":
+    if what == "answers":
+        monkeypatch.setattr(module.AnswerWriter, "write", broken_off)
+    else:
         monkeypatch.setattr(module, "encode_user_opening", lambda tokenizer: ([14], ""))
-    if what != "estimate":
-        monkeypatch.setattr(module, "_estimate", lambda *given: "")
-    monkeypatch.setattr(_Batch, "step", broken_off)
+        monkeypatch.setattr(module, "_closed", broken_off)
+    config = DistillConfig(batch_size=4, max_new_tokens=8, max_prompt_tokens=30, self_drawn=4 if what == "drawn prompts" else 0)
     with pytest.raises(KeyboardInterrupt) as held:
         distill(base, numbers(6), config, tmp_path)
     assert asked == [1]
