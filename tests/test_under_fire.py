@@ -102,11 +102,10 @@ def attached(model: Any, **options: Any) -> AcceleratedModel:
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "deferred"])
-@pytest.mark.parametrize(
-    ("dtype", "attention"), [(torch.float32, "sdpa"), (torch.float32, "eager"), (torch.bfloat16, "sdpa")], ids=["float32", "eager", "bfloat16"]
-)
-def test_in_the_middle_of_anything_the_base_is_as_it_was(schedule: str, dtype: torch.dtype, attention: str) -> None:
-    model = owned(dtype, attention)
+@pytest.mark.parametrize("base", [*BASES, "eager", "bfloat16 with hooks"])
+def test_in_the_middle_of_anything_the_base_is_as_it_was(schedule: str, base: str) -> None:
+    more = {"eager": lambda: owned(attention="eager"), "bfloat16 with hooks": lambda: owned(torch.bfloat16)}
+    model = (BASES | more)[base]()
     before, rng, found = State(model), random.Random(1), []
     fast = attached(model, schedule=schedule)
     for run, count in ((lambda: fast.generate(prompt_ids(), **GREEDY), 60), (lambda: attached(model, schedule=schedule), 15)):
