@@ -94,7 +94,9 @@ def test_a_broken_or_unwritable_verdict_costs_a_probe(probed: list[Guarantee], t
         {"limits": good["limits"] | {"other": 3}}, {"limits": good["limits"] | {name: 0}}, {"limits": good["limits"] | {name: "all"}},
         {"level": "bitwise", "limits": None},
     ]  # fmt: skip
-    for content in ("", "{", "[]", "{}", *(json.dumps({"guarantee": good | part}) for part in broken)):
+    whole = [{"guarantee": good | part, "digest": verdict._digest(good | part)} for part in broken]
+    damaged = [{"guarantee": good | {"again": [2]}, "digest": verdict._digest(good)}, {"guarantee": good, "digest": ""}, {"guarantee": good}]
+    for content in ("", "{", "[]", "{}", *map(json.dumps, [*whole, *damaged])):
         path.write_text(content)
         before = len(probed)
         assert attached(**few).guarantee == probed[-1]

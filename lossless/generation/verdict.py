@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ def kept_guarantee(path: Path, model: Any, twin: Any, find: Callable[[], Guarant
 
 def read_guarantee(path: Path, model: Any, twin: Any = None) -> Guarantee:
     """A verdict that was kept; raises one of `BROKEN` if it is not there, or is none of this model."""
-    kept = read_json(path)["guarantee"]
+    found = read_json(path)
+    kept = found["guarantee"]
+    if found["digest"] != _digest(kept):
+        raise ValueError("a verdict that was damaged: it could promise too much")
     limits: Any = kept["limits"]
     if limits is not None:
         limits = {module: limits.pop(name) for name, module in _named(twin if kept["twin"] else model).items()} | limits
@@ -71,7 +75,11 @@ def keep(path: Path, model: Any, found: Guarantee) -> None:
         "level": found.level, "limits": limits, "operations": found.operations, "noise": found.noise, "twin": found.twin, "again": found.again,
     } | {name: getattr(found, name) for name in _PASSES}  # fmt: skip
     with contextlib.suppress(OSError):
-        write_json(path, {"guarantee": verdict})
+        write_json(path, {"guarantee": verdict, "digest": _digest(verdict)})
+
+
+def _digest(verdict: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(verdict)), sort_keys=True).encode()).hexdigest()
 
 
 def _rows(kept: Any) -> tuple[int, ...]:

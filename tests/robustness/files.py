@@ -37,8 +37,9 @@ from lossless.errors import UsageError
 from lossless.evaluation.bench import bench
 from lossless.evaluation.certificate import asked, certify
 from lossless.evaluation.timing import Decoding
-from lossless.generation import measure
-from lossless.generation.model import accelerate
+from lossless.generation import measure, verdict
+from lossless.generation.exactness import Guarantee
+from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.training.config import TrainConfig
 from lossless.training.trainer import train
 
@@ -154,7 +155,23 @@ class Shelf:
         (folder / "costs").mkdir()
         (folder / "costs" / "curve.json").write_text(json.dumps({"curve": costs, "depends_on": {}}))
         kinds["cost curve"] = Kind(folder / "costs", ["curve.json"], lambda f: self._read_costs(f, adapter, base))
+        kinds["verdict"] = self._verdict(folder / "verdict", accelerate(base.model, adapter))
         return kinds
+
+    def _verdict(self, folder: Path, fast: AcceleratedModel) -> Kind:
+        """One that was damaged is never believed: it could promise too much."""
+        folder.mkdir()
+        verdict.keep(folder / "verdict.json", fast.runner.model, fast.guarantee)
+
+        def read(f: Path) -> Guarantee | None:
+            with contextlib.suppress(*verdict.BROKEN):
+                return verdict.read_guarantee(f / "verdict.json", fast.reader.model, fast.runner.model)
+            return None
+
+        def checks(found: Guarantee | None, file: str, f: Path, damaged: bytes) -> str | None:
+            return None if found in (None, fast.guarantee) else f"a damaged verdict was believed: {found}"
+
+        return Kind(folder, ["verdict.json"], read, checks)
 
     def _write_prompts(self, folder: Path) -> list[str]:
         folder.mkdir()
