@@ -53,7 +53,7 @@ def _draw_speeds(axes: Any, report: dict[str, Any]) -> None:
         axes.plot([low, high], [place, place], color="black", linewidth=1.5, marker="|", label="first to third quartile")
         axes.annotate(f"{median:.1f}", (max(median, high), place), xytext=(4, 0), textcoords="offset points", va="center")
         if ceiling := _ceiling(report, side):
-            label = "ceiling of one token a pass\n(memory bandwidth / weights)"
+            label = "ceiling of one token a pass\n(memory bandwidth / weights as loaded)"
             axes.plot([ceiling] * 2, [place - 0.45, place + 0.45], color=_LINE, linestyle="--", label=label)
     axes.set_yticks(range(len(sides)), [f"{name}\n({side['dtype']})" if side["dtype"] else name for name, side in sides])
     axes.margins(x=0.15)

@@ -3,7 +3,8 @@
 Knows: processors, GPUs, two small measurements, and how to keep processors busy. Does not know: prompts, sides, or how fast a model really is.
 
 A plain model reads all its weights for each token, so that the bandwidth of the memory bounds it: no loop that takes one
-token a pass can be faster than bandwidth / bytes of weights. Weights small enough to stay in a cache escape that bound.
+token a pass can be faster than bandwidth / bytes of weights. Weights small enough to stay in a cache escape that bound, and packed ones of fewer
+bits (kernels/grids.py) have a higher one.
 """
 
 from __future__ import annotations
