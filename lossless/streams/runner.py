@@ -205,9 +205,9 @@ class StreamRunner:
             return AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
 
         plan.exactly = self.attends_exactly
-        plan.keeps_bits = unpadded and (apart or self.limits is not None)
-        # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         single = count == 1 and nodes is None
+        plan.keeps_bits = unpadded and not (single and self._as_the_base) and (apart or self.limits is not None)
+        # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         if unpadded and (apart or (not last_only and (self.limits is not None or (single and not self.own_attention)))):
             plan.alone = None if single and self._as_the_base and not plan.exactly else paths()
         if self.fused and unpadded and (apart or not last_only or count == 1):  # a packed base reads a text of one token so, too
