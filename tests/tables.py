@@ -155,7 +155,7 @@ def best_without_us() -> str:
 def rivals() -> str:
     """One row for each way to answer of each comparison."""
     rows = [
-        f"| {processor(found)} | {found['dtype']} | {name} | {side['identical']} of {found['prompts']} | {1000 * side['time_to_first_token_s']:.0f} ms "
+        f"| {processor(found)} | {setting(found)} | {name} | {side['identical']} of {found['prompts']} | {1000 * side['time_to_first_token_s']:.0f} ms "
         f"| {side['tokens_per_s']:.1f} | {side['speedup']:.2f} {middle(side['speedup_quartiles'])} |"
         for found in compared() for name, side in fastest_first(found)
     ]  # fmt: skip
