@@ -38,7 +38,7 @@ DRAFTERS = {"shipped": "streams", "runs/paper": "the paper's streams",
             "runs/ablation/paper-+-transition": "streams with a transition on a small budget"}  # fmt: skip
 # the rows of the first page, in its order
 FRONT = ("float32-rivals", "float32-beside", "float32-sampled", "float32-random", "float32-checkpoint", "bfloat16", "bfloat16-packed", "float16", "4bit", "4bit-bfloat16",
-         "bfloat16-avx512", "float32-avx2", "bfloat16-avx2", "4bit-avx2", "4bit-bfloat16-avx2")  # fmt: skip
+         "float16-nogcc", "bfloat16-avx512", "float32-avx2", "bfloat16-avx2", "4bit-avx2", "4bit-bfloat16-avx2")  # fmt: skip
 
 
 def reports(kind: str) -> dict[str, Report]:
@@ -81,9 +81,11 @@ def decoded(found: Report) -> str:
 
 
 def processor(found: Report) -> str:
-    """As torch calls it; those with AVX-512 have bfloat16 arithmetic, unless they say that they have not."""
-    name = str(found["machine"]["cpu_capability"])
-    return name if name == "AVX2" or found["machine"].get("pairs_of_bfloat16") is not False else f"{name} without bfloat16"
+    """As torch calls it; those with AVX-512 have bfloat16 arithmetic and kernels of ours, unless they say that they have not."""
+    name, pairs = str(found["machine"]["cpu_capability"]), found["machine"].get("pairs_of_bfloat16", True)
+    if pairs is None:
+        return f"{name}, no gcc"
+    return name if name == "AVX2" or pairs else f"{name} without bfloat16"
 
 
 def middle(quartiles: list[float]) -> str:
