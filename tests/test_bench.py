@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lossless.base.loading import load_base
 from lossless.distillation.prompts import from_text
 from lossless.errors import UsageError
 from lossless.evaluation import bench as module
+from lossless.evaluation import machine
 from lossless.evaluation import sides as side_module
 from lossless.evaluation.bench import Run, SideRun, acceptance_by_depth, bench, run_sides, summarize
 from lossless.evaluation.bench_plot import draw
@@ -75,6 +77,10 @@ def test_a_bench_beside_others_keeps_them_running_and_ends_them(pair, monkeypatc
     assert (found["beside"], found["identical"]) == (2, 1)
     with pytest.raises(UsageError, match="beside must be at least 0, got -1"):
         bench(base, fast, "here", [from_text("w1 w2", "p")], Decoding(max_new_tokens=3), beside=-1)
+
+
+def test_what_never_rests_ends_with_whoever_began_it() -> None:
+    subprocess.run([sys.executable, "-S", "-c", machine._NEVER_RESTS, "1"], timeout=60, check=True)
 
 
 def test_every_side_is_measured_alike_and_each_goes_first_in_turn(pair) -> None:  # type: ignore[no-untyped-def]

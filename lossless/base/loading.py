@@ -37,7 +37,7 @@ class Base:
     @property
     def vocabulary(self) -> int:
         """Token ids that it can be given, those that pad the embeddings among them."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return vocabulary_of(self.model)
 
 
 def load_base(
@@ -106,13 +106,17 @@ def require_model(model: Any) -> None:
         raise UsageError(f"model must be a loaded Hugging Face causal LM, got {type(model).__name__}")
 
 
+def vocabulary_of(model: Any) -> int:
+    """Token ids that a model can be given, those that pad the embeddings among them."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def check_tokens(ids: Sequence[int], model: Any) -> None:
     """Raises UsageError for what a tokenizer makes of a text if the model can do nothing with it: no token, or one that it has no embedding of."""
-    rows = model.get_input_embeddings().weight.shape[0]
     if not ids:
         raise UsageError("a prompt must have at least one token, and the tokenizer makes none of this one")
-    if max(ids) >= rows:
-        raise UsageError(f"the tokenizer is not this model's: tokens must be below {rows}, got {max(ids)}")
+    if max(ids) >= (known := vocabulary_of(model)):
+        raise UsageError(f"the tokenizer is not this model's: tokens must be below {known}, got {max(ids)}")
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -173,7 +173,8 @@ def pack(model: Any) -> Any:
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
         raise UsageError(f"{type(model).__name__} in {dtype} on {getattr(model, 'device', 'its device')} has no weight that can be packed: "
                          "packing takes a CPU, and float32, bfloat16 (from AVX-512 on, or with gcc), float16 (with gcc) or 4 bits (with gcc); or the current GPU, with Triton, and float32, bfloat16 or float16")  # fmt: skip
-    needed, free = max(packed_bytes(model, {name: kind}) for name, kind in kinds.items()) / 2**20, free_memory(device_of(model)) * 2**10
+    largest: Any = max((model.get_submodule(name).weight for name in kinds), key=lambda weight: weight.nbytes)  # packed, none takes more
+    needed, free = largest.nbytes / 2**20, free_memory(device_of(model)) * 2**10
     if needed > free:
         raise UsageError(f"pack() lays out a weight anew before it lets the old one go: that takes up to {needed:.0f} MiB, and {free:.0f} MiB are free")
     _replace(model, kinds)

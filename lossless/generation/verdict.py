@@ -79,7 +79,7 @@ def keep(path: Path, model: Any, found: Guarantee) -> None:
 
 
 def _digest(verdict: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(verdict)), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(verdict, sort_keys=True).encode()).hexdigest()
 
 
 def _rows(kept: Any) -> tuple[int, ...]:

@@ -34,8 +34,12 @@ static void likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, ptrd
 }
 
 void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, ptrdiff_t count, int32_t *numbers, float *scores, int threads) {
+    struct team team = {0};
 #pragma omp parallel num_threads(threads)
-    likeliest(logits, rows, vocab, count, numbers, scores);
+    {
+        likeliest(logits, rows, vocab, count, numbers, scores);
+        wait_for_all(&team);
+    }
 }
 
 struct recurrent {
@@ -82,8 +86,10 @@ void lossless_level(const struct recurrent *by, const int64_t *of, const float *
         }
         project(&by->head, &token, rows, 0, logits);
         wait_for_all(&team);
-        if (count) likeliest(logits, rows, vocab, count, tokens, scores);
-        wait_for_all(&team);
+        if (count) {
+            likeliest(logits, rows, vocab, count, tokens, scores);
+            wait_for_all(&team);
+        }
     }
     for (ptrdiff_t k = 0; k < rows * count; k++) tokens[k] = by->ids ? (int32_t)by->ids[tokens[k]] : tokens[k];
 }

@@ -93,7 +93,7 @@ static void turn_and_keep(const struct layer *layer, const struct kept *kept, co
     }
 }
 
-/* As lossless_layers (layer.c); returns whether attention found what is no finite number, and then nothing more is done. scratch: as FusedLayer.scratch in fused.py says. */
+/* As lossless_layers (layer.c); returns whether attention found what is no finite number: then `out` is of no use. scratch: as FusedLayer.scratch in fused.py says. */
 int EXACTLY(lossless_layers)(const struct layer *const *layers, const struct kept *kept, ptrdiff_t count, const uint16_t *hidden,
                              const uint16_t *cos, const uint16_t *sin, const int32_t *lengths, const int32_t *paths, ptrdiff_t depth, ptrdiff_t past,
                              uint16_t *out, float *scratch, ptrdiff_t longest, ptrdiff_t rows, int threads) {

@@ -59,6 +59,7 @@ static inline void go_on(struct team *team) {
 /* What follows is done once all threads have come, by the last of them; the others go on behind it. Nothing may leave it but its end. */
 #define BY_ONE(team) for (int last = comes_last(team); last; last = 0, go_on(team))
 
+/* At the end of a region, too: there the first thread would wait for the others in libgomp's way. */
 static inline void wait_for_all(struct team *team) {
     BY_ONE(team);
 }

@@ -199,17 +199,17 @@ class StreamRunner:
         alone = count == 1 or (cache.length == 0 and self._knows_causal())
         plain = tree_mask is None and alone and cache.visible() is None
         allowed = None if plain else behind_the_past(own(torch.arange(count)), cache, len(ids))
-        plan = Pass(self.implementation, len(ids), count, PositionMask(allowed, positions, keys), last_only=last_only)
+        plan = Pass(self.implementation, len(ids), count, PositionMask(allowed, positions, keys), last_only=last_only, exactly=self.attends_exactly)
 
         def paths() -> AloneRows:
             return AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
 
-        plan.exactly = self.attends_exactly
         single = count == 1 and nodes is None
-        plan.keeps_bits = unpadded and not (single and self._as_the_base) and (apart or self.limits is not None)
+        like_base = single and self._as_the_base
+        plan.keeps_bits = unpadded and not like_base and (apart or self.limits is not None)
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         if unpadded and (apart or (not last_only and (self.limits is not None or (single and not self.own_attention)))):
-            plan.alone = None if single and self._as_the_base and not plan.exactly else paths()
+            plan.alone = None if like_base and not plan.exactly else paths()
         if self.fused and unpadded and (apart or not last_only or count == 1):  # a packed base reads a text of one token so, too
             plan.paths = plan.alone or paths()
 
