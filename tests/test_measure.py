@@ -12,9 +12,11 @@ import torch
 
 from lossless.adapter.compat import new_adapter
 from lossless.drafting.costs import CostCurve
+from lossless.generation import loop
 from lossless.generation import measure as module
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.generation.stats import Stats
+from lossless.streams.passes import read_plainly
 
 from .conformance.families import build
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -109,6 +111,25 @@ def test_drafts_that_do_not_pay_are_left_out_and_tried_again(schedule: str, do_s
     seen.clear()
     both(fast, prompt_ids(), max_new_tokens=150, do_sample=do_sample)
     assert all(seen)
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+def test_while_drafts_are_left_out_the_base_itself_is_called_and_the_next_answer_begins_with_that(
+    do_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lossless.generation.attach.packed_twin", lambda base: None)  # through which plain steps go, too
+    fast, calls = attached(recall=False), []
+    fast.costs = CostCurve(1e-6, (1, 32), (1e-6, 1.5e-6), streams_s=0.8e-6, level_s=0.05e-6)
+    monkeypatch.setattr(loop, "read_plainly", lambda base, *given: calls.append(base is fast.base) or read_plainly(base, *given))
+    for first in (True, False):
+        drafting(fast, seen := [])
+        expected, found = both(fast, prompt_ids(), max_new_tokens=100, do_sample=do_sample)
+        assert torch.equal(expected, found)
+        assert all(calls)
+        assert len(calls) > 0.8 * len(seen)
+        assert (sum(seen[:4]) == 4) == first  # tried four times at first, then once
+        assert seen[0]
+        calls.clear()
 
 
 def test_costs_that_were_measured_on_a_busy_machine_are_measured_again_once(measured: list[CostCurve]) -> None:

@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 
 from lossless.drafting.costs import CostCurve
-from lossless.drafting.policy import DraftPolicy
+from lossless.drafting.policy import FIRST_PAUSE, DraftPolicy
 
 CURVE = CostCurve(1.0, (1, 2, 32), (1.0, 1.05, 2.0), streams_s=0.4, level_s=0.02)  # a step over 4 rows and 3 levels pays from 1.57 tokens on
 ROWS, LEVELS = 4, 3
@@ -16,20 +16,21 @@ ROWS, LEVELS = 4, 3
 
 def speed(
     tokens_per_step: float, texts: int = 200, length: int = 128, drafted: float = 1.0, plain: float = 1.0, disturbed: float = 0.0,
-    recalled: float = 1.0,
+    recalled: float = 1.0, after: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
     """Of a policy over texts whose drafts emit so many tokens a step, at most 6, and of always drafting; against plain steps.
 
     drafted, plain: how much longer steps take than the curve says; disturbed: the part of all steps that take thrice as long; recalled: tokens that
-    a plain step emits, from a pass of as many rows as one with drafts if it is above 1.
+    a plain step emits, from a pass of as many rows as one with drafts if it is above 1; after: each text comes after the one before.
     """
     found: tuple[list[float], list[float]] = ([], [])
     rows = ROWS if recalled > 1 else 1
     drafted_s, plain_s = drafted * (CURVE.verify_s(ROWS) + CURVE.draft_s(LEVELS)), plain * CURVE.verify_s(rows)
+    pause = FIRST_PAUSE
     for seed in range(texts):
         for always, ratios in enumerate(found):
             dice, clock = random.Random(seed), random.Random(f"clock {seed}")
-            policy, tokens, seconds = DraftPolicy(CURVE), 0, 0.0
+            policy, tokens, seconds = DraftPolicy(CURVE, pause), 0, 0.0
             while tokens < length:
                 emitted, drafting = 1, policy.drafting or bool(always)
                 while emitted < 6 and dice.random() > 1 / (tokens_per_step if drafting else recalled):
@@ -38,6 +39,7 @@ def speed(
                 policy.note(ROWS if drafting else rows, LEVELS, emitted, seconds)
                 tokens += emitted
             ratios.append(tokens / seconds * plain_s / recalled * (1 + 2 * disturbed))
+            pause = policy.pause if after and not always else pause
     return mean(found[0]), mean(found[1])
 
 
@@ -52,6 +54,18 @@ def test_where_drafts_do_not_pay_little_is_lost(tokens_per_step: float) -> None:
 def test_where_they_pay_they_are_not_given_up(tokens_per_step: float) -> None:
     ours, always = speed(tokens_per_step)
     assert ours > 0.97 * always > 1
+
+
+@pytest.mark.parametrize("tokens_per_step", [1.0, 1.2, 1.4])
+def test_after_a_text_on_which_drafts_did_not_pay_less_is_lost(tokens_per_step: float) -> None:
+    ours, _ = speed(tokens_per_step, after=True)
+    assert ours > 0.98 > speed(tokens_per_step)[0]
+
+
+@pytest.mark.parametrize("tokens_per_step", [2.2, 2.5, 3.0])
+def test_what_texts_before_said_does_not_stand_in_the_way_of_drafts_that_pay(tokens_per_step: float) -> None:
+    ours, always = speed(tokens_per_step, after=True)
+    assert ours > 0.96 * always > 1
 
 
 def test_drafts_are_held_against_what_the_text_recalls_by_itself() -> None:

@@ -1,7 +1,7 @@
 """Whether drafts pay on this text: decided step by step from what they gave, and from what steps took.
 
-Knows: a cost curve, how many tokens the last steps emitted, and how long they took. State of one call. Does not know: trees, or
-models. It decides how fast tokens come, never which.
+Knows: a cost curve, how many tokens the last steps emitted, how long they took, and whether drafts paid on the text before. State of one
+call. Does not know: trees, or models. It decides how fast tokens come, never which.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .costs import CostCurve
 # Simulated over texts of 128 tokens whose drafts emit 1.02 to 2.8 tokens a step, where 1.3 or 1.6 pay: at worst 0.97 of the plain
 # speed, and from 2.2 tokens on at most 3 % below drafts that are never left out.
 _WEIGHT = 0.1  # of the newest step in the running averages, which go on over pauses: one lucky step is no proof
-_TRIALS = 4  # steps with drafts before they are judged for the first time; after a pause each step is judged
-_FIRST_PAUSE, _LAST_PAUSE = 16, 64  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
+_TRIALS = 4  # steps with drafts before they are judged for the first time; one is enough after a pause, and where drafts did not pay on the text before
+FIRST_PAUSE, _LAST_PAUSE = 16, 64  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
 _CLEARLY = 0.85  # drafts are left out where they give less than this part of what plain steps would
 _LAST = 8  # steps of which the quickest tells how slow the machine is: other work on it only ever adds to a step, and rarely to all
 _STALE = 0.6  # of the time by the curve: steps that take less say that it was measured beside other work
@@ -26,21 +26,28 @@ class DraftPolicy:
 
     Args:
         curve: what steps cost; None: drafts always pay.
+        pause: plain steps before drafts are tried again, as the text before left them.
     """
 
-    def __init__(self, curve: CostCurve | None) -> None:
+    def __init__(self, curve: CostCurve | None, pause: int = FIRST_PAUSE) -> None:
         self.curve, self._near = curve, curve
         self._emitted = self._expected = 0.0  # running sums over steps with drafts: tokens, and their time by the curve
         self._plain_emitted = self._plain_expected = 0.0  # the same of steps without, in which n-grams may draft all the same
         self._slower: deque[float] = deque(maxlen=_LAST)  # how many times as long as by the curve the last steps with drafts took
         self._plain_slower: deque[float] = deque(maxlen=_LAST)  # the same of plain steps
         self._spent = 0.0
-        self._trials, self._pause, self._left = _TRIALS, _FIRST_PAUSE, 0
+        self.pause, self._left = pause, 0
+        self._trials = _TRIALS if pause == FIRST_PAUSE else 1
 
     @property
     def drafting(self) -> bool:
         """Whether streams run for the next step."""
         return self._left == 0
+
+    @property
+    def resting(self) -> bool:
+        """Whether none will for the step behind that, either."""
+        return self._left > 1
 
     @property
     def stale(self) -> bool:
@@ -76,10 +83,11 @@ class DraftPolicy:
         self._trials = max(0, self._trials - 1)
         if self._trials:
             return
-        if self._emitted * self._plain_s(self.curve) < _CLEARLY * min(self._slower) * self._expected:
-            self._left, self._pause = self._pause, min(_LAST_PAUSE, 2 * self._pause)
+        least = _CLEARLY if self.pause == FIRST_PAUSE else 0.9  # once they were left out, they have to pay
+        if self._emitted * self._plain_s(self.curve) < least * min(self._slower) * self._expected:
+            self._left, self.pause = self.pause, min(_LAST_PAUSE, 2 * self.pause)
         else:
-            self._pause = max(_FIRST_PAUSE, self._pause // 2)
+            self.pause = max(FIRST_PAUSE, self.pause // 2)
 
     def _plain_s(self, curve: CostCurve) -> float:
         """What a token takes without drafts: the curve, corrected by plain steps that were seen, and by what they recalled. Before any

@@ -20,10 +20,10 @@ from ..base.processes import give_back_memory
 from ..drafting.costs import CostCurve
 from ..drafting.ngram import NGramCache
 from ..drafting.noise import PEEKABLE, NoiseBias, NoiseTape
-from ..drafting.policy import DraftPolicy
+from ..drafting.policy import FIRST_PAUSE, DraftPolicy
 from ..drafting.tree import DraftTree
 from ..streams.cache import RowCache
-from ..streams.passes import PassOutput
+from ..streams.passes import PassOutput, read_plainly
 from .acceptance import accept
 from .attach import Attachment
 from .exactness import moved
@@ -50,12 +50,13 @@ class DecodeLoop:
         drafting: how trees are drafted.
         costs: of a step's parts here.
         stats: where it counts what it does.
+        pause: plain steps between drafts where they do not pay, as the call before left them.
     """
 
-    def __init__(self, attached: Attachment, drafting: DraftConfig, costs: CostCurve, stats: Stats) -> None:
+    def __init__(self, attached: Attachment, drafting: DraftConfig, costs: CostCurve, stats: Stats, pause: int = FIRST_PAUSE) -> None:
         self.attached, self.drafting, self.costs, self.stats = attached, drafting, costs, stats
         self.reader, self.runner, self.drafter = attached.reader, attached.runner, attached.drafter
-        self.adapter = attached.reader.adapter
+        self.adapter, self.pause = attached.reader.adapter, pause
         self.stale = False  # whether steps were so quick that the costs must have been measured beside other work
 
     def run(
@@ -94,7 +95,7 @@ class DecodeLoop:
         for sequence, logits in zip(sequences, out.logits[:, -1], strict=True):
             sequence.remember(sequence.choose_alone(logits))
             self.stats.emit(sequence.number, (sequence.last,), (0,), 0)
-        policy = DraftPolicy(self.costs if self.drafting.adaptive else None)
+        policy = DraftPolicy(self.costs if self.drafting.adaptive else None, self.pause)
         active, streams = self._go_on(sequences, out, [out.entry.shape[1] - 1] * len(sequences), cache, policy)
         self.stats.prefill_s = (begun := time.perf_counter()) - started
 
@@ -107,7 +108,7 @@ class DecodeLoop:
                     trees = self._draft(streams, active, noise_bias, policy.curve)
                 # 3. verify: the base's own logits after every node, and the next streams, in one pass
                 with self.stats.timing("pass_s"):
-                    out = self._read_trees(trees, active, cache, noise_bias, policy.drafting)
+                    out = self._read_trees(trees, active, cache, noise_bias, policy)
                 # 4. accept: follow the base's choices as far as they were drafted
                 native = self.runner is self.reader and len(active) == len(sequences)
                 choices = [sequence.choose_after(rows, native) for sequence, rows in zip(active, out.logits, strict=True)]
@@ -129,7 +130,7 @@ class DecodeLoop:
                 with self.stats.timing("draft_s"):
                     active, streams = self._go_on(active, out, rows, cache, policy)
 
-        self.stale = policy.stale
+        self.stale, self.pause = policy.stale, policy.pause
         self.stats.texts = len(sequences)
         self.stats.tokens = sum(sequence.emitted for sequence in sequences)
         self.stats.decode_s = time.perf_counter() - begun
@@ -211,7 +212,7 @@ class DecodeLoop:
         # drafts do not know for sure which tokens are the base's best few
         return NoiseBias(ahead, config.temperature or 1.0, max(config.top_k, self.drafting.tree_top_k) if config.top_k else 0)
 
-    def _read_trees(self, trees: list[DraftTree], sequences: list[Sequence], cache: RowCache, noise_bias: NoiseBias | None, drafting: bool) -> PassOutput:
+    def _read_trees(self, trees: list[DraftTree], sequences: list[Sequence], cache: RowCache, noise_bias: NoiseBias | None, policy: DraftPolicy) -> PassOutput:
         """One target pass over a tree for each text; with the parallel schedule every node speculates, while drafts pay."""
         width = max(map(len, trees))
         ids, positions = torch.zeros(len(trees), width, dtype=torch.long), torch.zeros(len(trees), width, dtype=torch.long)
@@ -220,7 +221,9 @@ class DecodeLoop:
             ids[i, : len(tree)] = torch.tensor(tree.tokens)
             positions[i, : len(tree)] = torch.tensor(tree.depths) + sequence.position
             mask[i, : len(tree), : len(tree)] = tree.mask()
-        nodes = self._speculators(trees, width, noise_bias) if drafting and self._streams_join(alone=width == 1) else None
+        if policy.resting and width == len(trees) == 1 and self.runner is self.reader and self.runner.as_the_base and cache.visible() is None:
+            return read_plainly(self.reader.base, ids, positions, cache)
+        nodes = self._speculators(trees, width, noise_bias) if policy.drafting and self._streams_join(alone=width == 1) else None
         out = self.runner.verify(ids, positions, None if width == 1 else mask, cache, nodes)
         self.stats.speculated += len(trees) * len(out.nodes)
         return out

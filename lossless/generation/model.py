@@ -25,6 +25,7 @@ from ..base.structure import state_of
 from ..drafting.costs import CostCurve
 from ..drafting.drafter import Drafter
 from ..drafting.noise import generator_of
+from ..drafting.policy import FIRST_PAUSE
 from ..errors import UsageError, nearest
 from ..streams.runner import StreamRunner
 from .attach import attach
@@ -60,6 +61,7 @@ class AcceleratedModel:
         self._base_lock = lock_of(model)
         self._warned: set[str] = set()
         self._stale, self._measured_again = False, False  # what steps cost
+        self._pause = FIRST_PAUSE  # between drafts, as the last call left it
         with self._base_lock.lock:
             self._attach()
 
@@ -163,7 +165,7 @@ class AcceleratedModel:
     def _serve(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         passed_in = cache_among(kwargs) is not None
         streamer = kwargs.get("streamer")  # HF drops it on its way to a custom loop, so it is bound here
-        loop = DecodeLoop(self.attached, self.drafting, self.costs, self.stats)
+        loop = DecodeLoop(self.attached, self.drafting, self.costs, self.stats, self._pause)
         ahead, exact = self.adapter.config.num_streams, self.guarantee.level
 
         def decode(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
@@ -181,7 +183,7 @@ class AcceleratedModel:
                 self.stats = Stats()
                 self._hand_over("two tokens of a text in a batch were nearly tied")
                 return model._sample(input_ids, streamer=streamer, **prepared)
-            self._stale = loop.stale
+            self._stale, self._pause = loop.stale, loop.pause
             return found
 
         return self.base.generate(inputs, custom_generate=decode, **kwargs)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..base.layers import CACHE, input_device
 from ..kernels.gpu import Told
 from ..kernels.graphs import Pieces
 from .invariance import AloneRows
@@ -77,6 +78,13 @@ def with_plan(plan: Pass, run: Callable[[], Found]) -> Found:
         return run()
     finally:
         PASS.set(before)
+
+
+def read_plainly(base: Any, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> PassOutput:
+    """A pass of one row through the base itself, `[1, 1]`: nothing is hooked in, and no streams can start from it."""
+    device = input_device(base)
+    given = {"input_ids": ids.to(device), "position_ids": positions.to(device), CACHE: cache}
+    return PassOutput(base(**given, use_cache=True).logits, torch.empty(0))
 
 
 def logit_scale(runner: Any, seen: tuple[Pass, torch.Tensor] | None = None) -> float:

@@ -125,7 +125,7 @@ class StreamRunner:
         return AloneRows([range(j + 1) for j in range(self.adapter.config.num_streams)])
 
     @cached_property
-    def _as_the_base(self) -> bool:
+    def as_the_base(self) -> bool:
         """Whether a row alone attends as in the base's own call: no layer has a window, and no kernel is chosen by how keys lie in memory."""
         return not self.own_attention and shortest_window(self.base) is None and all(device_of(layer).type == "cpu" for layer in self.layers)
 
@@ -205,7 +205,7 @@ class StreamRunner:
             return AloneRows([[i for i, seen in enumerate(row) if seen] for row in own(torch.arange(count))[0].tolist()])
 
         single = count == 1 and nodes is None
-        like_base = single and self._as_the_base
+        like_base = single and self.as_the_base
         plan.keeps_bits = unpadded and not like_base and (apart or self.limits is not None)
         # a row alone sees no more keys than the base's own would, for a mask over those behind a window rounds otherwise
         if unpadded and (apart or (not last_only and (self.limits is not None or (single and not self.own_attention)))):
