@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -167,6 +168,35 @@ def save_tiny(folder: Path) -> None:
         "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
     )
     fast_tokenizer.save_pretrained(folder)
+
+
+def save_gguf(file: Path) -> None:
+    """The tiny model as a GGUF file, with a tokenizer of letters."""
+    model, letters = build_tiny(seed=5), ["<unk>", "<s>", "</s>", "\u0120", "w", "\u0120w", *"0123456789"]
+    words = [*letters, *(f"w{i}" for i in range(VOCAB - len(letters)))]
+    config, writer = model.config, GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * VOCAB)
+    writer.add_token_merges(["\u0120 w"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.fixture(scope="session")

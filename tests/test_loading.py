@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
+import struct
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lossless import storage
 from lossless.adapter.compat import new_adapter
@@ -21,7 +24,7 @@ from lossless.base.loading import Base, load_base
 from lossless.errors import UsageError
 from lossless.generation.model import accelerate
 
-from .conftest import build_tiny, prompt_ids, tiny_config
+from .conftest import build_tiny, prompt_ids, save_gguf, tiny_config
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
@@ -82,6 +85,41 @@ def test_an_empty_folder_is_told(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(UsageError, match="holds 2 GGUF files"):
+        load_base(str(tmp_path))
+
+
+def test_a_gguf_file_is_an_ordinary_model(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "base.gguf")
+    base, whole = load_base(str(tmp_path), "float32"), build_tiny(seed=5).state_dict()
+    for name, tensor in base.model.state_dict().items():
+        assert torch.equal(tensor, whole[name]) or ("q_proj" in name or "k_proj" in name), name  # stored in another order of rows
+    assert base.tokenizer("w1 w2")["input_ids"] == [4, 7, 5, 8]
+    base.model.save_pretrained(tmp_path / "again")  # as what transformers makes of it cannot be
+
+
+@pytest.mark.parametrize(
+    ("begin", "rule"),
+    [
+        (b"", "no GGUF file: cannot mmap an empty file"),
+        (b"GGML" + bytes(60), "does not begin with GGUF"),
+        (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"a", 9, 4, 2**60), "its settings go on behind its end"),  # an array of 2^60 numbers
+        (struct.pack("<4sIQQQ13sII", b"GGUF", 3, 39, 1, 13, b"a.block_count", 4, 40), "it has 39 tensors, and says that it has 40 layers"),
+        (struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 99), "of the unknown kind 99"),
+        (struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"a", 9) + struct.pack("<IQ", 9, 1) * (sys.getrecursionlimit() + 100), "maximum recursion depth"),
+    ],
+)
+def test_a_broken_gguf_file_is_told_at_once(begin: bytes, rule: str, tmp_path: Path) -> None:
+    (tmp_path / "base.gguf").write_bytes(begin)
+    with pytest.raises(UsageError, match=rule):
+        load_base(str(tmp_path))
+
+
+def test_weights_that_the_files_lack_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"lacks 1 of the model's weights, which are random numbers now: model.layers.1.mlp.up_proj.weight"):
         load_base(str(tmp_path))
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import UsageError, require_one_of
 from .demo import demo_folder
-from .gguf import load_gguf, quiet
+from .gguf import check_header, from_files, load_gguf, quiet
 from .processes import processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -68,11 +68,13 @@ def load_base(
             if gguf_file is None and not Path(source).is_dir():
                 with contextlib.suppress(RemoteEntryNotFoundError):  # adapters have none
                     hf_hub_download(source, "config.json")  # of a hub that is silent every file would be waited for, one after the other
+            if gguf_file is not None:
+                check_header(Path(source) / gguf_file)
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
             if load_in is not None and gguf_file is None:
                 options |= {"quantization_config": _quantization(load_in, source, dtype, device), "device_map": {"": device}}
             if gguf_file is None:
-                model = AutoModelForCausalLM.from_pretrained(source, **options)
+                model = from_files(source, **options)
             elif load_in is None:
                 model = load_gguf(source, gguf_file, DTYPES[dtype])
             else:

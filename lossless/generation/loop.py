@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..adapter.config import DraftConfig
+from ..base.attention import GROUPED
 from ..base.layers import as_decoding, cache_among, input_device
 from ..base.processes import give_back_memory
 from ..drafting.costs import CostCurve
@@ -161,6 +162,11 @@ class DecodeLoop:
         depth = max(max(tree.depths) for tree in trees)
         return max(map(len, trees)), min(depth + 1, self.adapter.config.num_streams)
 
+    @property
+    def _reads_plainly(self) -> bool:
+        """Whether rows may be read by the base itself: not where a twin is faster, nor where the base (a packed one) knows only caches of its own."""
+        return self.runner is self.reader and self.runner.as_the_base and self.runner.implementation != GROUPED
+
     def _streams_join(self, alone: bool) -> bool:
         """Whether streams run in the base's own pass: under near-tie not if its rows are to have the shapes of the base's own; and not
         where layers go the short way, which streams cannot."""
@@ -221,7 +227,7 @@ class DecodeLoop:
             ids[i, : len(tree)] = torch.tensor(tree.tokens)
             positions[i, : len(tree)] = torch.tensor(tree.depths) + sequence.position
             mask[i, : len(tree), : len(tree)] = tree.mask()
-        if policy.resting and width == len(trees) == 1 and self.runner is self.reader and self.runner.as_the_base and cache.visible() is None:
+        if policy.resting and width == len(trees) == 1 and self._reads_plainly and cache.visible() is None:
             return read_plainly(self.reader.base, ids, positions, cache)
         nodes = self._speculators(trees, width, noise_bias) if policy.drafting and self._streams_join(alone=width == 1) else None
         out = self.runner.verify(ids, positions, None if width == 1 else mask, cache, nodes)

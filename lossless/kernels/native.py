@@ -39,6 +39,7 @@ from ..storage import cache_dir
 _SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "team.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
 _TWICE, _IN_FLOAT16 = ("exact.c", "exact_layer.c"), "-DIN_FLOAT16"  # sources that are compiled for either dtype of 16 bits
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+_DIGEST = 32  # bytes
 _SECONDS = 120  # that compiling may take; it takes some six
 # as vectors.h has them
 FLOAT32, BFLOAT16, FOUR_BITS, EIGHT_BITS, PAIRED_FOUR_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID, INTERLEAVED, FLOAT16, INTERLEAVED_FLOAT16 = range(10)
@@ -81,18 +82,23 @@ def _load(command: list[str], name: str) -> Any:
         folder = find()  # one of its own only if it is needed
         path = folder / f"{name}.so"
         try:
+            if not _is_whole(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                own = folder / f".{name}.{os.getpid()}"
+                _compile(command, own)
+                made = own.read_bytes()
+                own.write_bytes(made + hashlib.sha256(made).digest())
+                own.replace(path)
             return _declared(ctypes.CDLL(str(path)))
-        except (OSError, AttributeError):
-            pass  # not there yet, or broken
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            own = folder / f".{name}.{os.getpid()}"
-            _compile(command, own)
-            own.replace(path)
-        except OSError:
+        except (OSError, AttributeError):  # a full or read-only disk, or one that nothing may be run from
             continue
-        return _declared(ctypes.CDLL(str(path)))
-    raise OSError("no folder to compile in")
+    raise OSError("no folder to compile in, or to load from")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a library whose digest, which stands behind it, is its own: what is loaded of a damaged one takes the process with it."""
+    data = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]
 
 
 def _compile(command: list[str], library: Path) -> None:

@@ -43,7 +43,7 @@ from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.training.config import TrainConfig
 from lossless.training.trainer import train
 
-from ..conftest import save_tiny, tiny_config
+from ..conftest import save_gguf, save_tiny, tiny_config
 
 
 class Trap:
@@ -148,6 +148,9 @@ class Shelf:
             "base": Kind(folder / "base", _names(folder / "base"), lambda f: load_base(str(f), "float32")),
             "adapter": Kind(folder / "adapter", _names(folder / "adapter"), lambda f: self._read_adapter(base, f)),
         }
+        (folder / "gguf").mkdir()
+        save_gguf(folder / "gguf" / "base.gguf")
+        kinds["GGUF"] = Kind(folder / "gguf", ["base.gguf"], lambda f: load_base(str(f), "float32"))
         for file in self._write_prompts(folder / "prompts"):
             kinds[f"prompts {file}"] = Kind(folder / "prompts", [file], lambda f, file=file: read_prompts(f / file))
         kinds |= self._answers(folder, base, prompts) | self._journals(folder, base, prompts, adapter)
