@@ -16,7 +16,7 @@ from .costs import CostCurve
 _WEIGHT = 0.1  # of the newest step in the running averages, which go on over pauses: one lucky step is no proof
 _TRIALS = 4  # steps with drafts before they are judged for the first time; one is enough after a pause, and where drafts did not pay on the text before
 FIRST_PAUSE, _LAST_PAUSE = 16, 64  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
-_CLEARLY = 0.85  # drafts are left out where they give less than this part of what plain steps would
+_CLEARLY, _AGAIN = 0.85, 0.9  # drafts are left out where they give less than this part of what plain steps would: at first, and once they have been
 _LAST = 8  # steps of which the quickest tells how slow the machine is: other work on it only ever adds to a step, and rarely to all
 _STALE = 0.6  # of the time by the curve: steps that take less say that it was measured beside other work
 
@@ -83,7 +83,7 @@ class DraftPolicy:
         self._trials = max(0, self._trials - 1)
         if self._trials:
             return
-        least = _CLEARLY if self.pause == FIRST_PAUSE else 0.9  # once they were left out, they have to pay
+        least = _CLEARLY if self.pause == FIRST_PAUSE else _AGAIN
         if self._emitted * self._plain_s(self.curve) < least * min(self._slower) * self._expected:
             self._left, self.pause = self.pause, min(_LAST_PAUSE, 2 * self.pause)
         else:

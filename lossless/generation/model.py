@@ -61,7 +61,6 @@ class AcceleratedModel:
         self._base_lock = lock_of(model)
         self._warned: set[str] = set()
         self._stale, self._measured_again = False, False  # what steps cost
-        self._pause = FIRST_PAUSE  # between drafts, as the last call left it
         with self._base_lock.lock:
             self._attach()
 
@@ -83,6 +82,7 @@ class AcceleratedModel:
 
     def measure_costs(self, refresh: bool = True) -> CostCurve:
         """What the parts of a step cost here: measured, or, without `refresh`, as it was measured before; seconds the first time."""
+        self._pause = FIRST_PAUSE  # between drafts, as the last call left it
         with self._base_lock.lock:  # beside a call everything takes longer
             self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.drafting.tree_nodes, refresh)
         return self.costs
