@@ -31,7 +31,7 @@ from lossless.errors import UsageError
 from lossless.evaluation.parity import check_parity
 from lossless.generation.loop import DecodeLoop
 from lossless.generation.model import AcceleratedModel, accelerate
-from lossless.storage import read_jsonl
+from lossless.storage import read_json, read_jsonl, write_json
 from lossless.streams.cache import RowCache
 from lossless.streams.passes import logit_scale
 from lossless.streams.runner import StreamRunner
@@ -378,6 +378,17 @@ def test_a_pruning_layer_learns_nothing_from_a_block_of_one_position(taught: Bas
         gradients = [parameter.grad for parameter in adapter.pruning.parameters()]
         assert all(gradient is not None for gradient in gradients), "processes wait for each other's gradients"
         assert any(gradient.abs().max() > 0 for gradient in gradients) == learns
+
+
+@pytest.mark.parametrize("damage", [{"step": -1}, {"step": -(2**70)}, {"step": 5}, {"best_step": 4}, {"worse": -1}, {"stopped": "no"}])
+def test_a_checkpoint_whose_steps_cannot_be_is_not_gone_on_from(taught: Base, answers: Path, tmp_path: Path, damage: dict[str, Any]) -> None:
+    config = TrainConfig(steps=3, answers_per_step=4, positions_per_answer=8, held_out=4, eval_every=3, checkpoint_every=3)
+    train(taught, [answers], tmp_path, tiny_config(), config)
+    progress = tmp_path / "checkpoint-000003" / "progress.json"
+    written = read_json(progress)
+    write_json(progress, written | {"progress": written["progress"] | damage})
+    with pytest.raises(UsageError, match=r"the checkpoint .*checkpoint-000003 is broken \(.*\): remove it"):
+        train(taught, [answers], tmp_path, tiny_config(), config)
 
 
 def test_an_interrupted_evaluation_is_made_again(

@@ -55,7 +55,7 @@ class Checkpoints:
         out.mkdir(parents=True, exist_ok=True)
 
     def save(self, progress: Progress) -> None:
-        folder = self.out / f"checkpoint-{progress.step:06d}"
+        folder = self.out / _name(progress.step)
         if folder in (before := self._whole()):
             return
         ensure_room(self.out, self._bytes)
@@ -98,8 +98,10 @@ class Checkpoints:
         """What was written last into a checkpoint."""
         written = read_json(folder / "progress.json")
         try:
-            require_types(Progress(**written["progress"]))
+            require_types(progress := Progress(**written["progress"]))
             _flat(written["settings"])
+            if folder.name != _name(progress.step) or not (0 <= progress.best_step <= progress.step and progress.worse >= 0):
+                raise UsageError(f"steps must be counted from 0 to its own, got {written['progress']}")
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise self._broken(folder, error) from error
         return written
@@ -122,6 +124,10 @@ class Checkpoints:
 
     def _whole(self) -> list[Path]:
         return sorted(path.parent for path in self.out.glob("checkpoint-*/progress.json"))
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step:06d}"
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
