@@ -58,6 +58,7 @@ class DecodeLoop:
         self.attached, self.drafting, self.costs, self.stats = attached, drafting, costs, stats
         self.reader, self.runner, self.drafter = attached.reader, attached.runner, attached.drafter
         self.adapter, self.pause = attached.reader.adapter, pause
+        self.level = ""  # of exactness, that this call has
         self.stale = False  # whether steps were so quick that the costs must have been measured beside other work
 
     def run(
@@ -83,7 +84,7 @@ class DecodeLoop:
         width, padding = max(width, prompt.shape[1]), None
         if attention_mask is not None and not attention_mask.all():  # some versions of HF hand over a mask of ones
             padding = attention_mask == 0
-        self.stats.exact = exactness(self.attached.guarantee.level, len(input_ids), padding is not None)
+        self.level = self.stats.exact = exactness(self.attached.guarantee.level, len(input_ids), padding is not None)
         sequences = self._sequences(input_ids, width, padding, generation_config, logits_processor, stopping_criteria, streamer)
         cache = RowCache(len(self.runner.layers), width + min(_ROOM, sequences[0].remaining + self.drafting.tree_nodes), padding)
         if past is not None and past.get_seq_length():
@@ -170,7 +171,7 @@ class DecodeLoop:
     def _streams_join(self, alone: bool) -> bool:
         """Whether streams run in the base's own pass: under near-tie not if its rows are to have the shapes of the base's own; and not
         where layers go the short way, which streams cannot."""
-        return self.drafting.schedule == "parallel" and not self.runner.fused and not (alone and self.stats.exact == "near-tie")
+        return self.drafting.schedule == "parallel" and not self.runner.fused and not (alone and self.level == "near-tie")
 
     def _sequences(
         self, input_ids: torch.Tensor, width: int, padding: torch.Tensor | None, config: GenerationConfig,
@@ -178,7 +179,7 @@ class DecodeLoop:
     ) -> list[Sequence]:  # fmt: skip
         """The sequences of the batch before anything is generated; `width` columns hold each prompt."""
         noise = NoiseTape(len(input_ids)) if config.do_sample else None
-        guard = self.attached.guarantee.noise if self.stats.exact == "near-tie" else 0.0
+        guard = self.attached.guarantee.noise if self.level == "near-tie" else 0.0
         if len(input_ids) > 1 and is_fine(self.reader.base) and input_ids.device.type in PEEKABLE:  # whose draws can be taken back
             guard = self.attached.guarantee.of_batches
         sequences = []
