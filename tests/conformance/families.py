@@ -46,6 +46,7 @@ _SIZES: dict[str, Any] = {
     "unpadded_vocab_size": VOCAB, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": WINDOW,
     "dense_intermediate_size": 48, "rel_extent": 64, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "global_head_dim": 8, "num_global_key_value_heads": 2,
     "image_size": 28, "patch_size": 14, "mm_tokens_per_image": 4, "pronunciation_vocab_size": 16, "shape_vocab_size": 16,
+    "mm_embed_dim": 32, "mm_posemb_size": 8,
     "decoder_layers": 4, "encoder_layers": 4, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
     "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "embedding_size": 32, "type_vocab_size": 2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
@@ -83,6 +84,22 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "xlstm": {"embedding_dim": 128, "hidden_size": 128, "num_blocks": 4},
+    "zamba": {
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "mamba_dt_rank": 4, "mamba_d_state": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
+    },
+    "zamba2": {
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "num_query_groups": 4, "mamba_d_state": 4, "n_mamba_heads": 8,
+        "mamba_headdim": 8, "chunk_size": 16, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "adapter_rank": 4,
+        "layer_types": None,
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 64, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 2, "hc_lowrank": 4, "ple_embed_dim": 32,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "heads_per_ngram": 2,
+    },
+    "dots3_note_text": {"per_layer_config": {}, "index_topk": 8, "index_head_dim": 16, "head_dim": 16, "index_n_heads": 4, "shared_experts_intermediate_size": 24},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
 }
 
@@ -98,7 +115,7 @@ def config_of(family: str, wider: bool = False) -> PretrainedConfig:
     for name, sub in getattr(kind, "sub_configs", {}).items():
         part = getattr(sub, "model_type", "") or getattr(specs.get(name), "model_type", "")
         if part in CONFIG_MAPPING:
-            inner[name] = sizes_of(CONFIG_MAPPING[part], name, wider) | ({} if hasattr(sub, "model_type") else {"model_type": part})
+            inner[name] = sizes_of(CONFIG_MAPPING[part], part, wider) | ({} if hasattr(sub, "model_type") else {"model_type": part})
     return kind(**sizes_of(kind, family, wider), **inner)
 
 
