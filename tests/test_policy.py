@@ -74,6 +74,20 @@ def test_drafts_are_held_against_what_the_text_recalls_by_itself() -> None:
     assert ours > 0.93
 
 
+@pytest.mark.parametrize(("emitted", "least", "recalls"), [(1.0, 0.96, 0.1), (1.5, 0.96, 0.1), (1.9, 1.1, 1.0), (4.0, 2.4, 1.0)])
+def test_what_the_text_recalls_is_left_out_where_it_does_not_pay(emitted: float, least: float, recalls: float) -> None:
+    """Drafts give nothing, and n-grams would draft for every step, of as many tokens."""
+    policy, rows, tokens, seconds, seen = DraftPolicy(CURVE, 64), 20, 0.0, 0.0, []
+    while tokens < 256:
+        gives = emitted if policy.recalling and not policy.drafting else 1.0
+        took = CURVE.verify_s(rows if policy.recalling else 1) + (CURVE.draft_s(LEVELS) if policy.drafting else 0.0)
+        tokens, seconds = tokens + gives, seconds + took
+        seen.append(policy.recalling)
+        policy.note(rows if policy.recalling else 1, LEVELS, gives, seconds)
+    assert tokens / seconds > least
+    assert sum(seen) <= recalls * len(seen)
+
+
 def test_a_curve_that_is_wrong_is_found_out() -> None:
     ours, always = speed(1.8, drafted=1.5)  # by the curve drafts pay, by the clock they do not
     assert always < 0.85

@@ -17,6 +17,7 @@ _WEIGHT = 0.1  # of the newest step in the running averages, which go on over pa
 _TRIALS = 4  # steps with drafts before they are judged for the first time; one is enough after a pause, and where drafts did not pay on the text before
 FIRST_PAUSE, _LAST_PAUSE = 16, 64  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
 _CLEARLY, _AGAIN = 0.85, 0.9  # drafts are left out where they give less than this part of what plain steps would: at first, and once they have been
+_LOSS = 0.5  # plain steps that what the text recalls may lose in a pause before it is left out, too, until the pause is over
 _LAST = 8  # steps of which the quickest tells how slow the machine is: other work on it only ever adds to a step, and rarely to all
 _STALE = 0.6  # of the time by the curve: steps that take less say that it was measured beside other work
 
@@ -35,6 +36,7 @@ class DraftPolicy:
         self._plain_emitted = self._plain_expected = 0.0  # the same of steps without, in which n-grams may draft all the same
         self._slower: deque[float] = deque(maxlen=_LAST)  # how many times as long as by the curve the last steps with drafts took
         self._plain_slower: deque[float] = deque(maxlen=_LAST)  # the same of plain steps
+        self._saved = 0.0  # plain steps, by what the text recalled in this pause
         self._spent = 0.0
         self.pause, self._left = pause, 0
         self._trials = _TRIALS if pause == FIRST_PAUSE else 1
@@ -48,6 +50,11 @@ class DraftPolicy:
     def resting(self) -> bool:
         """Whether none will for the step behind that, either."""
         return self._left > 1
+
+    @property
+    def recalling(self) -> bool:
+        """Whether n-grams draft for the next step."""
+        return self.drafting or self._saved > -_LOSS
 
     @property
     def stale(self) -> bool:
@@ -73,6 +80,7 @@ class DraftPolicy:
             self._plain_slower.append(took / expected)
             self._plain_emitted = (1 - _WEIGHT) * self._plain_emitted + max(1.0, emitted)  # a choice too close to call comes behind it
             self._plain_expected = (1 - _WEIGHT) * self._plain_expected + expected
+            self._saved += max(1.0, emitted) - expected / self.curve.verify_s(1)
             self._left -= 1
             return
         expected = self.curve.verify_s(rows) + self.curve.draft_s(levels)
@@ -85,7 +93,7 @@ class DraftPolicy:
             return
         least = _CLEARLY if self.pause == FIRST_PAUSE else _AGAIN
         if self._emitted * self._plain_s(self.curve) < least * min(self._slower) * self._expected:
-            self._left, self.pause = self.pause, min(_LAST_PAUSE, 2 * self.pause)
+            self._left, self.pause, self._saved = self.pause, min(_LAST_PAUSE, 2 * self.pause), 0.0
         else:
             self.pause = max(FIRST_PAUSE, self.pause // 2)
 

@@ -107,7 +107,7 @@ class DecodeLoop:
                 with self.stats.timing("draft_s"):
                     noise_bias = self._peek_noise(active, out.logits) if policy.drafting else None
                     policy.read(cache.length)
-                    trees = self._draft(streams, active, noise_bias, policy.curve)
+                    trees = self._draft(streams, active, noise_bias, policy)
                 # 3. verify: the base's own logits after every node, and the next streams, in one pass
                 with self.stats.timing("pass_s"):
                     out = self._read_trees(trees, active, cache, noise_bias, policy)
@@ -148,11 +148,11 @@ class DecodeLoop:
                 entered.enter_context(as_decoding(model))
             yield
 
-    def _draft(self, streams: torch.Tensor | None, sequences: list[Sequence], noise_bias: NoiseBias | None, curve: CostCurve | None) -> list[DraftTree]:
+    def _draft(self, streams: torch.Tensor | None, sequences: list[Sequence], noise_bias: NoiseBias | None, policy: DraftPolicy) -> list[DraftTree]:
         """A tree under the certain token of each text."""
-        roots, ngrams = [sequence.last for sequence in sequences], [sequence.ngrams for sequence in sequences]
+        roots, ngrams = [sequence.last for sequence in sequences], [sequence.ngrams if policy.recalling else None for sequence in sequences]
         depths = [self._depth_limit(sequence) for sequence in sequences]
-        return self.drafter.trees(streams, roots, self.drafting.tree_nodes, ngrams, noise_bias, depths, curve)
+        return self.drafter.trees(streams, roots, self.drafting.tree_nodes, ngrams, noise_bias, depths, policy.curve)
 
     def _depth_limit(self, sequence: Sequence) -> int:
         """How deep a tree under this text may be: neither tokens nor places go on for ever."""
