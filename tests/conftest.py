@@ -192,6 +192,8 @@ def save_gguf(file: Path) -> None:
     writer.add_eos_token_id(2)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # whose rows stand in pairs there, as they are rotated
+            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
         writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

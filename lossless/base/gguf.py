@@ -59,11 +59,11 @@ def load_gguf(folder: str, file: str, dtype: Any) -> PreTrainedModel:
 
 def check_header(path: Path) -> None:
     """Raises UsageError for a file whose settings go on behind its end: the `gguf` package would count through an array there for hours."""
-    with path.open("rb") as file:
-        try:
-            _Header(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).pass_by()
-        except (ValueError, IndexError, RecursionError) as error:
-            raise UsageError(f"{path} is broken, or no GGUF file: {error}") from error
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Header(data).pass_by()
+    except (ValueError, IndexError, RecursionError) as error:
+        raise UsageError(f"{path} is broken, or no GGUF file: {error}") from error
 
 
 class _Header:
