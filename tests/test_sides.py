@@ -35,8 +35,8 @@ def only(name: str, base: Base, **how: object) -> Side:
 
 def test_names_are_put_in_order_and_all_leaves_out_what_takes_minutes() -> None:
     assert wanted(["prompt-lookup", "accelerated", "stock"]) == ["stock", "accelerated", "prompt-lookup"]
-    assert wanted(["all"]) == [name for name in SIDES if name != "compiled"]
-    assert wanted(["compiled", "all"]) == list(SIDES)
+    assert wanted(["all"]) == [name for name in SIDES if name not in ("compiled", "static-cache")]
+    assert wanted(["compiled", "all", "static-cache"]) == list(SIDES)
     with pytest.raises(UsageError, match="got faster"):
         wanted(["accelerated", "faster"])
     with pytest.raises(UsageError, match=r"must name 'accelerated'.*got stock"):
@@ -84,9 +84,9 @@ def test_what_a_packed_model_is_without_packing_is_measured_beside_it(base: Base
 
 
 def test_quantized_weights_are_not_loaded_anew_in_full(base: Base) -> None:
-    found, left_out = rivals(["all", "compiled"], base, load_in="4bit")
+    found, left_out = rivals(["all", "compiled", "static-cache"], base, load_in="4bit")
     assert [side.name for side in found] == ["prompt-lookup"]
-    assert left_out.keys() == {"plain-float32", "plain-bfloat16", "packed-float32", "packed-bfloat16", "compiled", "llama.cpp"}
+    assert left_out.keys() == {"plain-float32", "plain-bfloat16", "packed-float32", "packed-bfloat16", "compiled", "static-cache", "llama.cpp"}
 
 
 def test_packed_weights_answer_with_a_model_of_their_own(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +113,13 @@ def test_compiling_is_of_the_layers_of_a_model_of_its_own(base: Base, monkeypatc
     assert len(compiled) == 4
     assert not set(compiled) & set(base.model.modules())
     assert tokens == stock(base).answer(IDS, DECODING)[0]
+
+
+def test_a_static_cache_is_used_again_for_texts_of_other_lengths(base: Base) -> None:
+    assert "on a GPU only" in rivals(["static-cache"], base)[1]["static-cache"]
+    answer = module._with_static_cache(base, "float32")
+    for ids in (IDS, IDS[:, :3], IDS.repeat(1, 2)):
+        assert answer(ids, DECODING)[0] == stock(base).answer(ids, DECODING)[0]
 
 
 def test_llama_cpp_is_left_out_with_the_reason(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

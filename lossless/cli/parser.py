@@ -23,7 +23,7 @@ from ..adapter.config import AdapterConfig, DraftConfig
 from ..distillation.config import DistillConfig
 from ..errors import UsageError
 from ..evaluation.memory import Trial
-from ..evaluation.sides import ACCELERATED, ALL, COMPILED, LLAMA_CPP, SIDES, STOCK
+from ..evaluation.sides import ACCELERATED, ALL, COMPILING, LLAMA_CPP, SIDES, STOCK
 from ..evaluation.suites import FOLDER_VARIABLE, SUITES
 from ..storage import versions
 from ..training.ablation import VARIANTS
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--suites", metavar="FOLDER", help=f"where the files of public benchmarks lie; ${FOLDER_VARIABLE} by default")
     command.add_argument("--limit", type=int, metavar="N", help="the first N prompts of each file, or N spread evenly over a suite")
     command.add_argument("--sides", nargs="+", metavar="NAME", default=[STOCK, ACCELERATED],
-                         help=f"what is measured, of {', '.join(SIDES)}; {ALL} is all but {COMPILED}, which takes minutes ({STOCK} {ACCELERATED})")  # fmt: skip
+                         help=f"what is measured, of {', '.join(SIDES)}; {ALL} is all but {' and '.join(COMPILING)}, which take minutes ({STOCK} {ACCELERATED})")  # fmt: skip
     command.add_argument("--gguf", metavar="FILE", help=f"the same model for {LLAMA_CPP}")
     command.add_argument("--beside", type=int, default=0, metavar="N", help="beside N other processes that never rest, as on a machine in use (%(default)s)")
     command.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True,

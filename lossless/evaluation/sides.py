@@ -9,6 +9,8 @@ what a report says.
     plain-float32, plain-bfloat16       `model.generate` of the weights in another dtype
     packed-float32, packed-bfloat16     the same, with projections packed for passes of one row
     compiled            the model in its own dtype, its decoder layers compiled by torch.compile, which takes minutes
+    static-cache        the model in its own dtype with transformers' `StaticCache`, for which `generate` compiles the whole decoding and captures
+                        it as a CUDA graph; on a GPU only, and takes a minute
     llama.cpp           its Python binding, with a GGUF file
 """
 
@@ -26,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import StaticCache
 
-from ..base.layers import decoder_layers
+from ..base.layers import CACHE, decoder_layers
 from ..base.linears import packable
 from ..base.loading import Base, load_base, precision
 from ..base.packed import is_packed, pack
@@ -35,13 +38,15 @@ from ..errors import UsageError, nearest, require_one_of
 from ..kernels import gpu
 from .timing import Clock, Decoding, timed_generate
 
-STOCK, ACCELERATED, PROMPT_LOOKUP, COMPILED, LLAMA_CPP = "stock", "accelerated", "prompt-lookup", "compiled", "llama.cpp"
+STOCK, ACCELERATED, PROMPT_LOOKUP, COMPILED, STATIC_CACHE, LLAMA_CPP = "stock", "accelerated", "prompt-lookup", "compiled", "static-cache", "llama.cpp"
 _DTYPE_SIDES = {"plain-float32": "float32", "plain-bfloat16": "bfloat16"}
 _PACKED_SIDES = {"packed-float32": "float32", "packed-bfloat16": "bfloat16"}
-SIDES = (STOCK, ACCELERATED, PROMPT_LOOKUP, *_DTYPE_SIDES, *_PACKED_SIDES, COMPILED, LLAMA_CPP)
-ALL = "all"  # but compiled, which has to be asked for
+SIDES = (STOCK, ACCELERATED, PROMPT_LOOKUP, *_DTYPE_SIDES, *_PACKED_SIDES, COMPILED, STATIC_CACHE, LLAMA_CPP)
+ALL = "all"  # but those of `COMPILING`
+COMPILING = (COMPILED, STATIC_CACHE)  # they take minutes, and have to be asked for
 _LOOKED_UP = 10  # tokens, as in the documentation of transformers
 _CONTEXT_STEP = 4096  # llama.cpp takes the memory of its whole context at once
+_STATIC_STEP = 512  # a static cache of another length is compiled for anew
 
 Answer = tuple[list[int], Clock]
 
@@ -89,7 +94,7 @@ def wanted(names: Iterable[str]) -> list[str]:
     if unknown := sorted(asked - {*SIDES, ALL}):
         raise UsageError(f"sides must be of {', '.join(SIDES)} or {ALL}, got {', '.join(unknown)}{nearest(unknown[0], [*SIDES, ALL])}")
     if ALL in asked:
-        asked |= set(SIDES) - {COMPILED}
+        asked |= set(SIDES) - {*COMPILING}
     if ACCELERATED not in asked:
         raise UsageError(f"sides must name {ACCELERATED!r}, which is what the others are measured against, got {', '.join(sorted(asked))}")
     return [name for name in SIDES if name in asked]
@@ -130,6 +135,8 @@ def _make(name: str, base: Base, load_in: str | None, gguf: str | Path | None) -
         return f"it would load the weights anew, and those of {precision(base.model)} are not plain ones"
     if name == COMPILED:
         return _compiled(base, own)
+    if name == STATIC_CACHE:
+        return _static(base, own)
     dtype = (_DTYPE_SIDES | _PACKED_SIDES)[name]
     if name in _PACKED_SIDES:
         return _packed(name, base, dtype)
@@ -148,12 +155,13 @@ def _as_it_is(model: Any) -> Any:
 
 def _generating(base: Base, dtype: str, prepare: Callable[[Any], Any]) -> Callable[[torch.Tensor, Decoding], Answer]:
     """`generate` of the base's weights in a dtype, loaded and prepared when first asked."""
-
-    @functools.cache
-    def model() -> Any:
-        return prepare(load_base(base.name, dtype, device=str(base.model.device)).model)
-
+    model = functools.cache(lambda: prepare(_anew(base, dtype)))
     return lambda ids, decoding: timed_generate(model(), ids, decoding)
+
+
+def _anew(base: Base, dtype: str) -> Any:
+    """The base's model, loaded once more."""
+    return load_base(base.name, dtype, device=str(base.model.device)).model
 
 
 def _look_up(model: Any, ids: torch.Tensor, decoding: Decoding) -> Answer:
@@ -189,6 +197,24 @@ def _compile(model: Any) -> Any:
     for layer in layers:
         layer.compile(dynamic=True)  # the cache grows with each token
     return model
+
+
+def _static(base: Base, own: str) -> Side | str:
+    if base.model.device.type == "cpu":
+        return "transformers compiles decoding with a static cache on a GPU only"
+    return Side(STATIC_CACHE, _with_static_cache(base, own), own, plain=True, same_tokens=True)
+
+
+def _with_static_cache(base: Base, own: str) -> Callable[[torch.Tensor, Decoding], Answer]:
+    model = functools.cache(lambda: _anew(base, own))
+    cache = functools.lru_cache(maxsize=1)(lambda room: StaticCache(config=model().config.get_text_config(decoder=True), max_cache_len=room))
+
+    def answer(ids: torch.Tensor, decoding: Decoding) -> Answer:
+        kept = cache(_STATIC_STEP * math.ceil((ids.shape[1] + decoding.max_new_tokens) / _STATIC_STEP))
+        kept.reset()  # the same tensors for each answer: what was captured reads those
+        return timed_generate(model(), ids, decoding, **{CACHE: kept})
+
+    return answer
 
 
 def _llama_cpp(base: Base, gguf: str | Path | None) -> Side | str:
