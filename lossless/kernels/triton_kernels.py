@@ -16,33 +16,53 @@ import triton.language as tl
 _INTS = ["layer", "heads_per", "window", "query_head", "query_row", "new_head", "new_row", "value_head", "value_row", "deepest"]
 
 
+@triton.jit
+def _see(queries, key, value, seen, scale, best, total, sums, EXACT: tl.constexpr):
+    """Softmax attention so far -> over a block of keys more."""
+    scores = tl.dot(queries, tl.trans(key), input_precision=EXACT) * scale
+    scores = tl.where(seen[None, :], scores, -float("inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    shrink, weights = tl.exp(best - higher), tl.exp(scores - higher[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    return higher, total, tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision=EXACT)
+
+
 @triton.jit(do_not_specialize=_INTS)
 def attend(
     query, new_keys, new_values, out, told, lengths, paths, scale, layer, heads_per, window,
     query_head, query_row, new_head, new_row, value_head, value_row, deepest,
     DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, kv head): softmax attention of the heads of a group over the past, in blocks from the first place that it sees, and
-    over the rows on the path of this one; then its own key and value are written behind the past, if they are to be kept."""
+    """Program (row, kv head): softmax attention of the heads of a group over the past and over the rows on the path of this one, in blocks from
+    the first place that it sees; then its own key and value are written behind the past, if they are to be kept.
+
+    Blocks that lie in the past are read ahead while others are multiplied; those at its end are put together of both. The arithmetic is the same,
+    so that a row's bits do not tell where its past ends.
+    """
     row, head = tl.program_id(0), tl.program_id(1)
     past, stride = tl.load(told), tl.load(told + 1)
     length = past + tl.load(lengths + row)
     keys = tl.load(told + FIRST + 2 * layer).to(tl.pointer_type(query.dtype.element_ty)) + head * stride
     values = tl.load(told + FIRST + 2 * layer + 1).to(tl.pointer_type(query.dtype.element_ty)) + head * stride
     group, dims, places = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    real = (group < heads_per)[:, None] & (dims < DIM)[None, :]
+    inside = (dims < DIM)[None, :]
+    real = (group < heads_per)[:, None] & inside
     at = row.to(tl.int64) * query_row + (head * heads_per + group)[:, None] * query_head + dims[None, :]
     queries = tl.load(query + at, mask=real, other=0.0)
     best = tl.full([GROUP], -float("inf"), tl.float32)
     total = tl.zeros([GROUP], tl.float32)
     sums = tl.zeros([GROUP, WIDTH], tl.float32)
     first = tl.where(window > 0, tl.maximum(length - window, 0), 0)
-    for start in range(first, length, BLOCK):
+    mixed = first + tl.maximum(past - first, 0) // BLOCK * BLOCK
+    for start in tl.range(first, mixed, BLOCK, num_stages=2):
+        where = (start + places)[:, None] * DIM + dims[None, :]
+        key, value = tl.load(keys + where, mask=inside, other=0.0), tl.load(values + where, mask=inside, other=0.0)
+        best, total, sums = _see(queries, key, value, start + places < length, scale, best, total, sums, EXACT)
+    for start in tl.range(mixed, length, BLOCK, num_stages=1):
         place = start + places
         seen, old = place < length, place < past
         node = tl.load(paths + row * deepest + (place - past), mask=seen & (place >= past), other=0)
-        kept = (seen & old)[:, None] & (dims < DIM)[None, :]
-        new = (seen & (place >= past))[:, None] & (dims < DIM)[None, :]
+        kept, new = (seen & old)[:, None] & inside, (seen & (place >= past))[:, None] & inside
         where = place[:, None] * DIM + dims[None, :]
         key = tl.load(keys + where, mask=kept, other=0.0)
         fresh = tl.load(new_keys + head * new_head + node[:, None] * new_row + dims[None, :], mask=new, other=0.0)
@@ -50,13 +70,7 @@ def attend(
         value = tl.load(values + where, mask=kept, other=0.0)
         fresh = tl.load(new_values + head * value_head + node[:, None] * value_row + dims[None, :], mask=new, other=0.0)
         value = tl.where(old[:, None], value, fresh)
-        scores = tl.dot(queries, tl.trans(key), input_precision=EXACT) * scale
-        scores = tl.where(seen[None, :], scores, -float("inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        shrink, weights = tl.exp(best - higher), tl.exp(scores - higher[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=EXACT)
-        best = higher
+        best, total, sums = _see(queries, key, value, seen, scale, best, total, sums, EXACT)
     heads = heads_per * tl.num_programs(1)
     to = (row * heads + head * heads_per + group)[:, None] * DIM + dims[None, :]
     tl.store(out + to, (sums / total[:, None]).to(query.dtype.element_ty), mask=real)
