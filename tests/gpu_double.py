@@ -71,13 +71,13 @@ class Pieces(graphs.Pieces):
         self.graphs[-1].__exit__(None, None, None)
 
 
-def noted(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def noted(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that torch knows nothing of, written down with the rest."""
 
-    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(*args: Any, **kwargs: Any) -> Any:
         out = kernel(*args, **kwargs)
         if Pieces.open is not None:
-            Pieces.open.steps.append((kernel, args, kwargs, [out]))
+            Pieces.open.steps.append((kernel, args, kwargs, _tensors(out)))
         return out
 
     return run

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lossless
 from lossless.base.linears import PaddedLinear
@@ -44,6 +45,12 @@ def kernels() -> None:
         without = [torch.cat([each[:, :, :148], each[:, :, 149:]], 2) for each in (key, value)]
         alone = gpu.attend_rows(query[:, :, 2:], *without, None, [[0]], 70)
         tell(f"a row has the bits that it has alone, {dtype}", torch.equal(found[:, 2:], alone))
+        rows = torch.randn(3, 48, generator=generator).to(dtype)
+        sums, normed = gpu.add_and_norm(rows, rows.flip(0), rows[0], 1.0, 1e-6)
+        tell(f"a sum and its norm in one, {dtype}", torch.equal(sums, rows + rows.flip(0)) and torch.equal(normed, gpu.norm(sums, rows[0], 1.0, 1e-6)))
+        heads, turns = [torch.randn(3, count, 48, generator=generator).to(dtype) for count in (6, 2)], torch.randn(2, 3, 48, generator=generator).to(dtype)
+        expected = apply_rotary_pos_emb(*heads, *turns)
+        tell(f"rotary embedding has torch's bits, {dtype}", all(map(torch.equal, gpu.turn(*heads, *turns), expected)))
     caches = [RowCache(2, 16), RowCache(2, 16)]
     for cache in caches:
         for layer in cache.rows:
@@ -60,7 +67,7 @@ def kernels() -> None:
 def packed() -> None:
     """All of a pass, streams and levels are captured, and the answers are the packed model's own."""
     graphs.Pieces = streams_graphs.Pieces = Pieces  # type: ignore[misc]
-    gpu.attend, gpu.norm = noted(gpu.attend), noted(gpu.norm)
+    gpu.attend, gpu.norm, gpu.add_and_norm, gpu.turn = map(noted, (gpu.attend, gpu.norm, gpu.add_and_norm, gpu.turn))
     exactness._SHORT, exactness._LONG = 12, 30
     measure._CONTEXT, measure._REPEATS, measure._ROWS = 20, 1, (1, 2)  # type: ignore[assignment]
     torch.manual_seed(0)
@@ -81,6 +88,7 @@ def packed() -> None:
             torch.manual_seed(1)
             answers.append(by.generate(ids, max_new_tokens=12, do_sample=sampled))
         tell(f"the answers are the model's own, sampled: {sampled}", torch.equal(*answers))
+    tell("layers in few kernels have the bits of eager ones", fast.runner._few)
     tell("passes and streams were captured", isinstance(fast.runner, GraphedRunner) and fast.runner.recordable and set(fast.runner._recorded) >= {16, -1})
     lossless.unpack(model)
     tell("unpacked", all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()))

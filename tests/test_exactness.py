@@ -28,6 +28,7 @@ from lossless.base.layers import as_decoding, uses_attention_interface
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
+from lossless.generation import attach as attaching
 from lossless.generation import trial, verdict
 from lossless.generation.limits import _limit, find_limits
 from lossless.generation.loop import DecodeLoop
@@ -315,6 +316,37 @@ def test_a_projection_that_depends_on_its_rows_is_found_out() -> None:
     limits, operations, _ = find_limits(tiny)
     assert limits[moody] <= 3
     assert operations["Moody 64x160"] == limits[moody]
+
+
+class CrowdedRMSNorm(nn.Module):
+    """Adds the squares of a row up in another order if it is one of several, as torch does on a GPU."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = like.weight, like.variance_epsilon
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        squares = rows.float().pow(2)
+        alone = squares[..., None, :].sum(-1) if squares.numel() == squares.shape[-1] else torch.stack(squares.split(8, -1)).sum(0).sum(-1, keepdim=True)
+        return self.weight * (rows.float() * torch.rsqrt(alone / rows.shape[-1] + self.variance_epsilon)).to(rows.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_whose_rows_hang_on_their_number_takes_them_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits a trial of some hundred rows may not show that they do."""
+    monkeypatch.setattr(attaching, "exact_twin", lambda base: None)  # as on a GPU
+    model: Any = build_tiny(seed=5, hidden=64, inner=160)
+    for layer in model.model.layers:
+        layer.input_layernorm = CrowdedRMSNorm(layer.input_layernorm)
+    fast = accelerate(model.to(dtype), new_adapter(model, tiny_config()).randomize(2), exact="bitwise")
+    assert fast.guarantee.limits is not None
+    norms = [module for module in fast.guarantee.limits if type(module) is CrowdedRMSNorm]
+    assert len(norms) == len(model.model.layers)
+    assert {fast.guarantee.limits[norm] for norm in norms} == {1}
+    assert fast.guarantee.operations["CrowdedRMSNorm"] == 1
+    for seed in range(3):
+        expected, found = both(fast, prompt_ids(9 + seed, seed), seed, return_dict_in_generate=True, output_logits=True, max_new_tokens=40)
+        assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
 
 
 def test_a_base_that_cannot_keep_bits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

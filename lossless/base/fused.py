@@ -73,7 +73,7 @@ class FusedLayer:
         projections, norms = parts
         attention, inner = module.self_attn, projections[-1].in_features
         size, dim = attention.head_dim, projections[0].in_features
-        if size % (2 * native.LANES) or inner % native.LANES or not _sees_everything(attention):
+        if size % (2 * native.LANES) or inner % native.LANES or not sees_everything(attention):
             return None
         kept: list[torch.Tensor] = []
         weights, scales = [Weight.of(part, kept) for part in projections], [Norm.of(norm, kept) for norm in norms]
@@ -244,22 +244,33 @@ def unfuse_plain(layers: nn.ModuleList) -> bool:
     return len(found) == len(layers)
 
 
-def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
-    """Of a decoder layer the projections (q, k, v, o, gate, up, down) and the norms (first, second, of queries, of keys); None if it has
-    other parts, or something listens to one of them."""
+def usual_parts(module: Any) -> tuple[list[Any], list[Any]] | None:
+    """Of a decoder layer the projections (q, k, v, o, gate, up, down) and the norms (first, second, of queries, of keys, the last two None if there
+    are none); None if it has other parts, or is not transformers' own."""
     if {name for name, _ in module.named_children()} != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return None
     attention, mlp = module.self_attn, module.mlp
     projections = [getattr(attention, f"{name}_proj", None) for name in "qkvo"] + [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
     norms = [module.input_layernorm, module.post_attention_layernorm, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
-    if not multipliable(projections) or {type(norm) for norm in norms if norm is not None} not in ({FusedNorm}, {ExactNorm}):
-        return None
     act, known = getattr(mlp, "act_fn", None), [*projections, *norms]
     others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
-    heard = any(map(listeners, (attention, mlp, *others, *filter(None, norms)))) or bool(global_hooks())
-    if heard or not all(map(_is_theirs, (module, attention, mlp))) or any(part is not act for part in others) or type(act).__name__ not in _SILU or list(attention.parameters(recurse=False)):
+    if None in projections or any(part is not act for part in others) or list(attention.parameters(recurse=False)):
         return None
-    return (projections, norms) if isinstance(getattr(attention, "scaling", None), float) and hasattr(attention, "head_dim") else None
+    whole = all(map(_is_theirs, (module, attention, mlp))) and isinstance(getattr(attention, "scaling", None), float) and hasattr(attention, "head_dim")
+    return (projections, norms) if whole else None
+
+
+def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
+    """The same, if C has all of them, and nothing listens to one."""
+    if (found := usual_parts(module)) is None:
+        return None
+    projections, norms = found
+    if not multipliable(projections) or {type(norm) for norm in norms if norm is not None} not in ({FusedNorm}, {ExactNorm}):
+        return None
+    attention, mlp, known = module.self_attn, module.mlp, [*projections, *norms]
+    others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
+    heard = any(map(listeners, (attention, mlp, *others, *filter(None, norms)))) or bool(global_hooks())
+    return None if heard or type(mlp.act_fn).__name__ not in _SILU else found
 
 
 def _is_theirs(part: Any) -> bool:
@@ -268,7 +279,7 @@ def _is_theirs(part: Any) -> bool:
     return comes_from(type(part).forward).startswith(("transformers.", "torch.")) and (own is None or isinstance(own, PlainForward))
 
 
-def _sees_everything(attention: Any) -> bool:
+def sees_everything(attention: Any) -> bool:
     """Whether a row attends to all that is before it, however long the text."""
     config, number = getattr(attention, "config", None), getattr(attention, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)

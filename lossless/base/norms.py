@@ -43,6 +43,13 @@ class FusedNorm(nn.Module):
         kernel = _kernel(rows)  # the model may have been moved
         return self.original()(rows) if kernel is None else kernel(rows, self.weight, self.offset, self.eps)
 
+    def behind(self, rows: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[..., dim]` twice -> their sum and its norm, with the bits of two steps."""
+        if rows.dtype is self.weight.dtype and _kernel(rows) is gpu.norm:
+            return gpu.add_and_norm(rows, added, self.weight, self.offset, self.eps)
+        rows = rows + added
+        return rows, self(rows)
+
     def original(self) -> nn.Module:
         """The norm that it stands in for, with the weight as it is now."""
         module: Any = self._module[0]
@@ -94,7 +101,7 @@ class Norm(ctypes.Structure):
 def _kernel(tensor: torch.Tensor) -> Any:
     """What computes norms where this is; None if there is nothing."""
     if gpu.here(tensor) and gpu.available():
-        return gpu.norm if tensor.dtype is not torch.float16 else None
+        return gpu.norm
     return native.norm if tensor.device.type == "cpu" and native.available() and native.has_kernels(tensor.dtype) else None
 
 

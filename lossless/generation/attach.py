@@ -23,7 +23,7 @@ from ..streams.graphs import GraphedRunner, PiecewiseRunner
 from ..streams.passes import logit_scale
 from ..streams.runner import StreamRunner
 from .exactness import Guarantee, Passes, at_a_time, check_level, find_guarantee
-from .limits import projections
+from .limits import each_alone
 from .trial import check_served, trial
 from .verdict import kept_guarantee, verdict_path
 
@@ -95,7 +95,7 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     elif runner is twin and same_bits:
         runner.keep_bits(at_a_time(runner.model, passes.rows))
     if guarantee.again:
-        reader.keep_bits(dict.fromkeys(projections(reader.model), 1), always=False)
+        reader.keep_bits(each_alone(reader.model), always=False)
     drafter = Drafter(adapter, embeddings, head, logit_scale(reader, seen))
     with torch.no_grad():
         warm_up(runner.model, passes.rows)

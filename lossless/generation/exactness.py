@@ -34,7 +34,7 @@ from ..errors import UsageError, require_at_least, require_one_of
 from ..streams.cache import RowCache
 from ..streams.hooks import keeping_bits
 from ..streams.runner import StreamRunner
-from .limits import MOST, find_limits, projections
+from .limits import MOST, each_alone, find_limits, projections
 from .trial import is_fine, number_or_infinity, plain_pass, too_far
 
 EXACTNESS = ("bitwise", "near-tie", "off")
@@ -80,7 +80,7 @@ class Guarantee:
 
     Attributes:
         level: one of `EXACTNESS`.
-        limits: rows at a time that keep their bits, for each projection that passes over trees run through; None if the level is not bitwise.
+        limits: rows at a time that keep their bits, for each projection (and norm) that passes over trees run through; None if the level is not bitwise.
         operations: the same by kind of projection, to be read: `in x out` -> rows.
         noise: how far differences between logits move with the shape of a pass, in logits.
         twin: passes over trees run through packed copies of the weights.
@@ -296,7 +296,7 @@ def _again(runner: StreamRunner, known: list[_Known]) -> tuple[int, ...]:
     """Of `_AGAIN`, the numbers of rows whose passes keep every row's bits when each projection takes one row at a time."""
     if runner.own_attention:  # takes the rows of a pass together
         return ()
-    limits, kept = dict.fromkeys(projections(runner.model), 1), list(_AGAIN)
+    limits, kept = each_alone(runner.model), list(_AGAIN)
     for text in known:
         read = _behind(runner, runner, text.prompt, len(text.prompt))
         with as_decoding(runner.model), _limited(runner, limits):

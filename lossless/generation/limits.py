@@ -1,17 +1,20 @@
-"""How many rows at a time a projection takes without rounding otherwise.
+"""How many rows at a time a projection, or a norm, takes without rounding otherwise.
 
 Knows: rows that show in which order a sum was added up. Does not know: passes, or what level of exactness follows.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..base.layers import decoder, device_of, features, is_projection
+from ..base.norms import FusedNorm
 from ..base.packed import dense, product_dtype
+from ..errors import CALLED_OTHERWISE
 
 MOST = 32  # rows at a time that a projection is tried with
 _OUTPUTS = 150_000  # numbers to compare for each of them: one in ten thousand may be all that differs
@@ -24,7 +27,7 @@ def find_limits(model: Any, own: Any = None) -> tuple[dict[nn.Module, int], dict
         own: another model of the same structure, in whose projections a row is alone; then limits may be 0.
 
     Returns:
-        The rows for each module; by kind; and the part of all weights that take more than one.
+        The rows for each projection, and each norm that takes but one; by kind; and the part of all weights that take more than one.
     """
     limits: dict[nn.Module, int] = {}
     kinds: dict[tuple[Any, ...], int] = {}
@@ -40,6 +43,8 @@ def find_limits(model: Any, own: Any = None) -> tuple[dict[nn.Module, int], dict
         weights += size
         several += size * (kinds[kind] > 1)
     operations = {f"{name} {ins}x{outs}": rows for (name, ins, outs, _), rows in kinds.items()}
+    for norm in crowded_norms(model):
+        limits[norm] = operations[type(norm).__name__] = 1
     return limits, operations, several / weights
 
 
@@ -48,6 +53,42 @@ def projections(model: Any) -> list[nn.Module]:
     modules = [module for module in decoder(model).modules() if is_projection(module)]
     head = model.get_output_embeddings()
     return [*modules, *([] if head in modules else [head])]
+
+
+def each_alone(model: Any) -> dict[nn.Module, int]:
+    """Limits under which whatever rounds rows by their number takes them one by one."""
+    return dict.fromkeys([*projections(model), *crowded_norms(model)], 1)
+
+
+@torch.no_grad()
+def crowded_norms(model: Any) -> list[nn.Module]:
+    """The norms in which a row's sums are added up in another order beside other rows, as torch's means are on a GPU.
+
+    That moves the last bit of a float32, and after rounding to 16 bits one number in ten thousands, which no few texts show. So each kind is tried
+    in float32, and with some weight of its own.
+    """
+    found, kinds = [], {}
+    for norm in decoder(model).modules():
+        if not type(norm).__name__.endswith("Norm") or isinstance(norm, FusedNorm) or any(True for _ in norm.children()):
+            continue
+        width = next((parameter.shape[-1] for parameter in norm.parameters()), model.config.get_text_config().hidden_size)
+        kind = type(norm), width
+        if kind not in kinds:
+            kinds[kind] = _is_crowded(norm, width, device_of(norm))
+        if kinds[kind]:
+            found.append(norm)
+    return found
+
+
+def _is_crowded(norm: nn.Module, width: int, device: torch.device) -> bool:
+    """Whether a row of a norm differs beside others; taken for true if it cannot be tried."""
+    rows = torch.randn(1, MOST, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+    try:
+        by = copy.deepcopy(norm).float()
+        alone = torch.cat([by(row[None, None]) for row in rows[0]], dim=1)
+        return not all(torch.equal(by(rows[:, :count]), alone[:, :count]) for count in range(2, MOST + 1))
+    except CALLED_OTHERWISE:
+        return True
 
 
 def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device, own: nn.Module | None = None) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 _HEAD = 3  # numbers before the addresses: rows of the past, stride of a head, whether rows are kept
 _BLOCK_BYTES, _BLOCKS = 2**14, (16, 128)  # of the keys of a block, two of which are read ahead; least and most keys of one
+_UNIT = 8  # numbers that are read at once, where they lie so
 _LEAST = 16  # rows of a product of matrices in Triton, at least
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,10 +114,12 @@ def attend(
     out = torch.empty(1, rows, heads, dim, dtype=query.dtype, device=query.device)
     width, group = max(_LEAST, 1 << (dim - 1).bit_length()), heads // key.shape[1]
     block = min(_BLOCKS[1], max(_BLOCKS[0], _BLOCK_BYTES // (width * query.element_size())))
+    strides = [each.stride(dimension) for each in (query, key, value) for dimension in (1, 2)]
+    unit = math.gcd(_UNIT, dim, *strides)
     _kernels().attend[rows, key.shape[1]](
         query, key, value, out, told.numbers, told.lengths, told.paths, dim**-0.5 if scale is None else scale, layer, group, window or 0,
-        query.stride(1), query.stride(2), key.stride(1), key.stride(2), value.stride(1), value.stride(2), told.paths.shape[1],
-        DIM=dim, WIDTH=width, GROUP=max(_LEAST, 1 << (group - 1).bit_length()), BLOCK=block, FIRST=_HEAD, EXACT="ieee",
+        *(stride // unit for stride in strides), told.paths.shape[1],
+        DIM=dim, WIDTH=width, GROUP=max(_LEAST, 1 << (group - 1).bit_length()), BLOCK=block, FIRST=_HEAD, EXACT="ieee", UNIT=unit,
         num_warps=8 if block == _BLOCKS[1] else 4, enable_fp_fusion=False,  # fused differently in two loops, sums would be rounded differently
     )  # fmt: skip
     return out
@@ -155,8 +159,29 @@ def norm(rows: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) ->
     rows, dim = rows.contiguous(), rows.shape[-1]
     out = torch.empty_like(rows)
     if rows.numel():
-        _kernels().norm[(rows.numel() // dim,)](rows, weight.contiguous(), out, eps, offset, DIM=dim, WIDTH=1 << (dim - 1).bit_length())
+        _kernels().norm[(rows.numel() // dim,)](rows, weight.contiguous(), out, eps, offset, DIM=dim, WIDTH=1 << (dim - 1).bit_length(), enable_fp_fusion=False)
     return out
+
+
+def add_and_norm(rows: torch.Tensor, others: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[..., dim]` twice -> their sum, as torch rounds it, and the `norm` of that, with the same bits."""
+    rows, others, dim = rows.contiguous(), others.contiguous(), rows.shape[-1]
+    sums, out = torch.empty_like(rows), torch.empty_like(rows)
+    _kernels().add_and_norm[(rows.numel() // dim,)](
+        rows, others, weight.contiguous(), sums, out, eps, offset, DIM=dim, WIDTH=1 << (dim - 1).bit_length(), enable_fp_fusion=False
+    )
+    return sums, out
+
+
+def turn(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary embedding of `[rows, heads, dim]` and `[rows, kv_heads, dim]` by `[rows, dim]` twice, rounded as torch's own operations are."""
+    queries, keys, cos, sin = (each.contiguous() for each in (queries, keys, cos, sin))
+    rows, heads, dim = queries.shape
+    turned = torch.empty_like(queries), torch.empty_like(keys)
+    _kernels().turn[rows, heads + keys.shape[1]](
+        queries, keys, cos, sin, *turned, heads, HALF=dim // 2, WIDTH=max(2, 1 << (dim // 2 - 1).bit_length()), num_warps=1, enable_fp_fusion=False
+    )
+    return turned
 
 
 def _right() -> bool:
@@ -180,7 +205,7 @@ def _right() -> bool:
 
 def _keeps_bits(dtype: torch.dtype, generator: torch.Generator, there: torch.device) -> bool:
     """Whether the last row of a text has the same bits alone and behind a path, which crosses the blocks that keys are read in."""
-    query, key, value = (torch.randn(1, heads, 270, 64, generator=generator).to(there, dtype) for heads in (6, 2, 2))
-    rows = 1, 15, 30
+    query, key, value = (torch.randn(1, heads, 130, 64, generator=generator).to(there, dtype) for heads in (6, 2, 2))
+    rows = 1, 5
     found = [attend_rows(query[:, :, -count:], key, value, None, [[*range(row + 1)] for row in range(count)])[:, -1] for count in rows]
-    return all(torch.equal(found[0], other) for other in found[1:])
+    return torch.equal(*found)

@@ -31,10 +31,11 @@ def _see(queries, key, value, seen, scale, best, total, sums, EXACT: tl.constexp
 def attend(
     query, new_keys, new_values, out, told, lengths, paths, scale, layer, heads_per, window,
     query_head, query_row, new_head, new_row, value_head, value_row, deepest,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Program (row, kv head): softmax attention of the heads of a group over the past and over the rows on the path of this one, in blocks from
-    the first place that it sees; then its own key and value are written behind the past, if they are to be kept.
+    the first place that it sees; then its own key and value are written behind the past, if they are to be kept. Strides are in units of so many
+    numbers, which are read at once.
 
     Blocks that lie in the past are read ahead while others are multiplied; those at its end are put together of both. The arithmetic is the same,
     so that a row's bits do not tell where its past ends.
@@ -42,8 +43,13 @@ def attend(
     row, head = tl.program_id(0), tl.program_id(1)
     past, stride = tl.load(told), tl.load(told + 1)
     length = past + tl.load(lengths + row)
-    keys = tl.load(told + FIRST + 2 * layer).to(tl.pointer_type(query.dtype.element_ty)) + head * stride
-    values = tl.load(told + FIRST + 2 * layer + 1).to(tl.pointer_type(query.dtype.element_ty)) + head * stride
+    kind: tl.constexpr = query.dtype.element_ty
+    aligned: tl.constexpr = UNIT * kind.primitive_bitwidth // 8
+    keys = tl.load(told + FIRST + 2 * layer).to(tl.pointer_type(kind)) + head * stride
+    values = tl.load(told + FIRST + 2 * layer + 1).to(tl.pointer_type(kind)) + head * stride
+    keys, values = tl.multiple_of(keys, aligned), tl.multiple_of(values, aligned)
+    query_head, query_row, new_head, new_row = query_head * UNIT, query_row * UNIT, new_head * UNIT, new_row * UNIT
+    value_head, value_row = value_head * UNIT, value_row * UNIT
     group, dims, places = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     inside = (dims < DIM)[None, :]
     real = (group < heads_per)[:, None] & inside
@@ -81,14 +87,62 @@ def attend(
 
 
 @triton.jit
+def _normed(x, weight, eps, offset, dims, DIM: tl.constexpr):
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32."""
+    w = tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)
+    return x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps) * (w + offset)
+
+
+@triton.jit
 def norm(rows, weight, out, eps, offset, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Program (row): x / sqrt(mean(x^2) + eps) * (weight + offset), in float32, rounded once."""
+    """Program (row): its norm, rounded once."""
     dims = tl.arange(0, WIDTH)
     at = tl.program_id(0).to(tl.int64) * DIM + dims
     x = tl.load(rows + at, mask=dims < DIM, other=0.0).to(tl.float32)
-    w = tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)
-    y = x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps) * (w + offset)
-    tl.store(out + at, y.to(rows.dtype.element_ty), mask=dims < DIM)
+    tl.store(out + at, _normed(x, weight, eps, offset, dims, DIM).to(rows.dtype.element_ty), mask=dims < DIM)
+
+
+@triton.jit
+def add_and_norm(rows, others, weight, sums, out, eps, offset, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (row): the sum of two rows, rounded, and the norm of that."""
+    dims = tl.arange(0, WIDTH)
+    at = tl.program_id(0).to(tl.int64) * DIM + dims
+    one, other = tl.load(rows + at, mask=dims < DIM, other=0.0), tl.load(others + at, mask=dims < DIM, other=0.0)
+    whole = (one.to(tl.float32) + other.to(tl.float32)).to(rows.dtype.element_ty)
+    tl.store(sums + at, whole, mask=dims < DIM)
+    tl.store(out + at, _normed(whole.to(tl.float32), weight, eps, offset, dims, DIM).to(rows.dtype.element_ty), mask=dims < DIM)
+
+
+@triton.jit
+def _turned(one, other, cos, sin):
+    """one * cos + other * sin, rounded as three operations of torch round it."""
+    kind = one.dtype
+    left, right = one.to(tl.float32) * cos.to(tl.float32), other.to(tl.float32) * sin.to(tl.float32)
+    return (left.to(kind).to(tl.float32) + right.to(kind).to(tl.float32)).to(kind)
+
+
+@triton.jit
+def _turn_head(source, target, cos, sin, HALF: tl.constexpr, WIDTH: tl.constexpr):
+    dims = tl.arange(0, WIDTH)
+    real = dims < HALF
+    low, high = tl.load(source + dims, mask=real, other=0.0), tl.load(source + dims + HALF, mask=real, other=0.0)
+    first = _turned(low, -high, tl.load(cos + dims, mask=real, other=0.0), tl.load(sin + dims, mask=real, other=0.0))
+    second = _turned(high, low, tl.load(cos + dims + HALF, mask=real, other=0.0), tl.load(sin + dims + HALF, mask=real, other=0.0))
+    tl.store(target + dims, first, mask=real)
+    tl.store(target + dims + HALF, second, mask=real)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def turn(queries, keys, cos, sin, new_queries, new_keys, heads, HALF: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (row, head of queries or of keys): rotary embedding, the first half of a head's numbers turned with the second."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    kv_heads, place = tl.num_programs(1) - heads, row * 2 * HALF
+    if head < heads:
+        at = (row * heads + head) * 2 * HALF
+        _turn_head(queries + at, new_queries + at, cos + place, sin + place, HALF, WIDTH)
+    else:
+        at = (row * kv_heads + head - heads) * 2 * HALF
+        _turn_head(keys + at, new_keys + at, cos + place, sin + place, HALF, WIDTH)
 
 
 @triton.jit(do_not_specialize=["count", "past", "stride"])

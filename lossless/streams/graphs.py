@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
+from torch import nn
 
 from ..base.attention import SDPA
+from ..base.gpu_layers import GpuLayer, gpu_layers
 from ..base.layers import rotary_turns
 from ..base.structure import global_hooks, listeners
 from ..errors import CALLED_OTHERWISE
@@ -27,7 +29,7 @@ from ..kernels.graphs import Outputs, Pieces, Recorded
 from .attention import attend
 from .cache import RowCache
 from .masks import PositionMask
-from .passes import Pass, PassOutput, with_plan
+from .passes import PASS, Pass, PassOutput, with_plan
 from .runner import StreamRunner
 from .short import paths_of
 
@@ -47,6 +49,7 @@ class _CapturingRunner(StreamRunner):
         self.recordable = not self.own_attention and not rotary_turns(self.base) and _is_work_alone(self.base)
         self._recorded: dict[int, Recorded] = {}  # all of a pass, by rows; -1, -2: streams alone, by what they are given
         self._by_kernel = self.implementation in SDPA and gpu.available()  # whether rows may attend by a kernel of ours
+        self._few = False  # whether what is captured now takes the few kernels of base/gpu_layers.py
 
     def _readable(self, cache: Any) -> bool:
         """Whether a captured pass can look back at what is in a cache."""
@@ -83,17 +86,31 @@ class _CapturingRunner(StreamRunner):
         given = torch.tensor(numbers)
         if key not in self._recorded:
             try:
+                self._few = self._same_in_few_kernels(self.stream_layers if key < 0 else self.layers, run, given.to(self.adapter.device), *inputs)
                 self._recorded[key] = Recorded(run, given.to(self.adapter.device), *inputs)
             except CALLED_OTHERWISE:  # it waits for the GPU, or asks a cache for what it has not
                 self._by_kernel = False
                 return None
         return tuple(output.clone() for output in self._recorded[key](given, *inputs))
 
+    def _same_in_few_kernels(self, layers: nn.ModuleList, run: Callable[..., Outputs], *inputs: torch.Tensor) -> bool:
+        """Whether work that goes through these layers has the very same outputs in few kernels."""
+        if not _shorten(layers):
+            return False
+        self._few = False
+        expected = run(*inputs)
+        self._few = True
+        try:
+            return all(map(torch.equal, run(*inputs), expected))
+        except CALLED_OTHERWISE:
+            return False
+
     def _streams_alone(self, numbers: torch.Tensor, entry: torch.Tensor, told: torch.Tensor | None = None) -> Outputs:
         """The same of streams: numbers, entry and the next token's embedding, `[1, 1, dim]` -> `[1, 1, num_streams, dim]`."""
         gamma = self.adapter.config.num_streams
         places = numbers[None, -gamma:]
         plan = Pass(self.implementation, 1, 0, stream=PositionMask(None, places, places), cache=self._no_cache(), told=self._told(numbers, gamma))
+        plan.few = self._few
         return (with_plan(plan, lambda: self._through_streams(plan, entry, told)),)
 
     def _told(self, numbers: torch.Tensor, rows: int) -> Told:
@@ -180,11 +197,40 @@ class GraphedRunner(_CapturingRunner):
 
         def run(numbers: torch.Tensor) -> Outputs:
             told, (ids, positions) = self._told(numbers, rows), numbers[-2 * rows :].view(2, 1, rows)
-            plan = Pass(self.implementation, 1, rows, PositionMask(None, positions, positions), told=told)
+            plan = Pass(self.implementation, 1, rows, PositionMask(None, positions, positions), told=told, few=self._few)
             logits = self.run(plan, ids, positions, self._no_cache())
             return logits, plan.entry
 
         return run
+
+
+def _shorten(layers: nn.ModuleList) -> bool:
+    """Let layers, which nobody else may call, go in few kernels where a pass says so; False, and nothing is done, unless all of them look as if they
+    could."""
+    if all(hasattr(layer.forward, "few") for layer in layers):
+        return True
+    if (found := gpu_layers(layers)) is None:
+        return False
+    layer: Any
+    for layer, few in zip(layers, found, strict=True):
+        layer.forward = _shortened(layer.forward, few)
+    return True
+
+
+def _shortened(forward: Any, few: GpuLayer) -> Any:
+    """A layer's forward."""
+
+    def short(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        plan, turned = PASS.get(), kwargs.get("position_embeddings")
+        if args or plan is None or plan.told is None or not plan.few or not isinstance(turned, tuple):
+            return forward(hidden_states, *args, **kwargs)
+        cos, sin = turned
+        if cos.shape != (1, hidden_states.shape[1], few.attention.head_dim) or cos.dtype is not hidden_states.dtype:
+            return forward(hidden_states, *args, **kwargs)
+        return few(hidden_states, cos, sin, plan.told)
+
+    short.few = few  # type: ignore[attr-defined]
+    return short
 
 
 def _is_work_alone(base: Any) -> bool:

@@ -98,15 +98,16 @@ def one_by_one(
 def in_pieces(
     forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, main_rows: int, most: int
 ) -> torch.Tensor:
-    """A projection over at most `most` of the main rows at a time; the rest (streams) in one call.
+    """A projection, or a norm, over at most `most` of the main rows at a time; the rest (streams) in one call.
 
-    rows: `[1, rows, in]` or `[rows, in]`.
+    rows: `[1, rows, in]`, `[rows, in]`, or `[1, rows, heads, in]`.
     """
-    flat = rows.flatten(0, -2)
+    at = 1 if rows.ndim == 4 else rows.ndim - 2
+    flat = rows.flatten(0, at)
     count, main = len(flat), min(main_rows, len(flat))
     if main <= most and main == count:
         return forward(rows)
     sizes = [most] * (main // most) + [main % most, count - main]
     # a piece is given the dimensions and the strides of a tensor of its own: others take slow ways
-    done = [forward(piece.view(*rows.shape[:-2], -1, rows.shape[-1])) for piece in flat.split([n for n in sizes if n])]
-    return torch.cat(done, dim=-2)
+    done = [forward(piece.reshape(*rows.shape[:at], -1, *rows.shape[at + 1 :])) for piece in flat.split([n for n in sizes if n])]
+    return torch.cat(done, dim=at)

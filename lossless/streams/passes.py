@@ -37,6 +37,7 @@ class Pass:
     alone: AloneRows | None = None  # main rows that are read as passes of one row
     exactly: bool = False  # such rows attend by base/exact.py
     told: Told | None = None  # what a captured pass knows of the cache (graphs.py)
+    few: bool = False  # its layers are computed in few kernels (base/gpu_layers.py)
     pieces: Pieces | None = None  # a pass that is captured now, but for its attention
     done: int = 0  # layers below this one have been computed by one before them (fusing.py)
     rotaries: list[tuple[Callable[..., Any], Any]] = field(default_factory=list)  # and what each call gave
