@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -23,6 +23,7 @@ from lossless.base.linears import PADDED, PADDED_MOST, PaddedLinear
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.levels import GraphedLevels, Levels
 from lossless.drafting.noise import NoiseBias
+from lossless.generation import attach as attaching
 from lossless.generation.limits import projections
 from lossless.kernels import gpu, graphs
 from lossless.kernels.graphs import Recorded
@@ -178,6 +179,21 @@ def test_rows_are_laid_out_as_the_bases_own_pass_has_them() -> None:
     assert [(each.shape, each.stride()) for each in laid_out_alone(rows[0][:, :, 1:2], *rows[1:])] == seen[0]
 
 
+@pytest.mark.usefixtures("double")
+def test_passes_in_pieces_are_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them calls attention in every layer, and each number of them is captured for itself."""
+    monkeypatch.setattr(attaching, "_runner", lambda model: PiecewiseRunner)
+    monkeypatch.setattr(attaching, "packed_twin", lambda base: None)
+    model = llama()
+    fast = lossless.accelerate(model, SHAPE, tree_nodes=32, adaptive=False)
+    assert fast.attached.rows == fast.costs.rows[-1] == 8
+    ids = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fast.generate(ids, max_new_tokens=40, do_sample=False), model.generate(ids, max_new_tokens=40, do_sample=False))
+    assert fast.stats.drafted > 0
+    assert {shape[0] for shape in fast.runner._pieces} <= {*range(1, 9)}  # type: ignore[attr-defined]
+    assert fast._holds()
+
+
 @pytest.mark.parametrize("count", [1, 5, PADDED, PADDED + 3, PADDED_MOST + 1])
 def test_a_padded_product_is_the_product(count: int) -> None:
     plain = torch.nn.Linear(24, 40)
@@ -195,6 +211,18 @@ def test_kernels_and_a_packed_model_step_by_step(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "tests.interpreted"], env=os.environ | own, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "unpacked"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None, reason="there is no GPU, or no bitsandbytes")
+def test_answers_in_four_bits_on_a_gpu(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits, dtype=torch.bfloat16, device_map={"": "cuda"})
+    fast = lossless.accelerate(model, SHAPE, tree_nodes=8, adaptive=False)
+    ids = torch.randint(0, 97, (1, 9)).cuda()
+    assert torch.equal(fast.generate(ids, max_new_tokens=40, do_sample=False), model.generate(ids, max_new_tokens=40, do_sample=False))
+    assert fast.stats.served
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -50,9 +50,21 @@ def dense(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     if type(module) is Conv1D:
         return weight.t(), bias  # type: ignore[union-attr]
     if _is_four_bit(module):
-        pairs, state = stored_pairs(module)
-        return panels.FourBits.from_pairs(pairs, scales_of(state), state.code, state.shape[0]).dense().to(dtype), bias
+        return (_decoded(module) if weight.device.type == "cpu" else _decoded_there(module)).to(dtype), bias  # type: ignore[union-attr]
     return weight, bias  # type: ignore[return-value]
+
+
+def _decoded(module: Any) -> torch.Tensor:
+    """The weight of a `Linear4bit` on a CPU, in whatever order bitsandbytes keeps it: `[out, in]`."""
+    pairs, state = stored_pairs(module)
+    return panels.FourBits.from_pairs(pairs, scales_of(state), state.code, state.shape[0]).dense()
+
+
+def _decoded_there(module: Any) -> torch.Tensor:
+    """The same anywhere else, where bitsandbytes keeps it as it was quantized."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)
 
 
 def product_dtype(module: nn.Module) -> torch.dtype | None:

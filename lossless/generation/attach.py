@@ -6,7 +6,7 @@ where those pay. Does not know: the decode loop, or what a call asks for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from .limits import each_alone
 from .trial import check_served, trial
 from .verdict import kept_guarantee, verdict_path
 
+_ROWS_IN_PIECES = 8
+
 
 @dataclass
 class Attachment:
@@ -37,7 +39,7 @@ class Attachment:
         runner: passes over trees, through a packed twin or the reader itself.
         drafter: trees from streams.
         guarantee: what holds; its bound grows when a call sees that it was too small.
-        passes: over trees, for which it does.
+        passes: over trees, that were asked for; rows: of those that are made, at most.
         kept: where it is kept on disk.
     """
 
@@ -46,6 +48,7 @@ class Attachment:
     drafter: Drafter
     guarantee: Guarantee
     passes: Passes
+    rows: int
     kept: Path
 
 
@@ -76,6 +79,8 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     elif twin is not None:
         fuse_passes(twin)
 
+    asked, passes = passes, _affordable(passes, twin or reader)
+
     def look() -> Guarantee:
         check_served(reader)
         return find_guarantee(reader, exact, passes, twin, same_bits)
@@ -104,7 +109,7 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
     fuse_streams(runner)
     if runner is not reader:
         vars(reader).pop("stream_layers", None)  # of the trial; nothing of it runs through them from now on
-    return Attachment(reader, runner, drafter, guarantee, passes, kept)
+    return Attachment(reader, runner, drafter, guarantee, asked, _affordable(passes, runner).rows, kept)
 
 
 def _runner(model: Any) -> type[StreamRunner]:
@@ -112,6 +117,11 @@ def _runner(model: Any) -> type[StreamRunner]:
     if is_padded(model):
         return GraphedRunner
     return PiecewiseRunner if input_device(model).type == "cuda" else StreamRunner
+
+
+def _affordable(passes: Passes, runner: StreamRunner) -> Passes:
+    """Those of as few rows as may be worth it: in pieces each row calls the base's attention in every layer, and each number of rows is captured."""
+    return replace(passes, rows=min(passes.rows, _ROWS_IN_PIECES)) if isinstance(runner, PiecewiseRunner) else passes
 
 
 def _share_head(reader: StreamRunner, twin: StreamRunner) -> None:

@@ -152,7 +152,8 @@ class DecodeLoop:
         """A tree under the certain token of each text."""
         roots, ngrams = [sequence.last for sequence in sequences], [sequence.ngrams if policy.recalling else None for sequence in sequences]
         depths = [self._depth_limit(sequence) for sequence in sequences]
-        return self.drafter.trees(streams, roots, self.drafting.tree_nodes, ngrams, noise_bias, depths, policy.curve)
+        most = min(self.drafting.tree_nodes, self.attached.rows)
+        return self.drafter.trees(streams, roots, most, ngrams, noise_bias, depths, policy.curve)
 
     def _depth_limit(self, sequence: Sequence) -> int:
         """How deep a tree under this text may be: neither tokens nor places go on for ever."""

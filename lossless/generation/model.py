@@ -84,7 +84,8 @@ class AcceleratedModel:
         """What the parts of a step cost here: measured, or, without `refresh`, as it was measured before; seconds the first time."""
         self._pause = FIRST_PAUSE  # between drafts, as the last call left it
         with self._base_lock.lock:  # beside a call everything takes longer
-            self.costs = kept_curve(self.reader, self.runner, self.drafter, self.adapter.config.drafting.tree_nodes, refresh)
+            most = min(self.adapter.config.drafting.tree_nodes, self.attached.rows)
+            self.costs = kept_curve(self.reader, self.runner, self.drafter, most, refresh)
         return self.costs
 
     @property
