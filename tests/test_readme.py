@@ -89,7 +89,8 @@ def test_reports_are_of_the_versions_that_are_named() -> None:
 def test_what_was_measured_on_a_gpu_names_it() -> None:
     text = " ".join(DOCUMENTS["lossless/README.md"].split())
     for found in reports("gpu").values():
-        assert f"{found['device']}, torch {found['versions']['torch']}, transformers {found['versions']['transformers']}" in text
+        assert f"| {found['device']} |" in text
+        assert f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}" in text
 
 
 def test_certificates_found_no_mismatch() -> None:
