@@ -15,7 +15,7 @@ from .costs import CostCurve
 # speed, and from 2.2 tokens on at most 3 % below drafts that are never left out.
 _WEIGHT = 0.1  # of the newest step in the running averages, which go on over pauses: one lucky step is no proof
 _TRIALS = 4  # steps with drafts before they are judged for the first time; one is enough after a pause, and where drafts did not pay on the text before
-FIRST_PAUSE, _LAST_PAUSE = 16, 64  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
+FIRST_PAUSE, _LAST_PAUSE = 16, 128  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
 _CLEARLY, _AGAIN = 0.85, 0.9  # drafts are left out where they give less than this part of what plain steps would: at first, and once they have been
 _LOSS = 0.5  # plain steps that what the text recalls may lose in a pause before it is left out, too, until the pause is over
 _LAST = 8  # steps of which the quickest tells how slow the machine is: other work on it only ever adds to a step, and rarely to all
