@@ -22,6 +22,10 @@ class NotOfThisBase(UsageError):
 
 
 # what a model's parts end with if they are called in another way than they were made for
+class RowsUnknown(RuntimeError):
+    """A norm is given a tensor whose rows are not to be told apart."""
+
+
 CALLED_OTHERWISE = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -25,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lossless.adapter.compat import new_adapter
 from lossless.base.layers import as_decoding, uses_attention_interface
+from lossless.base.loading import freeze
 from lossless.drafting.drafter import Drafter
 from lossless.drafting.tree import DraftTree
 from lossless.errors import UsageError
@@ -321,13 +323,13 @@ def test_a_projection_that_depends_on_its_rows_is_found_out() -> None:
 class CrowdedRMSNorm(nn.Module):
     """Adds the squares of a row up in another order if it is one of several, as torch does on a GPU."""
 
-    def __init__(self, like: Any) -> None:
+    def __init__(self, like: Any, heads: int = 1) -> None:
         super().__init__()
-        self.weight, self.variance_epsilon = like.weight, like.variance_epsilon
+        self.weight, self.variance_epsilon, self.heads = like.weight, like.variance_epsilon, heads
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         squares = rows.float().pow(2)
-        alone = squares[..., None, :].sum(-1) if squares.numel() == squares.shape[-1] else torch.stack(squares.split(8, -1)).sum(0).sum(-1, keepdim=True)
+        alone = squares.sum(-1, keepdim=True) if squares.numel() <= squares.shape[-1] * self.heads else torch.stack(squares.split(4, -1)).sum(0).sum(-1, keepdim=True)
         return self.weight * (rows.float() * torch.rsqrt(alone / rows.shape[-1] + self.variance_epsilon)).to(rows.dtype)
 
 
@@ -338,15 +340,57 @@ def test_a_norm_whose_rows_hang_on_their_number_takes_them_one_by_one(dtype: tor
     model: Any = build_tiny(seed=5, hidden=64, inner=160)
     for layer in model.model.layers:
         layer.input_layernorm = CrowdedRMSNorm(layer.input_layernorm)
-    fast = accelerate(model.to(dtype), new_adapter(model, tiny_config()).randomize(2), exact="bitwise")
-    assert fast.guarantee.limits is not None
-    norms = [module for module in fast.guarantee.limits if type(module) is CrowdedRMSNorm]
-    assert len(norms) == len(model.model.layers)
-    assert {fast.guarantee.limits[norm] for norm in norms} == {1}
-    assert fast.guarantee.operations["CrowdedRMSNorm"] == 1
+    model.to(dtype)
+    for _ in ("probed", "read back"):
+        fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), exact="bitwise")
+        assert sum(type(module) is CrowdedRMSNorm for module in fast.runner.limits or ()) == len(model.model.layers)
+        assert fast.guarantee.operations["CrowdedRMSNorm"] == 1
+        for seed in range(3):
+            expected, found = both(fast, prompt_ids(9 + seed, seed), seed, return_dict_in_generate=True, output_logits=True, max_new_tokens=40)
+            assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Apertus"])  # queries are normed before heads and rows change places, and behind that
+def test_norms_of_queries_take_rows_one_by_one_however_heads_stand(family: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model: Any = freeze(getattr(transformers, f"{family}ForCausalLM")(config))
+    for layer in model.model.layers:
+        layer.self_attn.q_norm = CrowdedRMSNorm(layer.self_attn.q_norm, model.config.num_attention_heads)
+    fast = accelerate(model, new_adapter(model, tiny_config(num_msa_layers=1)).randomize(2), exact="bitwise")
+    assert sum(type(module) is CrowdedRMSNorm for module in fast.runner.limits or ()) == 3
     for seed in range(3):
         expected, found = both(fast, prompt_ids(9 + seed, seed), seed, return_dict_in_generate=True, output_logits=True, max_new_tokens=40)
         assert torch.equal(torch.cat(expected.logits), torch.cat(found.logits))
+
+
+def test_a_norm_that_is_given_something_beside_rows_is_called_as_ever() -> None:
+    class GatedRMSNorm(nn.Module):
+        def __init__(self, like: Any) -> None:
+            super().__init__()
+            self.weight = like.weight
+
+        def forward(self, rows: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            rows = rows * gate
+            return self.weight * rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6)  # type: ignore[no-any-return]
+
+    class Layer(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.inner = norm
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.inner(rows, rows.sigmoid())  # type: ignore[no-any-return]
+
+    model: Any = build_tiny(seed=5, hidden=64, inner=160)
+    model.model.layers[0].input_layernorm = Layer(GatedRMSNorm(model.model.layers[0].input_layernorm))
+    for exact in (None, "bitwise", "near-tie"):
+        fast = accelerate(model, new_adapter(model, tiny_config()).randomize(2), exact=exact)
+        expected, found = both(fast, prompt_ids(9), 0, max_new_tokens=30)
+        assert torch.equal(expected, found)
 
 
 def test_a_base_that_cannot_keep_bits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from lossless.drafting.tree import DraftTree
-from lossless.streams.invariance import in_pieces, one_by_one, row_calls
+from lossless.streams.invariance import apart, in_pieces, one_by_one, row_calls, rows_at
 
 TREE = DraftTree((11, 12, 13, 14, 15, 16), (-1, 0, 0, 1, 2, 3))
 PATHS = [[i for i, seen in enumerate(row) if seen] for row in TREE.mask().tolist()]
@@ -49,3 +50,20 @@ def test_pieces_hold_so_many_main_rows_and_streams_go_together() -> None:
         assert sizes == expected
         torch.testing.assert_close(out, projection(rows))
     assert in_pieces(forward, rows[0], 7, 3).shape == (11, 3)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_rows_of_a_norm_are_found_however_heads_stand(heads: int) -> None:
+    rows = torch.randn(1, 4, heads, 6)  # as many heads as rows, too
+    for given, at in ((rows, 1), (rows.transpose(1, 2), 2), (rows[0], 0), (rows.flatten(2), 1), (rows.flatten(2)[0], 0)):
+        assert rows_at(given, (4, 4)) == at
+        seen: list[torch.Tensor] = []
+
+        def norm(piece: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(piece)
+            return piece * 2
+
+        assert torch.equal(apart(norm, given, 3, 1, at), given * 2)
+        assert [piece.shape[at] for piece in seen] == [1, 1, 1, 1]
+    assert rows_at(torch.randn(5, 6), (4, 4)) is None
+    assert rows_at(torch.randn(4 * heads, 6), (4, 4)) == (0 if heads == 1 else None)

@@ -270,7 +270,7 @@ def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
     attention, mlp, known = module.self_attn, module.mlp, [*projections, *norms]
     others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
     heard = any(map(listeners, (attention, mlp, *others, *filter(None, norms)))) or bool(global_hooks())
-    return None if heard or type(mlp.act_fn).__name__ not in _SILU else found
+    return None if heard or type(getattr(mlp, "act_fn", None)).__name__ not in _SILU else found
 
 
 def _is_theirs(part: Any) -> bool:

@@ -35,9 +35,10 @@ class GpuLayer:
     @classmethod
     def of(cls, module: Any) -> GpuLayer | None:
         """None if it looks otherwise."""
-        if (parts := usual_parts(module)) is None or not sees_everything(module.self_attn) or not isinstance(parts[1][1], FusedNorm):
+        parts, activation = usual_parts(module), getattr(getattr(module, "mlp", None), "act_fn", None)
+        if parts is None or activation is None or not sees_everything(module.self_attn) or not isinstance(parts[1][1], FusedNorm):
             return None
-        return cls(*parts, module.self_attn, module.mlp.act_fn)
+        return cls(*parts, module.self_attn, activation)
 
     def __deepcopy__(self, memo: Any) -> GpuLayer:
         """Itself: it does not change."""
@@ -52,8 +53,7 @@ class GpuLayer:
         query, key = gpu.turn(query, key, cos[0], sin[0])
         query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
         attended = gpu.attend(query, key, value, self.attention.scaling, told, self.attention.layer_idx)
-        attended = o(attended.flatten(2))
-        hidden, rows = second.behind(hidden, attended) if isinstance(second, FusedNorm) else ((hidden := hidden + attended), second(hidden))
+        hidden, rows = second.behind(hidden, o(attended.flatten(2)))
         return hidden + down(self.activation(gate(rows)) * up(rows))
 
 

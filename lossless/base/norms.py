@@ -22,6 +22,11 @@ _ROWS, _SWALLOWS = 512, 2.0**11  # that `exact` tries
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}  # of outputs that are about as large as the weight
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is one by its name, and has no parts."""
+    return type(module).__name__.endswith("Norm") and not any(True for _ in module.children())
+
+
 class FusedNorm(nn.Module):
     """Stands in for an RMS norm, over the same weight: the same numbers but for rounding, and a row's bits are its own.
 

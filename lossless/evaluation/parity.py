@@ -63,9 +63,9 @@ def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_
         runs.append(Decoded(record["id"], record["category"], context, fast.stats.tokens, fast.stats.target_passes))
     runner, drafter = fast.runner, fast.drafter
     store = FeatureStore(runner, Answers.of(said), affordable(feature_gb, base.model.device))
-    simulated = AcceptanceEstimate.of(simulate_acceptance(runner, drafter, store, drafting.tree_nodes))
+    simulated = AcceptanceEstimate.of(simulate_acceptance(runner, drafter, store, min(drafting.tree_nodes, fast.attached.rows)))
     store = FeatureStore(runner, held_out, affordable(feature_gb, base.model.device))
-    read_back = AcceptanceEstimate.of(simulate_acceptance(runner, drafter, store, drafting.tree_nodes)).acceptance_length
+    read_back = AcceptanceEstimate.of(simulate_acceptance(runner, drafter, store, min(drafting.tree_nodes, fast.attached.rows))).acceptance_length
     decoded = acceptance(runs)
     difference = abs(decoded - simulated.acceptance_length) / simulated.acceptance_length
     return {

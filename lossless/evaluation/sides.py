@@ -46,7 +46,7 @@ ALL = "all"  # but those of `COMPILING`
 COMPILING = (COMPILED, STATIC_CACHE)  # they take minutes, and have to be asked for
 _LOOKED_UP = 10  # tokens, as in the documentation of transformers
 _CONTEXT_STEP = 4096  # llama.cpp takes the memory of its whole context at once
-_STATIC_STEP = 512  # a static cache of another length is compiled for anew
+_STATIC_STEP, _FEW = 512, Decoding(max_new_tokens=4)  # a static cache of another length is compiled for anew
 
 Answer = tuple[list[int], Clock]
 
@@ -207,7 +207,12 @@ def _static(base: Base, own: str) -> Side | str:
 
 def _with_static_cache(base: Base, own: str) -> Callable[[torch.Tensor, Decoding], Answer]:
     model = functools.cache(lambda: _anew(base, own))
-    cache = functools.lru_cache(maxsize=1)(lambda room: StaticCache(config=model().config.get_text_config(decoder=True), max_cache_len=room))
+
+    @functools.cache
+    def cache(room: int) -> StaticCache:  # compiled for before it is timed
+        made = StaticCache(config=model().config.get_text_config(decoder=True), max_cache_len=room)
+        timed_generate(model(), torch.ones(1, 8, dtype=torch.long, device=base.model.device), _FEW, **{CACHE: made})
+        return made
 
     def answer(ids: torch.Tensor, decoding: Decoding) -> Answer:
         kept = cache(_STATIC_STEP * math.ceil((ids.shape[1] + decoding.max_new_tokens) / _STATIC_STEP))

@@ -23,7 +23,7 @@ from ..streams.graphs import GraphedRunner, PiecewiseRunner
 from ..streams.passes import logit_scale
 from ..streams.runner import StreamRunner
 from .exactness import Guarantee, Passes, at_a_time, check_level, find_guarantee
-from .limits import each_alone
+from .limits import crowded_norms, each_alone
 from .trial import check_served, trial
 from .verdict import kept_guarantee, verdict_path
 
@@ -96,7 +96,7 @@ def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, pas
         if (guarantee.limits or {}).get(twin.lm_head):
             _share_head(reader, twin)
     if guarantee.limits is not None:
-        runner.keep_bits(guarantee.limits)
+        runner.keep_bits(guarantee.limits | dict.fromkeys(crowded_norms(runner.model), 1))
     elif runner is twin and same_bits:
         runner.keep_bits(at_a_time(runner.model, passes.rows))
     if guarantee.again:

@@ -30,11 +30,11 @@ from ..base.layers import (
     rotary_turns,
 )
 from ..drafting.tree import DraftTree
-from ..errors import UsageError, require_at_least, require_one_of
+from ..errors import RowsUnknown, UsageError, require_at_least, require_one_of
 from ..streams.cache import RowCache
 from ..streams.hooks import keeping_bits
 from ..streams.runner import StreamRunner
-from .limits import MOST, each_alone, find_limits, projections
+from .limits import MOST, crowded_norms, each_alone, find_limits, projections
 from .trial import is_fine, number_or_infinity, plain_pass, too_far
 
 EXACTNESS = ("bitwise", "near-tie", "off")
@@ -80,7 +80,7 @@ class Guarantee:
 
     Attributes:
         level: one of `EXACTNESS`.
-        limits: rows at a time that keep their bits, for each projection (and norm) that passes over trees run through; None if the level is not bitwise.
+        limits: rows at a time that keep their bits, for each projection that passes over trees run through; None if the level is not bitwise.
         operations: the same by kind of projection, to be read: `in x out` -> rows.
         noise: how far differences between logits move with the shape of a pass, in logits.
         twin: passes over trees run through packed copies of the weights.
@@ -159,7 +159,9 @@ def find_guarantee(
     limits, operations, together = find_limits(runner.model)
     # attention that is not called through transformers' interface takes the rows of a pass together
     apart = wanted != "near-tie" and not runner.own_attention
-    bits, noise, off = _compare(runner, runner, limits if apart else None, known, passes)
+    norms = dict.fromkeys(crowded_norms(runner.model), 1)
+    operations |= {type(norm).__name__: 1 for norm in norms}
+    bits, noise, off = _compare(runner, runner, limits | norms if apart else None, known, passes)
     # behind a long text roundings have added up; in 16 bits those of prompts and of tokens may be of two kinds (base/fused.py)
     allowed = (4 if is_fine(runner.base) else 8) * too_far(runner.base)
     if not bits and not off < allowed:  # its own cache, for example, may forget what its attention would see
@@ -188,7 +190,7 @@ def _same_bits(runner: StreamRunner, twin: StreamRunner, wanted: str | None, kno
         limits[twin.model.get_output_embeddings()] = head
         ways = [(True, True)] * twin.fused + [(True, False), (False, False)]
         for twin.attends_exactly, twin.fused in ways:
-            bits, noise, _ = _compare(runner, twin, limits, known, passes)
+            bits, noise, _ = _compare(runner, twin, limits | dict.fromkeys(crowded_norms(twin.model), 1), known, passes)
             if bits:
                 prompts = row_by_row(twin.model) and all(_reads(runner, twin, text.prompt) for text in known)
                 return Guarantee("bitwise", limits, operations, noise, twin=True, attends_exactly=twin.attends_exactly, fused=twin.fused, prompts=prompts)
@@ -288,7 +290,7 @@ def _compare(
                     return False, noise, off
                 if bits:
                     with _limited(runner, limits):
-                        bits = torch.equal(exact(text.tree, rows, streams), text.alone[:rows])
+                        bits = _equal(exact, text, rows, streams)
     return bits, noise, off
 
 
@@ -300,8 +302,16 @@ def _again(runner: StreamRunner, known: list[_Known]) -> tuple[int, ...]:
     for text in known:
         read = _behind(runner, runner, text.prompt, len(text.prompt))
         with as_decoding(runner.model), _limited(runner, limits):
-            kept = [rows for rows in kept if rows <= len(text.alone) and torch.equal(read(text.tree, rows, False), text.alone[:rows])]
+            kept = [rows for rows in kept if rows <= len(text.alone) and _equal(read, text, rows, False)]
     return tuple(kept)
+
+
+def _equal(read: Callable[[DraftTree, int, bool], torch.Tensor], text: _Known, rows: int, streams: bool) -> bool:
+    """Whether rows of a pass have the bits of their own."""
+    try:
+        return torch.equal(read(text.tree, rows, streams), text.alone[:rows])
+    except RowsUnknown:
+        return False
 
 
 def _rounding(model: Any, logits: torch.Tensor) -> float:

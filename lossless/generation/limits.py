@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..base.layers import decoder, device_of, features, is_projection
-from ..base.norms import FusedNorm
+from ..base.norms import FusedNorm, is_norm
 from ..base.packed import dense, product_dtype
 from ..errors import CALLED_OTHERWISE
 
@@ -27,7 +27,7 @@ def find_limits(model: Any, own: Any = None) -> tuple[dict[nn.Module, int], dict
         own: another model of the same structure, in whose projections a row is alone; then limits may be 0.
 
     Returns:
-        The rows for each projection, and each norm that takes but one; by kind; and the part of all weights that take more than one.
+        The rows for each module; by kind; and the part of all weights that take more than one.
     """
     limits: dict[nn.Module, int] = {}
     kinds: dict[tuple[Any, ...], int] = {}
@@ -43,8 +43,6 @@ def find_limits(model: Any, own: Any = None) -> tuple[dict[nn.Module, int], dict
         weights += size
         several += size * (kinds[kind] > 1)
     operations = {f"{name} {ins}x{outs}": rows for (name, ins, outs, _), rows in kinds.items()}
-    for norm in crowded_norms(model):
-        limits[norm] = operations[type(norm).__name__] = 1
     return limits, operations, several / weights
 
 
@@ -69,26 +67,29 @@ def crowded_norms(model: Any) -> list[nn.Module]:
     """
     found, kinds = [], {}
     for norm in decoder(model).modules():
-        if not type(norm).__name__.endswith("Norm") or isinstance(norm, FusedNorm) or any(True for _ in norm.children()):
+        if not is_norm(norm) or isinstance(norm, FusedNorm):
             continue
-        width = next((parameter.shape[-1] for parameter in norm.parameters()), model.config.get_text_config().hidden_size)
-        kind = type(norm), width
+        shape = next((parameter.shape for parameter in norm.parameters()), None)
+        shape = shape or getattr(norm, "normalized_shape", None) or (model.config.get_text_config().hidden_size,)
+        kind = type(norm), tuple(shape)
         if kind not in kinds:
-            kinds[kind] = _is_crowded(norm, width, device_of(norm))
+            kinds[kind] = _is_crowded(norm, kind[1], device_of(norm))
         if kinds[kind]:
             found.append(norm)
     return found
 
 
-def _is_crowded(norm: nn.Module, width: int, device: torch.device) -> bool:
-    """Whether a row of a norm differs beside others; taken for true if it cannot be tried."""
-    rows = torch.randn(1, MOST, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+def _is_crowded(norm: nn.Module, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether a row of a norm, of this shape, differs beside others; on a GPU also if it cannot be tried."""
+    rows = torch.randn(1, MOST, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+    by = copy.copy(norm)  # with weights of its own, which may be anywhere, and nobody's hooks
+    vars(by).update(_parameters={name: torch.ones(weight.shape, device=device) for name, weight in norm.named_parameters()})
+    forward = type(norm).forward
     try:
-        by = copy.deepcopy(norm).float()
-        alone = torch.cat([by(row[None, None]) for row in rows[0]], dim=1)
-        return not all(torch.equal(by(rows[:, :count]), alone[:, :count]) for count in range(2, MOST + 1))
+        alone = torch.cat([forward(by, rows[:, [row]]) for row in range(MOST)], dim=1)
+        return not all(torch.equal(forward(by, rows[:, :count]), alone[:, :count]) for count in range(2, MOST + 1))
     except CALLED_OTHERWISE:
-        return True
+        return device.type != "cpu"
 
 
 def _limit(projection: nn.Module, dtype: torch.dtype, device: torch.device, own: nn.Module | None = None) -> int:

@@ -21,6 +21,7 @@ from torch import nn
 from ..base.attention import SDPA
 from ..base.gpu_layers import GpuLayer, gpu_layers
 from ..base.layers import rotary_turns
+from ..base.norms import is_norm
 from ..base.structure import global_hooks, listeners
 from ..errors import CALLED_OTHERWISE
 from ..kernels import gpu
@@ -49,7 +50,7 @@ class _CapturingRunner(StreamRunner):
         self.recordable = not self.own_attention and not rotary_turns(self.base) and _is_work_alone(self.base)
         self._recorded: dict[int, Recorded] = {}  # all of a pass, by rows; -1, -2: streams alone, by what they are given
         self._by_kernel = self.implementation in SDPA and gpu.available()  # whether rows may attend by a kernel of ours
-        self._few = False  # whether what is captured now takes the few kernels of base/gpu_layers.py
+        self._few: dict[int, bool] = {}  # whether what is captured, by the same keys, takes the few kernels of base/gpu_layers.py
 
     def _readable(self, cache: Any) -> bool:
         """Whether a captured pass can look back at what is in a cache."""
@@ -86,20 +87,20 @@ class _CapturingRunner(StreamRunner):
         given = torch.tensor(numbers)
         if key not in self._recorded:
             try:
-                self._few = self._same_in_few_kernels(self.stream_layers if key < 0 else self.layers, run, given.to(self.adapter.device), *inputs)
+                self._few[key] = self._same_in_few_kernels(key, run, given.to(self.adapter.device), *inputs)
                 self._recorded[key] = Recorded(run, given.to(self.adapter.device), *inputs)
             except CALLED_OTHERWISE:  # it waits for the GPU, or asks a cache for what it has not
                 self._by_kernel = False
                 return None
         return tuple(output.clone() for output in self._recorded[key](given, *inputs))
 
-    def _same_in_few_kernels(self, layers: nn.ModuleList, run: Callable[..., Outputs], *inputs: torch.Tensor) -> bool:
-        """Whether work that goes through these layers has the very same outputs in few kernels."""
-        if not _shorten(layers):
+    def _same_in_few_kernels(self, key: int, run: Callable[..., Outputs], *inputs: torch.Tensor) -> bool:
+        """Whether what is to be captured has the very same outputs in few kernels."""
+        if not _shorten(self.stream_layers if key < 0 else self.layers):
             return False
-        self._few = False
+        self._few[key] = False
         expected = run(*inputs)
-        self._few = True
+        self._few[key] = True
         try:
             return all(map(torch.equal, run(*inputs), expected))
         except CALLED_OTHERWISE:
@@ -110,7 +111,7 @@ class _CapturingRunner(StreamRunner):
         gamma = self.adapter.config.num_streams
         places = numbers[None, -gamma:]
         plan = Pass(self.implementation, 1, 0, stream=PositionMask(None, places, places), cache=self._no_cache(), told=self._told(numbers, gamma))
-        plan.few = self._few
+        plan.few = self._few.get(-1 if told is None else -2, False)
         return (with_plan(plan, lambda: self._through_streams(plan, entry, told)),)
 
     def _told(self, numbers: torch.Tensor, rows: int) -> Told:
@@ -183,7 +184,7 @@ class GraphedRunner(_CapturingRunner):
         """As `StreamRunner.verify`; the cheapest with ids, positions and mask on the CPU."""
         count = ids.shape[1]
         fits = ids.ndim == 2 and len(ids) == 1 and count <= _ROWS[-1] and nodes is None and not apart and (count == 1 or not last_only)
-        if fits and self._by_kernel and self._readable(cache) and self._alike(cache):
+        if fits and self._by_kernel and not self._crowded and self._readable(cache) and self._alike(cache):
             rows = next(rows for rows in _ROWS if count <= rows)
             paths = [[*range(row + 1)] for row in range(count)] if tree_mask is None else paths_of(tree_mask)
             filling = [0] * (rows - count)
@@ -192,12 +193,17 @@ class GraphedRunner(_CapturingRunner):
                 return PassOutput(found[0][:, :count], found[1][:, :count])
         return super().verify(ids, positions, tree_mask, cache, nodes, last_only, apart)
 
+    @property
+    def _crowded(self) -> bool:
+        """Whether some norm must take rows one by one, which a captured pass does not."""
+        return self.limits is not None and any(map(is_norm, self.limits))
+
     def _pass_over(self, rows: int) -> Callable[[torch.Tensor], Outputs]:
         """What is captured of a pass over so many rows: numbers -> logits `[1, rows, vocab]` and entry `[1, rows, dim]`."""
 
         def run(numbers: torch.Tensor) -> Outputs:
             told, (ids, positions) = self._told(numbers, rows), numbers[-2 * rows :].view(2, 1, rows)
-            plan = Pass(self.implementation, 1, rows, PositionMask(None, positions, positions), told=told, few=self._few)
+            plan = Pass(self.implementation, 1, rows, PositionMask(None, positions, positions), told=told, few=self._few.get(rows, False))
             logits = self.run(plan, ids, positions, self._no_cache())
             return logits, plan.entry
 

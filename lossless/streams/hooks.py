@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .invariance import in_pieces
+from ..base.norms import is_norm
+from ..errors import RowsUnknown
+from .invariance import apart, in_pieces, rows_at
 from .passes import PASS
 
 
@@ -33,7 +35,8 @@ def keeping_bits(limits: dict[nn.Module, int]) -> Iterator[None]:
 
 
 def keep_bits(limits: dict[nn.Module, int]) -> None:
-    """From now on these projections see no more main rows at a time than keep their bits, in passes that ask for it."""
+    """From now on these projections see no more main rows at a time than keep their bits, in passes that ask for it, and these norms one. Such a pass
+    raises RowsUnknown where a norm is given something else."""
 
     def careful(forward: Any, most: int) -> Any:
         def run(rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -44,8 +47,21 @@ def keep_bits(limits: dict[nn.Module, int]) -> None:
 
         return run
 
+    def alone(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            plan = PASS.get()
+            beside = 0 if plan is None or plan.stream is None else plan.stream.rows.shape[-1]
+            if plan is None or not plan.keeps_bits or (beside == 0 and (plan.alone is None or plan.main_rows == 1)):
+                return forward(*args, **kwargs)
+            at = rows_at(args[0], (plan.main_rows, plan.main_rows + beside)) if len(args) == 1 and not kwargs else None
+            if at is None:
+                raise RowsUnknown
+            return apart(forward, args[0], plan.main_rows, plan.main_rows if plan.alone is None else 1, at)
+
+        return run
+
     for module, most in limits.items():
-        module.forward = careful(module.forward, most)
+        module.forward = alone(module.forward) if is_norm(module) else careful(module.forward, most)
 
 
 def adapting(low_rank: Any) -> Any:

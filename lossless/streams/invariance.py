@@ -98,16 +98,35 @@ def one_by_one(
 def in_pieces(
     forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, main_rows: int, most: int
 ) -> torch.Tensor:
-    """A projection, or a norm, over at most `most` of the main rows at a time; the rest (streams) in one call.
+    """A projection over at most `most` of the main rows at a time; the rest (streams) in one call.
 
-    rows: `[1, rows, in]`, `[rows, in]`, or `[1, rows, heads, in]`.
+    rows: `[1, rows, in]` or `[rows, in]`.
     """
-    at = 1 if rows.ndim == 4 else rows.ndim - 2
-    flat = rows.flatten(0, at)
+    flat = rows.flatten(0, -2)
     count, main = len(flat), min(main_rows, len(flat))
     if main <= most and main == count:
         return forward(rows)
     sizes = [most] * (main // most) + [main % most, count - main]
     # a piece is given the dimensions and the strides of a tensor of its own: others take slow ways
-    done = [forward(piece.reshape(*rows.shape[:at], -1, *rows.shape[at + 1 :])) for piece in flat.split([n for n in sizes if n])]
+    done = [forward(piece.view(*rows.shape[:-2], -1, rows.shape[-1])) for piece in flat.split([n for n in sizes if n])]
+    return torch.cat(done, dim=-2)
+
+
+def apart(forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, main_rows: int, most: int, at: int) -> torch.Tensor:
+    """A norm over at most `most` of the main rows at a time; the rest (streams) in one call. `rows`: a tensor whose rows stand in dimension `at`."""
+    done = [forward(piece) for piece in rows.narrow(at, 0, main_rows).split(most, at)]
+    if rows.shape[at] > main_rows:
+        done.append(forward(rows.narrow(at, main_rows, rows.shape[at] - main_rows)))
     return torch.cat(done, dim=at)
+
+
+def rows_at(tensor: torch.Tensor, counts: tuple[int, ...]) -> int | None:
+    """In which dimension of what a norm is given the rows of a pass stand, of which there are as many as one of `counts`; None if that is not to
+    be told. Heads of queries and keys may stand before rows or behind them, and be as many: then the strides tell."""
+    found = [at for at in range(tensor.ndim - 1) if tensor.shape[at] in counts]
+    if tensor.ndim >= 3 and tensor.shape[0] == 1:
+        found = [at for at in found if at]
+    if len(found) == 2 and tensor.stride(found[0]) != tensor.stride(found[1]):
+        found.sort(key=tensor.stride, reverse=True)
+        return found[0]
+    return found[0] if len(found) == 1 else None
