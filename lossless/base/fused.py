@@ -267,10 +267,9 @@ def _parts(module: Any) -> tuple[list[Any], list[Any]] | None:
     projections, norms = found
     if not multipliable(projections) or {type(norm) for norm in norms if norm is not None} not in ({FusedNorm}, {ExactNorm}):
         return None
-    attention, mlp, known = module.self_attn, module.mlp, [*projections, *norms]
-    others = [part for part in (*attention.children(), *mlp.children()) if not any(part is each for each in known)]
-    heard = any(map(listeners, (attention, mlp, *others, *filter(None, norms)))) or bool(global_hooks())
-    return None if heard or type(getattr(mlp, "act_fn", None)).__name__ not in _SILU else found
+    if type(act := getattr(module.mlp, "act_fn", None)).__name__ not in _SILU or global_hooks():
+        return None
+    return None if any(map(listeners, (module.self_attn, module.mlp, act, *filter(None, norms)))) else found
 
 
 def _is_theirs(part: Any) -> bool:

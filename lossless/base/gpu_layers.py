@@ -40,10 +40,6 @@ class GpuLayer:
             return None
         return cls(*parts, module.self_attn, activation)
 
-    def __deepcopy__(self, memo: Any) -> GpuLayer:
-        """Itself: it does not change."""
-        return self
-
     def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, told: Told) -> torch.Tensor:
         """`[1, rows, dim]`, `[1, rows, head_dim]` twice -> `[1, rows, dim]`; keys and values are kept as `told` has it."""
         (q, k, v, o, gate, up, down), (first, second, *of_heads) = self.projections, self.norms

@@ -92,7 +92,7 @@ def _device(name: str) -> torch.device:
     """Raises UsageError if there is none of this name here."""
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an AssertionError where torch was built without CUDA
         raise UsageError(f"device must be one that torch has here, got {name!r} ({_first_line(error)})") from error
 
 

@@ -61,11 +61,11 @@ def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_
         said.append(record | {"answer_ids": out[0, ids.shape[1] :].tolist()})
         context = ids.shape[1] + fast.stats.tokens // 2
         runs.append(Decoded(record["id"], record["category"], context, fast.stats.tokens, fast.stats.target_passes))
-    runner, drafter = fast.runner, fast.drafter
+    runner, drafter, nodes = fast.runner, fast.drafter, fast.attached.most_nodes(drafting)
     store = FeatureStore(runner, Answers.of(said), affordable(feature_gb, base.model.device))
-    simulated = AcceptanceEstimate.of(simulate_acceptance(runner, drafter, store, min(drafting.tree_nodes, fast.attached.rows)))
+    simulated = AcceptanceEstimate.of(simulate_acceptance(runner, drafter, store, nodes))
     store = FeatureStore(runner, held_out, affordable(feature_gb, base.model.device))
-    read_back = AcceptanceEstimate.of(simulate_acceptance(runner, drafter, store, min(drafting.tree_nodes, fast.attached.rows))).acceptance_length
+    read_back = AcceptanceEstimate.of(simulate_acceptance(runner, drafter, store, nodes)).acceptance_length
     decoded = acceptance(runs)
     difference = abs(decoded - simulated.acceptance_length) / simulated.acceptance_length
     return {
@@ -75,7 +75,7 @@ def check_parity(base: Base, adapter: StreamAdapter, held_out: Answers, feature_
         "decoded": decoded,
         "difference": round(difference, 4),
         "agrees": max(difference, abs(read_back - trained) / trained) <= TOLERANCE,
-        "tree_nodes": drafting.tree_nodes,
+        "tree_nodes": nodes,
         "prompts": len(runs),
         "tokens": sum(run.tokens for run in runs),
         "by_category": _by((run.category or "-", run) for run in runs),

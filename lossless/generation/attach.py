@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..adapter.config import DraftConfig
 from ..adapter.weights import StreamAdapter
 from ..base.exact import exact_twin
 from ..base.layers import device_of, input_device
@@ -50,6 +51,10 @@ class Attachment:
     passes: Passes
     rows: int
     kept: Path
+
+    def most_nodes(self, drafting: DraftConfig) -> int:
+        """Of a tree: what was asked for, as far as it may be worth it."""
+        return min(drafting.tree_nodes, self.rows)
 
 
 def attach(base: PreTrainedModel, adapter: StreamAdapter, exact: str | None, passes: Passes) -> Attachment:

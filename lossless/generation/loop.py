@@ -152,7 +152,7 @@ class DecodeLoop:
         """A tree under the certain token of each text."""
         roots, ngrams = [sequence.last for sequence in sequences], [sequence.ngrams if policy.recalling else None for sequence in sequences]
         depths = [self._depth_limit(sequence) for sequence in sequences]
-        most = min(self.drafting.tree_nodes, self.attached.rows)
+        most = self.attached.most_nodes(self.drafting)
         return self.drafter.trees(streams, roots, most, ngrams, noise_bias, depths, policy.curve)
 
     def _depth_limit(self, sequence: Sequence) -> int:

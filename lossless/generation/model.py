@@ -84,7 +84,7 @@ class AcceleratedModel:
         """What the parts of a step cost here: measured, or, without `refresh`, as it was measured before; seconds the first time."""
         self._pause = FIRST_PAUSE  # between drafts, as the last call left it
         with self._base_lock.lock:  # beside a call everything takes longer
-            most = min(self.adapter.config.drafting.tree_nodes, self.attached.rows)
+            most = self.attached.most_nodes(self.adapter.config.drafting)
             self.costs = kept_curve(self.reader, self.runner, self.drafter, most, refresh)
         return self.costs
 
