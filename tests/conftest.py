@@ -23,7 +23,8 @@ from lossless.adapter.compat import new_adapter
 from lossless.adapter.config import AdapterConfig, DraftConfig
 from lossless.base import linears
 from lossless.base.loading import freeze
-from lossless.generation import measure, verdict
+from lossless.drafting.costs import CostCurve
+from lossless.generation import exactness, measure, verdict
 from lossless.generation.exactness import Passes
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.storage import cache_dir
@@ -37,11 +38,12 @@ _OF_COMMANDS = {"test_older", "test_bad_input", "test_robustness", "test_cli", "
                 "test_readme"}  # fmt: skip
 
 
-# what is exact, and by how much, is their subject: they have every pass probed
-_OF_EXACTNESS = {"test_exactness", "test_exact", "test_verdict", "test_conditions", "test_noise", "test_invariance", "test_fused", "test_packed", "test_gpu",
-                 "test_certificate", "test_robustness", "test_lossless", "test_kernels", "test_adapter"}  # fmt: skip
+# what is exact, and by how much, is their subject: they have passes of every size probed, and the first ones behind a long text, too
+_BEHIND_LONG_TEXTS = {"test_exactness", "test_exact", "test_verdict", "test_conditions", "test_noise", "test_invariance", "test_certificate"}
+_OF_EXACTNESS = {*_BEHIND_LONG_TEXTS, "test_fused", "test_packed", "test_gpu", "test_robustness", "test_lossless", "test_kernels", "test_adapter"}
 
-_OF_COSTS = {"test_measure", "test_policy", "test_forecast", "test_bench"}
+_OF_COSTS = {"test_measure", "test_policy", "test_forecast", "test_bench", "test_gpu", "test_under_fire"}
+_COSTS = CostCurve(1.5e-3, (1, 2, 4, 8, 16), (1.55e-3, 1.75e-3, 1.85e-3, 1.95e-3, 2e-3), 0.9e-3, 0.2e-3, context=128)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -74,20 +76,27 @@ def _kept_for_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture(autouse=True)
-def _few_sizes_are_probed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where exactness is not the subject, passes of few sizes are looked at: every size has its turn in those tests where it is."""
-    if request.path.stem in _OF_EXACTNESS or "conformance" in request.path.parts:
+def _probes_are_short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where exactness is not the subject, passes of few sizes are looked at, and behind few tokens: all of it has its turn in those tests where it
+    is. Families have passes of every size."""
+    if request.path.stem in _BEHIND_LONG_TEXTS:
         return
-    each, folder = Passes.each, verdict.cache_dir() / "of few sizes"
-    monkeypatch.setattr(Passes, "each", lambda passes: (size for size in each(passes) if size[0] in (1, 2, 3, passes.rows)))
+    every = request.path.stem in _OF_EXACTNESS or "conformance" in request.path.parts
+    folder = verdict.cache_dir() / f"behind few tokens, of {'every' if every else 'few'} sizes"
+    monkeypatch.setattr(exactness, "_LONG", 60)
     monkeypatch.setattr(verdict, "cache_dir", lambda: folder)
+    if not every:
+        each = Passes.each
+        monkeypatch.setattr(Passes, "each", lambda passes: (size for size in each(passes) if size[0] in (1, 2, 3, passes.rows)))
 
 
 @pytest.fixture(autouse=True)
-def _costs_are_timed_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are not the subject: a tiny model's curve decides how fast tokens come, never which."""
-    if request.path.stem not in _OF_COSTS:
+def _costs_are_given(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are not the subject, what a tiny model's steps cost here once; families are measured, each part once."""
+    if "conformance" in request.path.parts:
         monkeypatch.setattr(measure, "_REPEATS", 1)
+    elif request.path.stem not in _OF_COSTS:
+        monkeypatch.setattr(measure, "measure", lambda *_: _COSTS)
 
 
 @pytest.fixture(autouse=True)

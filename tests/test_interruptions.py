@@ -7,10 +7,7 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -24,6 +21,8 @@ from lossless.adapter.weights import StreamAdapter
 from lossless.cli.parser import main
 from lossless.distillation.answers import Answers
 from lossless.storage import read_jsonl
+
+from .forked import Forked
 
 DISTILL = ["--max-new-tokens", "24", "--batch-size", "4", "--temperatures", "0", "--answer-tokens", "100000"]
 TRAIN = ["--steps", "90", "--num-msa-layers", "2", "--lora-rank", "4", "--transition-rank", "8", "--held-out", "4",
@@ -46,19 +45,15 @@ def answers(tiny_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def kill_when(arguments: list[str], reached: Callable[[], bool]) -> bool:
+def kill_when(folder: Path, arguments: list[str], reached: Callable[[], bool]) -> bool:
     """Run a command and kill it once `reached`; whether it was still running then."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lossless", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = Forked(folder, main, arguments)
     deadline = time.monotonic() + 300
-    while process.poll() is None and not reached():
+    while command.running and not reached():
         assert time.monotonic() < deadline, "the command hangs"
         time.sleep(0.002)
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
-    assert running or process.returncode == 0, output
+    running = command.kill()
+    assert running or command.process.exitcode == 0, command.output()
     return running
 
 
@@ -67,13 +62,16 @@ def stored(folder: Path) -> dict[str, Any]:
     return {found[i]["id"]: found[i] for i in range(len(found))}
 
 
-def test_killed_distillation_loses_no_answer_that_was_written(tiny_folder: Path, prompts: Path, answers: Path, tmp_path: Path) -> None:
+def test_killed_distillation_loses_no_answer_that_was_written(
+    tiny_folder: Path, prompts: Path, answers: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    logs = tmp_path_factory.mktemp("logs")
     command = ["distill", "--model", str(tiny_folder), "--prompts", str(prompts), *DISTILL, "--out", str(tmp_path)]
     rng, whole, kills = random.Random(), stored(answers), 0
     for _ in range(2):
         before = stored(tmp_path) if kills else {}
         goal = len(before) + rng.randint(1, 40)
-        kills += kill_when(command, lambda goal=goal: len(stored(tmp_path)) >= goal)  # type: ignore[misc]
+        kills += kill_when(logs, command, lambda goal=goal: len(stored(tmp_path)) >= goal)  # type: ignore[misc]
         after = stored(tmp_path)
         assert all(after[id] == whole[id] for id in after)
         assert before.keys() <= after.keys()
@@ -93,7 +91,7 @@ def test_killed_training_loses_at_most_one_checkpoint_interval(tiny_folder: Path
     rng, kills = random.Random(), 0
     for _ in range(2):
         goal = steps() + rng.randint(7, 30)
-        kills += kill_when(command(tmp_path / "cut"), lambda goal=goal: steps() >= goal)  # type: ignore[misc]
+        kills += kill_when(tmp_path, command(tmp_path / "cut"), lambda goal=goal: steps() >= goal)  # type: ignore[misc]
         newest = max((tmp_path / "cut").glob("checkpoint-*/progress.json"))
         assert json.loads(newest.read_text())["progress"]["step"] > steps() - EVERY - 1
     assert kills > 0
@@ -104,19 +102,17 @@ def test_killed_training_loses_at_most_one_checkpoint_interval(tiny_folder: Path
         torch.testing.assert_close(cut[name], tensor, rtol=0, atol=2e-3)
 
 
-# the command; of an adapter that has learnt, each process notes what it is like before the best one is read back
-_NOTING = """
-import os, sys
-from lossless import StreamAdapter
-from lossless.cli.parser import main
-read = StreamAdapter.load_state_dict
-def note(self, *given, **how):
-    if not self.transition.out.is_meta and self.transition.out.any():
-        open(sys.argv[1] + os.environ["RANK"], "w").write(self.digest())
-    return read(self, *given, **how)
-StreamAdapter.load_state_dict = note
-sys.exit(main(sys.argv[2:]))
-"""
+def noting(out: str, arguments: list[str]) -> int:
+    """The command; of an adapter that has learnt, each process notes what it is like before the best one is read back."""
+    read = StreamAdapter.load_state_dict
+
+    def note(self: StreamAdapter, *given: Any, **how: Any) -> Any:
+        if not self.transition.out.is_meta and self.transition.out.any():
+            Path(out + os.environ["RANK"]).write_text(self.digest())
+        return read(self, *given, **how)
+
+    StreamAdapter.load_state_dict = note  # type: ignore[method-assign]
+    return main(arguments)
 
 
 def test_two_processes_share_the_work(tiny_folder: Path, prompts: Path, answers: Path, tmp_path: Path) -> None:
@@ -125,20 +121,12 @@ def test_two_processes_share_the_work(tiny_folder: Path, prompts: Path, answers:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         started = [
-            subprocess.Popen(
-                [sys.executable, "-c", _NOTING, str(tmp_path / "adapter-"), *arguments], env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for rank in ("0", "1")
-        ]  # fmt: skip
-        try:
-            said = [process.communicate(timeout=240)[0] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        assert [process.returncode for process in started] == [0, 0], said
+            Forked(tmp_path, noting, str(tmp_path / "adapter-"), list(arguments), changed=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+        ]
+        ended = [process.finish() for process in started]
+        assert [code for code, _ in ended] == [0, 0], ended
 
     model = ["--model", str(tiny_folder)]
     run("distill", *model, "--prompts", str(prompts), *DISTILL, "--out", str(tmp_path / "answers"))

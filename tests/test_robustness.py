@@ -7,8 +7,6 @@ import io
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import pytest
 from lossless.distillation.answers import AnswerWriter, mend
 from lossless.errors import UsageError
 
-from .robustness import calls, files, fuzz, long, soak, table
+from .robustness import calls, faults, files, fuzz, long, soak, table
 from .robustness.report import Tally
 
 
@@ -95,10 +93,8 @@ def test_long_texts_are_exact() -> None:
 
 
 def test_a_fault_leaves_everything_whole_or_absent(tmp_path: Path) -> None:
-    """In a process of its own: kills, a second process, a full disk, a wrong clock."""
-    arguments = ["--kills", "1", "--jobs", "distill", "fetch", "--json", str(tmp_path / "out.json")]
-    done = subprocess.run([sys.executable, "-m", "tests.robustness.faults", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """Kills, a second process, a full disk, a wrong clock."""
+    assert faults.main(["--kills", "1", "--jobs", "distill", "fetch", "--json", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["failures"] == []
     if skipped := [kind for kind in found["counts"] if kind.startswith("skipped")]:

@@ -98,6 +98,14 @@ class Visitor:
         expect(self.bot.last).to_contain_text(message.split("say: ")[-1] if "say: " in message else "as there are numbers", timeout=20_000)
         self.done()
 
+    def compare(self) -> None:
+        """Ask both, and go to the end of the race."""
+        self.mode("Compare")
+        self.send("hello")
+        expect(self.status).to_contain_text("Replay", timeout=30_000)
+        self.page.get_by_role("button", name="Stop").click()
+        self.done()
+
     def done(self) -> None:
         expect(self.status).to_contain_text(re.compile("Done|Compared|Stopped"), timeout=30_000)
         expect(self.page.get_by_role("button", name="Send")).to_be_visible(timeout=20_000)
@@ -153,7 +161,7 @@ def test_a_message_is_answered_while_one_looks(arrive: Arrive) -> None:
 
 def test_stop_midway_and_go_on(arrive: Arrive, engine: FakeEngine) -> None:
     visitor = arrive()
-    visitor.send("say: on " + "and on " * 80 + "to the end")
+    visitor.send("say: on " + "and on " * 100 + "to the end")
     expect(visitor.bot.last).to_contain_text("on and on", timeout=20_000)
     visitor.page.get_by_role("button", name="Stop").click()
     expect(visitor.bot.last).to_contain_text("stopped")
@@ -272,8 +280,7 @@ def test_too_long_a_message_stays_in_the_box(arrive: Arrive) -> None:
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_it_fits(arrive: Arrive, size: tuple[int, int], dark: bool) -> None:
     visitor = arrive(size=size, dark=dark)
-    visitor.mode("Compare")
-    visitor.ask("hello")
+    visitor.compare()
     width, room = visitor.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert width <= room
     assert visitor.page.evaluate("document.body.classList.contains('dark')") is dark

@@ -18,6 +18,9 @@ import httpx
 import pytest
 
 from chat_app import __main__ as command
+from tests.forked import Forked
+
+from .conftest import until
 
 ROOT = Path(__file__).parent.parent.parent
 NO_MODEL = ["--api-only", "--port", "0", "--model", "./nowhere"]  # what is not refused before ends here, and not with a server
@@ -113,48 +116,59 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @contextlib.contextmanager
-def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def running(folder: Path, *arguments: str, **environment: str) -> Iterator[tuple[Forked, str, str]]:
     """The command in a process of its own: the process, its address, and what it printed until then."""
-    line = [sys.executable, "-m", "chat_app", "--api-only", "--port", "0", *arguments]
-    with subprocess.Popen(line, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            said = process.stdout.readline() + process.stdout.readline()
-            address = re.search(r"http://\S+(?=/v1)", said)
-            assert address, said + (process.stderr.read() if process.stderr and process.poll() is not None else "")
-            yield process, address[0], said
-        finally:
-            process.kill()
+    process = Forked(folder, command.main, ["--api-only", "--port", "0", *arguments], changed=environment)
+    try:
+        until(lambda: "/v1" in process.output() or not process.running)
+        address = re.search(r"http://\S+(?=/v1)", process.output())
+        assert address, process.output()
+        yield process, address[0], process.said.read_text()
+    finally:
+        process.kill()
+
+
+def has_ended(process: Forked) -> None:
+    """In order, with one line."""
+    code, _ = process.finish()
+    assert (code, process.told.read_text()) == (0, "chat_app: ended\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_serves_and_ends_with_one_line(tiny_folder: Path, number: signal.Signals) -> None:
-    with running("--model", str(tiny_folder), "--dtype", "float32") as (process, address, said):
+def test_it_serves_and_ends_with_one_line(tiny_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with running(tmp_path, "--model", str(tiny_folder), "--dtype", "float32") as (process, address, said):
         assert "plain: there is no adapter for it" in said
         [model] = httpx.get(f"{address}/v1/models").json()["data"]
         body = {"model": model["id"], "messages": [{"role": "user", "content": "w5"}], "max_tokens": 3}
         assert httpx.post(f"{address}/v1/chat/completions", json=body).json()["lossless"]["accelerated"] is False
-        process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-        assert (process.returncode, error) == (0, "chat_app: ended\n")
+        process.signal(number)
+        has_ended(process)
 
 
-def test_it_ends_while_an_answer_is_made(tiny_folder: Path) -> None:
-    with running("--model", str(tiny_folder), "--dtype", "float32") as (process, address, _):
+def test_it_ends_while_an_answer_is_made(tiny_folder: Path, tmp_path: Path) -> None:
+    with running(tmp_path, "--model", str(tiny_folder), "--dtype", "float32") as (process, address, _):
         [model] = httpx.get(f"{address}/v1/models").json()["data"]
         body = {"model": model["id"], "messages": [{"role": "user", "content": "w5"}], "max_tokens": 4096, "stream": True, "n": 8}
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as found:
             lines = found.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGINT)
+            process.signal(signal.SIGINT)
             assert '"message": "the server is ending"' in [line for line in lines if line][-1]
-        _, error = process.communicate(timeout=60)
-        assert (process.returncode, error) == (0, "chat_app: ended\n")
+        has_ended(process)
 
 
-def test_with_a_key_others_are_let_in(tiny_folder: Path) -> None:
-    with running("--model", str(tiny_folder), "--host", "0.0.0.0", LOSSLESS_API_KEY="secret") as (_, address, said):
-        assert "secret" not in said
-        here = address.replace("0.0.0.0", "127.0.0.1")
-        assert httpx.get(f"{here}/v1/models").status_code == 401
-        assert httpx.get(f"{here}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+def test_the_module_serves_and_with_a_key_others_are_let_in(tiny_folder: Path) -> None:
+    line = [sys.executable, "-m", "chat_app", "--api-only", "--port", "0", "--model", str(tiny_folder), "--host", "0.0.0.0"]
+    environment = os.environ | {"LOSSLESS_API_KEY": "secret"}
+    with subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline() + process.stdout.readline()
+            address = re.search(r"http://\S+(?=/v1)", said)
+            assert address, said
+            assert "secret" not in said
+            here = address[0].replace("0.0.0.0", "127.0.0.1")
+            assert httpx.get(f"{here}/v1/models").status_code == 401
+            assert httpx.get(f"{here}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        finally:
+            process.kill()

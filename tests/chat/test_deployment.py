@@ -171,7 +171,7 @@ def conversations_find_their_rows(cluster: Cluster, base: Base, first: int = 0) 
 def a_killed_replica_takes_no_request_with_it(cluster: Cluster, base: Base) -> None:
     tokens = 60
     asked = {f"request {number}": [user(f"w3 w{number % 16} w{number % 16 + 30}")] for number in range(48)}
-    right = {messages[0]["content"]: text(base, messages, tokens) for messages in asked.values()}
+    right = {said: text(base, [user(said)], tokens) for said in {messages[0]["content"] for messages in asked.values()}}
     before = cluster.replicas()
     assert len(before) == 2
     victim, finished = min(before), threading.Semaphore(0)

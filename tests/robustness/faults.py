@@ -3,8 +3,7 @@
     python -m tests.robustness.faults --kills 100 --seed 0 --json faults.json
 
 Knows: how to break a command off, and what must be true of its folder then and after the same command has run again. Does not
-know: how a command works. Commands run in processes that are forked from one which has imported everything, so that a kill may
-come at any moment of the work itself.
+know: how a command works. Commands run in forked processes, so that a kill may come at any moment of the work itself.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -40,24 +38,18 @@ from lossless.errors import UsageError
 from lossless.storage import read_jsonl
 
 from ..conftest import save_tiny, tiny_config
+from ..forked import Forked
 from .report import Tally, own_cache
 
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PATIENCE_S = 240  # after which a command hangs
 _CHECKPOINT_EVERY = 3
 _JOBS = ("distill", "train", "bench", "verify", "fetch")
 
 
-def _run(arguments: list[str], said: str, prepare: Callable[[], None] | None) -> None:
-    """In the process of a command: what it says goes to a file."""
-    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+def _run(arguments: list[str], prepare: Callable[[], None] | None) -> int:
+    """In the process of a command."""
     if prepare:
         prepare()
-    code = run_command(arguments) if arguments else _fetch()
-    sys.stdout.flush()
-    os._exit(code)
+    return run_command(arguments) if arguments else _fetch()
 
 
 def _fetch() -> int:
@@ -96,32 +88,6 @@ class _StandInTokenizer:
 
         source = folder if (Path(folder) / "tokenizer.json").is_file() else os.environ["STAND_IN"]
         return PreTrainedTokenizerFast.from_pretrained(source)
-
-
-class Forked:
-    """A command in a process of its own."""
-
-    def __init__(self, arguments: list[str], folder: Path, prepare: Callable[[], None] | None = None) -> None:
-        self.said = folder / f"said-{time.monotonic_ns()}.txt"
-        self.process = _PROCESSES.Process(target=_run, args=(arguments, str(self.said), prepare))
-        self.process.start()
-
-    def kill_after(self, seconds: float) -> bool:
-        """SIGKILL; whether it was still running."""
-        self.process.join(seconds)
-        running = self.process.exitcode is None
-        self.process.kill()
-        self.process.join()
-        return running
-
-    def finish(self) -> tuple[int, str]:
-        """Its exit code, and all that it said."""
-        self.process.join(_PATIENCE_S)
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
-            return -1, f"it hangs for {_PATIENCE_S} s"
-        return self.process.exitcode, self.said.read_text(errors="replace") if self.said.exists() else ""
 
 
 @dataclass
@@ -193,7 +159,7 @@ class Workshop:
         place.mkdir(parents=True, exist_ok=True)
         if not job.arguments(place):
             prepare = _In(place, prepare)
-        return Forked(job.arguments(place), self.scratch, prepare)
+        return Forked(self.scratch, _run, job.arguments(place), prepare)
 
 
 @dataclass
@@ -392,10 +358,10 @@ def cannot_write(tally: Tally, shop: Workshop) -> None:
             code, said = shop.start(bench, place, _In(cache)).finish()
             if code or bench.result(place) != shop.expected["bench"]:
                 tally.fail(f"bench with the cache {cache.name}: exit code {code}: {said[-400:]}")
-            code, said = Forked([], shop.scratch, _In(cache)).finish()
+            code, said = Forked(shop.scratch, _run, [], _In(cache)).finish()
             if code != 2 or "Traceback" in said:
                 tally.fail(f"fetch into the cache {cache.name}: exit code {code}: {said[-400:]}")
-            code, said = Forked(bench.arguments(cache), shop.scratch).finish()
+            code, said = Forked(shop.scratch, _run, bench.arguments(cache), None).finish()
             if code != 2 or "Traceback" in said:
                 tally.fail(f"bench with its report in {cache.name}: exit code {code}: {said[-400:]}")
             tally.count("places that cannot be written to")
@@ -425,7 +391,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"faults: {error}", file=sys.stderr)
         return 2
     os.environ["OMP_NUM_THREADS"] = "1"
-    _PROCESSES.set_forkserver_preload(["lossless.cli.parser", "tests.conftest", "matplotlib.figure", "transformers.models.llama.modeling_llama"])
     wanted = [name for name in arguments.jobs if name not in tally.measured]
     if not wanted:
         return tally.close()
