@@ -6,6 +6,7 @@ Knows: JSON, JSONL, atomic writes, locks. Does not know: what is in them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -142,6 +143,11 @@ def ensure_room(folder: str | Path, needed: int) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of everything that can move a bit or a microsecond."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("lossless-streams", "torch", "transformers", "accelerate", "bitsandbytes"):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -105,7 +105,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def build_tiny(seed: int = 0, attention: str = "sdpa", layers: int = 4, hidden: int = 32, inner: int = 48) -> LlamaForCausalLM:
+def build_tiny(seed: int = 0, attention: str = "sdpa", layers: int = 3, hidden: int = 32, inner: int = 48) -> LlamaForCausalLM:
     """A random Llama of two dozen kilobytes, scaled so that its choices are not all alike."""
     torch.manual_seed(seed)
     config = LlamaConfig(

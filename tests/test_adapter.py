@@ -45,7 +45,7 @@ def test_config_states_the_rule_and_the_value(change: dict[str, Any], rule: str)
 
 
 def test_more_layers_than_the_model_has_are_refused(tiny: LlamaForCausalLM) -> None:
-    with pytest.raises(UsageError, match=r"num_msa_layers must be between 1 and 4 \(model depth\), got 5"):
+    with pytest.raises(UsageError, match=r"num_msa_layers must be between 1 and 3 \(model depth\), got 5"):
         accelerate(tiny, tiny_config(num_msa_layers=5))
 
 

@@ -332,7 +332,7 @@ def test_a_folder_keeps_to_its_precision_and_says_so_in_its_shards(base: Base, t
 def test_a_batch_that_does_not_fit_is_told_beforehand(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    each = 4 * 2 * 2 * 8 * 4 * (384 + 5) / 2**30  # layers, keys and values, heads, width, bytes, tokens
+    each = 3 * 2 * 2 * 8 * 4 * (384 + 5) / 2**30  # layers, keys and values, heads, width, bytes, tokens
     config = DistillConfig(answer_tokens=40, max_new_tokens=5, batch_size=64)
     monkeypatch.setattr(module, "free_memory", lambda device: 10.5 * each)
     with pytest.raises(UsageError, match="batch_size must be at most 10 here, got 64"):

@@ -115,4 +115,4 @@ def test_the_shipped_adapter_is_small_and_there() -> None:
 @pytest.mark.parametrize("options", [[], ["--do-sample", "--temperature", "0.8", "--seed", "3"]], ids=["greedy", "sampled"])
 def test_the_demo_model_is_lossless_in_float32(demo: Base, options: list[str], tmp_path: Path) -> None:
     arguments = ["bench", "--model", "demo", "--dtype", "float32", "--prompts", str(ROOT / "data" / "prompts.jsonl")]
-    assert main([*arguments, "--limit", "3", "--max-new-tokens", "32", *options]) == 0
+    assert main([*arguments, "--limit", "2", "--max-new-tokens", "32", *options]) == 0

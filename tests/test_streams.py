@@ -88,7 +88,7 @@ def test_projections_of_the_top_layers_are_found(tiny: LlamaForCausalLM) -> None
     found = find_projections(tiny, 2)
     assert len(found) == 14
     assert found["1.mlp.down_proj"] == (48, 32)
-    assert len(decoder_layers(tiny)) == 4
+    assert len(decoder_layers(tiny)) == 3
     tiny.config.num_hidden_layers = 7
     with pytest.raises(UsageError, match="no list of 7 decoder layers"):
         decoder_layers(tiny)

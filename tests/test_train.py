@@ -171,7 +171,7 @@ def test_logits_in_pieces_are_the_same_loss(taught: Base, answers: Path, monkeyp
     monkeypatch.setattr(Drafter, "logits", noted)
     found = []
     features = FeatureStore(runner, Answers.read(answers), memory_gb=1).get([0, 1, 2, 3])
-    block = make_batch(features, [f.prompt - 1 for f in features], 12, 4, 2, torch.float32)
+    block = make_batch(features, [f.prompt - 1 for f in features], 12, 4, runner.first_top, torch.float32)
     for gigabytes in (1.0, 1e-9):
         seen.clear()
         loss, each, agreement = StreamLoss(runner, drafter, gigabytes)(block)
@@ -534,7 +534,7 @@ def test_gradients_reach_the_adapter_alone(taught: Base, answers: Path) -> None:
     stored = Answers.read(answers)
     stored = stored.select([i for i, length in enumerate(stored.lengths("answer_ids")) if length > 8][:3])
     features = FeatureStore(runner, stored, memory_gb=1).get([0, 1, 2])
-    block = make_batch(features, [f.prompt - 1 for f in features], 4, 4, 2, torch.float32)
+    block = make_batch(features, [f.prompt - 1 for f in features], 4, 4, runner.first_top, torch.float32)
     loss, _, _ = StreamLoss(runner, drafter, 1.0)(block)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
@@ -548,9 +548,9 @@ def test_training_streams_are_the_decoding_streams(taught: Base) -> None:
     record = answer(ids[0, :4].tolist(), ids[0, 4:].tolist())
     with torch.no_grad():
         features = FeatureStore(runner, Answers.of([record]), memory_gb=0).get([0])
-        block = make_batch(features, [3], 6, 4, 2, torch.float32)
+        block = make_batch(features, [3], 6, 4, runner.first_top, torch.float32)
         trained = runner.speculate(block.entry, block.positions, block.context, block.rows)[0]
-        decoded = runner.verify(ids, torch.arange(12)[None], None, RowCache(4), torch.arange(12)).streams
+        decoded = runner.verify(ids, torch.arange(12)[None], None, RowCache(3), torch.arange(12)).streams
     # features are stored in bfloat16
     torch.testing.assert_close(trained, decoded[0, 3:9], rtol=0.1, atol=0.1)
     assert block.tokens[0, 0].tolist() == ids[0, 4:8].tolist()
@@ -662,7 +662,7 @@ def test_long_answers_are_read_a_few_at_a_time(taught: Base, answers: Path, monk
         parts = FeatureStore(runner, stored, memory_gb=1).get(list(range(12)))
     assert sum(count for (count, _), _ in seen) == 12
     assert max(count * width for (count, width), _ in seen) <= 3 * max(lengths)
-    assert all(kept == [False, False, True, True] for _, kept in seen)
+    assert all(kept == [False, True, True] for _, kept in seen)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one.keys, other.keys, rtol=0.02, atol=0.02)
         torch.testing.assert_close(one.final, other.final, rtol=0.02, atol=0.02)
@@ -747,7 +747,7 @@ def test_an_ablation_trains_each_variant_once(taught: Base, answers: Path, tmp_p
     assert list(rows) == names
     assert set(rows["paper"]["parameters_by_part"]) == {"stream embeddings", "MSA adapters"}
     assert rows["paper + next token told"]["parameters_by_part"]["told"] == 2 * 32 * 32
-    assert rows["8 MSA layers"]["refused"] == "num_msa_layers must be between 1 and 4 (model depth), got 8"
+    assert rows["8 MSA layers"]["refused"] == "num_msa_layers must be between 1 and 3 (model depth), got 8"
     assert rows["half of the answers"]["answer_tokens"] < 0.6 * rows["paper"]["answer_tokens"]
     layer = sum(p.numel() for p in taught.model.model.layers[0].parameters())
     assert list(report["others"].values()) == [4 * (32 * 32 + 32 + 32 * 96), layer + 2 * 32 * 32 + 32, 4 * 32]

@@ -72,7 +72,7 @@ def test_a_hook_that_acts_on_long_texts_only_is_probed_by_itself(probed: list[Gu
         return output if output.shape[1] < 99 else output * 1.1
 
     plain = attached()
-    heard = build_tiny(seed=5, hidden=64, inner=160)
+    heard = build_tiny(seed=5, layers=4, hidden=64, inner=160)
     heard.model.layers[1].register_forward_hook(later)
     adapter = new_adapter(heard, tiny_config()).randomize(2)
     for _ in range(2):

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..storage import cache_dir
+from ..storage import alone_with, cache_dir
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "team.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
 _TWICE, _IN_FLOAT16 = ("exact.c", "exact_layer.c"), "-DIN_FLOAT16"  # sources that are compiled for either dtype of 16 bits
@@ -84,11 +84,13 @@ def _load(command: list[str], name: str) -> Any:
         try:
             if not _is_whole(path):
                 folder.mkdir(parents=True, exist_ok=True)
-                own = folder / f".{name}.{os.getpid()}"
-                _compile(command, own)
-                made = own.read_bytes()
-                own.write_bytes(made + hashlib.sha256(made).digest())
-                own.replace(path)
+                with alone_with(folder, wait=True):  # who comes second finds what the first has made
+                    if not _is_whole(path):
+                        own = folder / f".{name}.{os.getpid()}"
+                        _compile(command, own)
+                        made = own.read_bytes()
+                        own.write_bytes(made + hashlib.sha256(made).digest())
+                        own.replace(path)
             return _declared(ctypes.CDLL(str(path)))
         except (OSError, AttributeError):  # a full or read-only disk, or one that nothing may be run from
             continue
