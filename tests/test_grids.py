@@ -60,6 +60,39 @@ def test_nothing_is_lost_and_rows_keep_their_bits(shape: tuple[int, int], form: 
         assert torch.equal(torch.cat([grid.multiply(some, bias) for some in rows.split(size)]), found)
 
 
+@pytest.mark.parametrize("form", ["Q8_0", "Q4_1", "Q6_K"])
+def test_rows_of_any_size_are_as_exact_as_in_float32(form: str) -> None:
+    """Whether they become whole numbers on this processor, or not."""
+    weight, rows = quantized(70, 576, form), torch.randn(9, 576)
+    grid = Grid.of(weight)
+    assert grid is not None
+    rows[1] *= 1e-20
+    rows[2] *= 1e20
+    rows[3] *= torch.logspace(-9, 3, 576)
+    rows[4, 100:400] = 0
+    rows[5] = 0
+    rows[6] = 1e-38
+    found, expected = grid.multiply(rows, None), F.linear(rows.double(), weight.double())
+    assert ((found - expected).abs() <= 1e-6 * F.linear(rows.double().abs(), weight.double().abs()) + 1e-28).all()
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        rows[7, 300] = odd
+        assert not grid.multiply(rows, None)[7].isfinite().any()
+        assert torch.equal(grid.multiply(rows, None)[:7], found[:7])
+
+
+@pytest.mark.parametrize("dense", ["q_proj", "v_proj", "up_proj", "down_proj"])
+def test_in_a_layer_some_weights_stand_on_a_grid_and_others_do_not(dense: str) -> None:
+    base = build_tiny(seed=5, hidden=128, inner=160)  # heads of 32
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith(dense):
+            module.weight.data.copy_(quantized(module.out_features, module.in_features, "Q6_K" if "k_proj" in name else "Q4_1", 0.02))
+    fast = accelerate(base, new_adapter(base, tiny_config()).randomize(1), adaptive=False)
+    assert fast.runner.fused
+    assert {type(module.packed) for module in fast.runner.model.modules() if isinstance(module, PackedLinear)} > {Grid}
+    expected, found = both(fast, prompt_ids(20))
+    assert torch.equal(expected, found)
+
+
 def test_zeros_and_equal_weights_stand_on_a_grid() -> None:
     weight = torch.zeros(40, 64)
     weight[3] = 0.25

@@ -66,7 +66,7 @@ void lossless_level(const struct recurrent *by, const int64_t *of, const float *
         widen(kind, (const char *)embeddings + of[n] * dim * bytes_of(kind), dim, read);
         normalize(NULL, 1e-6f, read, dim, normal + n * dim);
     }
-    struct rows path = ready(0, &by->recur, before, rows, first), token = ready(0, &by->token, normal, rows, second);
+    struct rows path = ready(0, &by->recur, 1, before, rows, first), token = ready(0, &by->token, 1, normal, rows, second);
     struct team team = {0};
 #pragma omp parallel num_threads(threads)
     {
@@ -76,13 +76,13 @@ void lossless_level(const struct recurrent *by, const int64_t *of, const float *
             for (ptrdiff_t n = 0; n < rows; n++)
                 for (ptrdiff_t i = 0, j = n * rank; i < rank; i += LANES, j += LANES)
                     store(next + j, silu(load(next + j) + load(told + j) + load(heard + texts[n] * apart * rank + i)));
-            path = ready(0, &by->out, next, rows, first);
+            path = ready(0, &by->out, 1, next, rows, first);
         }
         project(&by->out, &path, rows, 0, read);
         BY_ONE(&team) {
             for (ptrdiff_t n = 0; n < rows; n++)
                 for (ptrdiff_t i = 0, j = n * dim; i < dim; i++, j++) read[j] = (read[j] + streams[texts[n] * apart * dim + i]) * (float)by->scale;
-            token = ready(0, &by->head, read, rows, second);
+            token = ready(0, &by->head, 1, read, rows, second);
         }
         project(&by->head, &token, rows, 0, logits);
         wait_for_all(&team);

@@ -48,7 +48,7 @@ static void enter(const struct layer *layer, const void *hidden, ptrdiff_t rows,
     ptrdiff_t dim = layer->dim;
     widen(layer->kind, hidden, rows * dim, room->wide);
     for (ptrdiff_t r = 0; r < rows; r++) normalize(layer->first.weight, layer->first.eps, room->wide + r * dim, dim, room->normal + r * dim);
-    room->given = ready(layer->kind, &layer->q, room->normal, rows, room->shorter);
+    room->given = ready(layer->kind, &layer->q, 3, room->normal, rows, room->shorter);
 }
 
 /* By all threads; it is not waited for. */
@@ -86,12 +86,12 @@ static void ask(const struct layer *layer, const float *query, ptrdiff_t rows, s
 static void attend_and_go_through_mlp(struct team *team, const struct layer *layer, const struct attention *a, ptrdiff_t rows, struct room *room) {
     ptrdiff_t dim = layer->dim, inner = layer->gate.outs;
     attend(team, a, room->asked, room->rest, room->found);
-    BY_ONE(team) room->given = ready(layer->kind, &layer->o, room->found, rows, room->shorter);
+    BY_ONE(team) room->given = ready(layer->kind, &layer->o, 1, room->found, rows, room->shorter);
     project(&layer->o, &room->given, rows, FLOAT32, room->added);
     BY_ONE(team) {
         for (ptrdiff_t i = 0; i < rows * dim; i++) room->wide[i] += room->added[i];
         for (ptrdiff_t r = 0; r < rows; r++) normalize(layer->second.weight, layer->second.eps, room->wide + r * dim, dim, room->normal + r * dim);
-        room->given = ready(layer->kind, &layer->gate, room->normal, rows, room->shorter);
+        room->given = ready(layer->kind, &layer->gate, 2, room->normal, rows, room->shorter);
     }
 #pragma omp for schedule(static) nowait
     for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
@@ -100,7 +100,7 @@ static void attend_and_go_through_mlp(struct team *team, const struct layer *lay
         project_panel(&layer->up, &room->given, rows, FLOAT32, room->up, p);
         for (ptrdiff_t r = 0; r < rows; r++) gated(room->gate + r * inner + first, room->up + r * inner + first, valid);
     }
-    BY_ONE(team) room->given = ready(layer->kind, &layer->down, room->gate, rows, room->shorter);
+    BY_ONE(team) room->given = ready(layer->kind, &layer->down, 1, room->gate, rows, room->shorter);
     project(&layer->down, &room->given, rows, FLOAT32, room->added);
 }
 

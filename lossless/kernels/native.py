@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from ..storage import alone_with, cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "team.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "whole.h", "team.h", "attention.h", "projections.h", "layer.h", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
 _TWICE, _IN_FLOAT16 = ("exact.c", "exact_layer.c"), "-DIN_FLOAT16"  # sources that are compiled for either dtype of 16 bits
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _DIGEST = 32  # bytes
@@ -194,7 +194,7 @@ def multiply(
     *before, ins = rows.shape
     given = (rows if has_kernels(rows.dtype) else rows.float()).contiguous()
     out, places = room(*before, outs, dtype=given.dtype), 0 if order is None else len(order)
-    scratch = room(math.prod(before) * max(2 * ins + 64, places) if given.dtype is not torch.float32 or kind == EIGHT_BITS else 0)
+    scratch = room(math.prod(before) * max(2 * ins + 64, places) if given.dtype is not torch.float32 or kind in (EIGHT_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID) else 0)
     added = None if bias is None else bias.float().contiguous()
     compiled().lossless_panels(
         kind, KINDS[given.dtype], weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),

@@ -120,6 +120,8 @@ static void to_bytes(const float *rows, ptrdiff_t count, ptrdiff_t ins, uint8_t 
     }
 }
 
+#include "whole.h"
+
 INLINE f32s number(u32s whole) { return __builtin_convertvector((i32s)whole, f32s); }
 
 /* Sums to another place: gcc would copy them as bytes, which takes longer than to add them up. */
@@ -162,6 +164,9 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             }
         }
     }
+#if defined(WHOLE)
+    if (way == STEPS || way == FINE_STEPS) multiply_whole(way, panel, scales, rows, ins, block, stride, count, sums);
+#else
     if (way == STEPS || way == FINE_STEPS)
         for (ptrdiff_t b = 0; b < ins; b += block, scales += 2 * PANEL) {
             f32s step[2] = {load(scales), load(scales + LANES)}, least[2] = {load(scales + PANEL), load(scales + PANEL + LANES)};
@@ -173,6 +178,7 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
                         rows + i + j, stride, count);
             }
         }
+#endif
     if (way == BYTES) {
         const uint8_t *bytes = rows_;
         i32s dots[ROWS][2] = {};

@@ -28,8 +28,8 @@ void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t co
     case FLOAT16: PROJECT(FLOAT16S, ins * PANEL / 2, NULL, bias, rows->numbers); break;
     case INTERLEAVED: PROJECT(IN_ORDER, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
     case INTERLEAVED_FLOAT16: PROJECT(IN_ORDER_FLOAT16, ins * PANEL / 2, NULL, bias, rows->numbers); break;
-    case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
-    case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->numbers); break;
+    case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->on_grids); break;
+    case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->on_grids); break;
     case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * 2 * PANEL, bias, rows->bytes); break;
 #if defined(__AVX512BF16__)
     case PAIRED_FOUR_BITS: /* into bfloat16, and the bias is added behind that */
@@ -53,7 +53,7 @@ void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, i
 
 /* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].
 
-   number: the kind of rows and out. scratch: [count, ins], for rows of 16 bits, and [count, 1 + ins / 4] for EIGHT_BITS;
+   number: the kind of rows and out. scratch: [count, ins], for rows of 16 bits, [count, 1 + ins / 4] for EIGHT_BITS, and [count, ins] for weights on a grid;
    [count, places] for INTERLEAVED, whose rows are of the weight's kind.
    bias: [outs] or NULL. ins is even for BFLOAT16, and so is `chunk` (panels.h); ins is a multiple of BLOCK for FOUR_BITS, of 4 for
    EIGHT_BITS, of `chunk` on a grid. */
@@ -68,7 +68,7 @@ void lossless_panels(int kind, int number, const uint32_t *weight, const float *
             widen(number, rows, count * ins, scratch);
             numbers = scratch, scratch += count * ins;
         }
-        given = ready(0, &w, numbers, count, scratch);
+        given = ready(0, &w, 1, numbers, count, scratch);
     }
     struct team team = {0};
 #pragma omp parallel num_threads(threads)

@@ -16,6 +16,7 @@ struct rows {
     const uint16_t *halves;
     const uint8_t *bytes;
     const float *scales; /* of each row in bytes */
+    const void *on_grids; /* rows for weights on a grid: the numbers, or the same in whole numbers (panels.h) */
 };
 
 /* Whether a weight is multiplied with rows of bfloat16. */
@@ -28,10 +29,12 @@ INLINE int takes_pairs(int64_t kind, const struct weight *w) {
 #endif
 }
 
-/* Rows [count, ins] for this weight, and for others if all or none of them are EIGHT_BITS. kind: of numbers in the model that the rows are of.
-   scratch: as many numbers as the rows are. */
-INLINE struct rows ready(int64_t kind, const struct weight *w, const float *numbers, ptrdiff_t count, float *scratch) {
-    struct rows rows = {numbers, NULL, NULL, NULL};
+INLINE int on_a_grid(const struct weight *w) { return w->kind == FOUR_BIT_GRID || w->kind == EIGHT_BIT_GRID; }
+
+/* Rows [count, ins] for the first of these weights, and for the others if all or none of them are EIGHT_BITS. kind: of numbers in the model that
+   the rows are of. scratch: as many numbers as the rows are. */
+INLINE struct rows ready(int64_t kind, const struct weight *w, int weights, const float *numbers, ptrdiff_t count, float *scratch) {
+    struct rows rows = {.numbers = numbers, .on_grids = numbers};
     if (takes_pairs(kind, w)) {
         narrow(BFLOAT16, numbers, count * w->ins, scratch);
         rows.halves = (const uint16_t *)scratch;
@@ -40,6 +43,16 @@ INLINE struct rows ready(int64_t kind, const struct weight *w, const float *numb
         to_bytes(numbers, count, w->ins, (uint8_t *)(scratch + count), scratch);
         rows.bytes = (const uint8_t *)(scratch + count), rows.scales = scratch;
     }
+#if defined(WHOLE)
+    int any = 0;
+    for (int i = 0; i < weights; i++) any |= on_a_grid(w + i);
+    if (any) {
+        to_whole(numbers, count * w->ins, (struct whole *)scratch);
+        rows.on_grids = scratch;
+    }
+#else
+    (void)weights;
+#endif
     return rows;
 }
 
