@@ -27,8 +27,6 @@ def test_an_exact_twin_and_a_whole_answer(held: str) -> None:
     if held == "avx512":  # float16 goes as it does without
         some = f"not torch.float16 and ({some})"
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of these tests
-    compiler = os.environ.get("LOSSLESS_CC", "gcc")
-    alone["LOSSLESS_CC"] = f"{compiler} -fno-gcse -fno-gcse-after-reload"  # two passes of gcc's that take a third of its time, and gain 1 %
     command = [sys.executable, "-m", "tests.older", held, "pytest", "tests/test_exact.py", "tests/test_grids.py", "-k", f"{some} or test_grids"]
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]

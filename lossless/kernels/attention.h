@@ -53,6 +53,8 @@ INLINE void add_values(int kind, const void *values, ptrdiff_t stride, ptrdiff_t
     }
 }
 
+PRODUCT(product_NUMBERS);
+
 /* By all threads of a parallel region; what is found is not waited for. asked: queries [kv_heads, rows, group, dim]; out [rows, heads, dim]. */
 static void attend(struct team *team, const struct attention *a, const float *asked, float *scratch, float *out) {
     ptrdiff_t rows = a->rows, dim = a->dim, past = a->past, width = past + a->depth, group = a->heads / a->kv_heads, each = group * rows;
@@ -65,8 +67,8 @@ static void attend(struct team *team, const struct attention *a, const float *as
             ptrdiff_t first = b * PANEL, count = past - first < PANEL ? past - first : PANEL;
             if (count < PANEL) memset(own, 0, PANEL * dim * sizeof(float));
             for (ptrdiff_t j = 0; j < count; j++) lay_key(a, key_at(a, kv, first + j), own, j);
-            product(NUMBERS, (const uint32_t *)own, NULL, NULL, (const char *)(asked + kv * each * dim), NULL, each, dim, dim, NULL, 0,
-                    scores + kv * each * width, first, width, count);
+            product_NUMBERS((const uint32_t *)own, 0, NULL, 0, NULL, (const char *)(asked + kv * each * dim), NULL, each, dim, dim, NULL, 0,
+                            scores + kv * each * width, first, first + count, width);
         }
 #pragma omp for collapse(2) schedule(static) nowait
     for (ptrdiff_t kv = 0; kv < a->kv_heads; kv++)
@@ -75,8 +77,8 @@ static void attend(struct team *team, const struct attention *a, const float *as
                 ptrdiff_t count = a->lengths[r] - first < PANEL ? a->lengths[r] - first : PANEL;
                 memset(own, 0, PANEL * dim * sizeof(float));
                 for (ptrdiff_t j = 0; j < count; j++) lay_key(a, key_at(a, kv, past + a->paths[r * a->depth + first + j]), own, j);
-                product(NUMBERS, (const uint32_t *)own, NULL, NULL, (const char *)(asked + (kv * rows + r) * group * dim), NULL, group, dim, dim, NULL, 0,
-                        scores + (kv * rows + r) * group * width, past + first, width, count);
+                product_NUMBERS((const uint32_t *)own, 0, NULL, 0, NULL, (const char *)(asked + (kv * rows + r) * group * dim), NULL, group, dim, dim, NULL, 0,
+                                scores + (kv * rows + r) * group * width, past + first, past + first + count, width);
             }
     wait_for_all(team);
     /* 2. softmax, lane by lane from the first key that is seen */

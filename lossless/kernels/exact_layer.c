@@ -129,8 +129,8 @@ int EXACTLY(lossless_layers)(const struct layer *const *layers, const struct kep
 #pragma omp for schedule(static) nowait
         for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
             ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
-            project_panel(&l->gate, &given, rows, SIXTEEN, gate, p);
-            project_panel(&l->up, &given, rows, SIXTEEN, up, p);
+            project_panels(&l->gate, &given, rows, SIXTEEN, gate, p, p + 1);
+            project_panels(&l->up, &given, rows, SIXTEEN, up, p, p + 1);
             for (ptrdiff_t r = 0; r < rows; r++) gated(l->activation, gate + r * inner + first, up + r * inner + first, valid);
         }
         BY_ONE(&team) given = ready_exactly(&l->down, gate, rows, numbers);

@@ -96,8 +96,8 @@ static void attend_and_go_through_mlp(struct team *team, const struct layer *lay
 #pragma omp for schedule(static) nowait
     for (ptrdiff_t p = 0; p < (inner + PANEL - 1) / PANEL; p++) {
         ptrdiff_t first = p * PANEL, valid = inner - first < PANEL ? inner - first : PANEL;
-        project_panel(&layer->gate, &room->given, rows, FLOAT32, room->gate, p);
-        project_panel(&layer->up, &room->given, rows, FLOAT32, room->up, p);
+        project_panels(&layer->gate, &room->given, rows, FLOAT32, room->gate, p, p + 1);
+        project_panels(&layer->up, &room->given, rows, FLOAT32, room->up, p, p + 1);
         for (ptrdiff_t r = 0; r < rows; r++) gated(room->gate + r * inner + first, room->up + r * inner + first, valid);
     }
     BY_ONE(team) room->given = ready(layer->kind, &layer->down, 1, room->gate, rows, room->shorter);

@@ -164,7 +164,7 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
             }
         }
     }
-#if defined(WHOLE)
+#if defined(WHOLE_ROWS)
     if (way == STEPS || way == FINE_STEPS) multiply_whole(way, panel, scales, rows, ins, block, stride, count, sums);
 #else
     if (way == STEPS || way == FINE_STEPS)
@@ -297,22 +297,10 @@ INLINE void part(enum way way, const uint32_t *panel, const float *scales, const
     }
 }
 
-/* All rows with one panel. chunk: of inputs that are added up by themselves, if both are bfloat16, at least `ins` for none; of weights on a
-   grid the block; of INTERLEAVED ones `each`, and `ins` are the places. kind: of what comes out. */
-INLINE void product(enum way way, const uint32_t *panel, const float *scales, const float *table, const char *rows,
-                    const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int kind, void *out, ptrdiff_t first, ptrdiff_t outs, ptrdiff_t valid) {
-    ptrdiff_t parts = (count + ROWS - 1) / ROWS, size = way == BYTES ? 1 : way == PAIRS || way == PAIRED_CODES ? 2 : 4; /* about equal parts */
-    for (ptrdiff_t r = 0, some; parts > 0; r += some, parts--) {
-        const void *from = rows + r * ins * size;
-        f32s sums[ROWS][2];
-        some = (count - r + parts - 1) / parts;
-#define CASE(n) case n: part(way, panel, scales, table, from, row_scales + r, ins, chunk, n, sums); break;
-        switch (some) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if ROWS > 6
-            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-        }
-        for (ptrdiff_t n = 0; n < some; n++) finish(sums[n], bias, kind, out, (r + n) * outs + first, valid);
-    }
-}
+/* All rows with the panels of outputs `first` to `end`, in a way that is known where this is compiled: product.c is, for each of them. Panels stand
+   `words` apart, their scales `scaled` numbers; bias is of `first`, or NULL. chunk: of inputs that are added up by themselves, if both are bfloat16, at
+   least `ins` for none; of weights on a grid the block; of INTERLEAVED ones `each`, and `ins` are the places. kind: of what comes out. */
+#define PRODUCT(name)                                                                                                                          \
+    void name(const uint32_t *panel, ptrdiff_t words, const float *scales, ptrdiff_t scaled, const float *table, const char *rows,             \
+              const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int kind, void *out,                \
+              ptrdiff_t first, ptrdiff_t end, ptrdiff_t outs)

@@ -1,7 +1,19 @@
-/* Products of a few rows with weights in panels, of every kind: compiled here once, for whoever projects. */
+/* Products of a few rows with weights in panels, of every kind, for whoever projects. */
 
 #include "projections.h"
 #include "team.h"
+
+PRODUCT(product_NUMBERS);
+PRODUCT(product_HALVES);
+PRODUCT(product_FLOAT16S);
+PRODUCT(product_CODES);
+PRODUCT(product_BYTES);
+PRODUCT(product_PAIRS);
+PRODUCT(product_PAIRED_CODES);
+PRODUCT(product_STEPS);
+PRODUCT(product_FINE_STEPS);
+PRODUCT(product_IN_ORDER);
+PRODUCT(product_IN_ORDER_FLOAT16);
 
 struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdiff_t count, float *scratch) {
     struct rows rows = {.halves = halves};
@@ -13,42 +25,43 @@ struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdif
     return rows;
 }
 
-void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out, ptrdiff_t p) {
-    ptrdiff_t ins = interleaved(w) ? w->places : w->ins, first = p * PANEL, valid = w->outs - first < PANEL ? w->outs - first : PANEL;
+void project_panels(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out, ptrdiff_t from, ptrdiff_t to) {
+    ptrdiff_t ins = interleaved(w) ? w->places : w->ins, first = from * PANEL, end = to * PANEL < w->outs ? to * PANEL : w->outs;
     const float *bias = w->bias ? w->bias + first : NULL;
     const uint32_t *numbers = w->numbers;
-#define PROJECT(way, words_, scales_, bias_, rows_)                                                                                           \
-    product(way, numbers + p * (words_), scales_, w->code, (const char *)(rows_), rows->scales, count, ins, w->chunk, bias_, kind, out, first, w->outs, valid)
+#define PROJECT(way, words_, scaled_, bias_, rows_)                                                                                           \
+    product_##way(numbers + from * (words_), words_, w->scales + from * (scaled_), scaled_, w->code, (const char *)(rows_), rows->scales, count, ins, \
+                  w->chunk, bias_, kind, out, first, end, w->outs)
     switch (w->kind) {
-    case FLOAT32: PROJECT(NUMBERS, ins * PANEL, NULL, bias, rows->numbers); break;
+    case FLOAT32: PROJECT(NUMBERS, ins * PANEL, 0, bias, rows->numbers); break;
     case BFLOAT16:
-        if (takes_pairs(rows->halves ? BFLOAT16 : FLOAT32, w)) PROJECT(PAIRS, ins / 2 * PANEL, NULL, bias, rows->halves);
-        else PROJECT(HALVES, ins / 2 * PANEL, NULL, bias, rows->numbers);
+        if (takes_pairs(rows->halves ? BFLOAT16 : FLOAT32, w)) PROJECT(PAIRS, ins / 2 * PANEL, 0, bias, rows->halves);
+        else PROJECT(HALVES, ins / 2 * PANEL, 0, bias, rows->numbers);
         break;
-    case FLOAT16: PROJECT(FLOAT16S, ins * PANEL / 2, NULL, bias, rows->numbers); break;
-    case INTERLEAVED: PROJECT(IN_ORDER, ins / 2 * PANEL, NULL, bias, rows->numbers); break;
-    case INTERLEAVED_FLOAT16: PROJECT(IN_ORDER_FLOAT16, ins * PANEL / 2, NULL, bias, rows->numbers); break;
-    case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->on_grids); break;
-    case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, w->scales + p * (ins / w->chunk) * 2 * PANEL, bias, rows->on_grids); break;
-    case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, w->scales + p * 2 * PANEL, bias, rows->bytes); break;
+    case FLOAT16: PROJECT(FLOAT16S, ins * PANEL / 2, 0, bias, rows->numbers); break;
+    case INTERLEAVED: PROJECT(IN_ORDER, ins / 2 * PANEL, 0, bias, rows->numbers); break;
+    case INTERLEAVED_FLOAT16: PROJECT(IN_ORDER_FLOAT16, ins * PANEL / 2, 0, bias, rows->numbers); break;
+    case FOUR_BIT_GRID: PROJECT(STEPS, ins / 4 * LANES, ins / w->chunk * 2 * PANEL, bias, rows->on_grids); break;
+    case EIGHT_BIT_GRID: PROJECT(FINE_STEPS, ins / 4 * PANEL, ins / w->chunk * 2 * PANEL, bias, rows->on_grids); break;
+    case EIGHT_BITS: PROJECT(BYTES, ins / 4 * PANEL, 2 * PANEL, bias, rows->bytes); break;
 #if defined(__AVX512BF16__)
     case PAIRED_FOUR_BITS: /* into bfloat16, and the bias is added behind that */
-        PROJECT(PAIRED_CODES, ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, NULL, rows->halves);
+        PROJECT(PAIRED_CODES, ins / 4 * LANES, ins / BLOCK * PANEL, NULL, rows->halves);
         for (ptrdiff_t r = 0; r < (bias ? count : 0); r++)
-            for (ptrdiff_t n = 0; n < valid; n++) {
-                uint16_t *to = (uint16_t *)out + r * w->outs + first + n;
-                *to = as_bfloat16(as_float(*to) + bias[n]);
+            for (ptrdiff_t n = first; n < end; n++) {
+                uint16_t *to = (uint16_t *)out + r * w->outs + n;
+                *to = as_bfloat16(as_float(*to) + w->bias[n]);
             }
         break;
 #endif
-    default: PROJECT(CODES, ins / 4 * LANES, w->scales + p * (ins / BLOCK) * PANEL, bias, rows->numbers);
+    default: PROJECT(CODES, ins / 4 * LANES, ins / BLOCK * PANEL, bias, rows->numbers);
     }
 }
 
 void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out) {
-    ptrdiff_t panels = (w->outs + PANEL - 1) / PANEL;
-#pragma omp for schedule(static) nowait
-    for (ptrdiff_t p = 0; p < panels; p++) project_panel(w, rows, count, kind, out, p);
+    ptrdiff_t panels = (w->outs + PANEL - 1) / PANEL, threads = omp_get_num_threads(), each = (panels + threads - 1) / threads;
+    ptrdiff_t from = each * omp_get_thread_num(), to = from + each < panels ? from + each : panels;
+    project_panels(w, rows, count, kind, out, from, to);
 }
 
 /* rows [count, ins] times a weight of `outs` outputs in panels -> out [count, outs].

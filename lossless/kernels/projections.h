@@ -43,7 +43,7 @@ INLINE struct rows ready(int64_t kind, const struct weight *w, int weights, cons
         to_bytes(numbers, count, w->ins, (uint8_t *)(scratch + count), scratch);
         rows.bytes = (const uint8_t *)(scratch + count), rows.scales = scratch;
     }
-#if defined(WHOLE)
+#if defined(WHOLE_ROWS)
     int any = 0;
     for (int i = 0; i < weights; i++) any |= on_a_grid(w + i);
     if (any) {
@@ -61,8 +61,8 @@ INLINE int interleaved(const struct weight *w) { return w->kind == INTERLEAVED |
 
 struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdiff_t count, float *scratch);
 
-/* rows times one panel of a weight -> out [count, outs] of this kind. */
-void project_panel(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out, ptrdiff_t p);
+/* rows times some panels of a weight -> these outputs of out [count, outs], of this kind. */
+void project_panels(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out, ptrdiff_t from, ptrdiff_t to);
 
 /* The whole product, by all threads of a parallel region; it is not waited for. */
 void project(const struct weight *w, const struct rows *rows, ptrdiff_t count, int kind, void *out);

@@ -6,10 +6,10 @@
 
 #pragma once
 #if defined(__AVX512VNNI__) && LANES == 16
-#define WHOLE
+#define WHOLE_ROWS
 #define TOGETHER 32
 #define DIGIT 7 /* bits */
-#define MOST (127 << 2 * DIGIT)
+#define LARGEST (127 << 2 * DIGIT)
 
 struct whole {
     int8_t digits[3][TOGETHER]; /* the highest first */
@@ -23,9 +23,9 @@ static void to_whole(const float *rows, ptrdiff_t count, struct whole *out) {
         __m512 halves[2] = {_mm512_loadu_ps(rows), _mm512_loadu_ps(rows + LANES)};
         float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(halves[0]), _mm512_abs_ps(halves[1])));
         float odd = 0 * _mm512_reduce_add_ps(_mm512_add_ps(halves[0], halves[1])); /* not 0 if a number is none, or endless */
-        out->scale = most < 1e-30f ? odd : most / MOST + odd;
+        out->scale = most < 1e-30f ? odd : most / LARGEST + odd;
         for (int half = 0; half < 2; half++) {
-            __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(halves[half], _mm512_set1_ps(most < 1e-30f ? 0 : MOST / most)));
+            __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(halves[half], _mm512_set1_ps(most < 1e-30f ? 0 : LARGEST / most)));
             out->sums[half] = (float)_mm512_reduce_add_epi32(number) * out->scale;
             for (int digit = 2; digit >= 0; digit--) {
                 i32s all = (i32s)number, lowest = digit ? ((all + 64) & 127) - 64 : all;
