@@ -53,8 +53,6 @@ INLINE void add_values(int kind, const void *values, ptrdiff_t stride, ptrdiff_t
     }
 }
 
-PRODUCT(product_NUMBERS);
-
 /* By all threads of a parallel region; what is found is not waited for. asked: queries [kv_heads, rows, group, dim]; out [rows, heads, dim]. */
 static void attend(struct team *team, const struct attention *a, const float *asked, float *scratch, float *out) {
     ptrdiff_t rows = a->rows, dim = a->dim, past = a->past, width = past + a->depth, group = a->heads / a->kv_heads, each = group * rows;

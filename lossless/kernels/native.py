@@ -37,8 +37,9 @@ from torch.nn import functional as F
 from ..storage import alone_with, cache_dir
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "whole.h", "team.h", "attention.h", "projections.h", "layer.h", "product.c", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
-_TWICE, _IN_FLOAT16 = ("exact.c", "exact_layer.c"), "-DIN_FLOAT16"  # sources that are compiled for either dtype of 16 bits
 _WAYS = ("NUMBERS", "HALVES", "FLOAT16S", "CODES", "BYTES", "PAIRS", "PAIRED_CODES", "STEPS", "FINE_STEPS", "IN_ORDER", "IN_ORDER_FLOAT16")  # of panels.h
+# sources that are compiled several times, each time told something: the way to multiply, or the dtype of 16 bits
+_TOLD = {"product.c": [[f"-DWAY={way}"] for way in _WAYS], "exact.c": [[], ["-DIN_FLOAT16"]], "exact_layer.c": [[], ["-DIN_FLOAT16"]]}
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 _DIGEST = 32  # bytes
 _SECONDS = 120  # that compiling may take; it takes some eight on two cores
@@ -111,10 +112,7 @@ def _compile(command: list[str], library: Path) -> None:
         subprocess.run([*command, *rest], capture_output=True, timeout=_SECONDS, check=True)
 
     with tempfile.TemporaryDirectory(prefix="lossless-") as scratch:
-        told: list[tuple[str, ...]] = []
-        for source in (source for source in _SOURCES if source.suffix == ".c"):
-            ways = [f"-DWAY={way}" for way in _WAYS] if source.name == "product.c" else ["", _IN_FLOAT16] if source.name in _TWICE else [""]
-            told += [(str(source), *([way] if way else [])) for way in ways]
+        told = [(str(source), *more) for source in _SOURCES if source.suffix == ".c" for more in _TOLD.get(source.name, [[]])]
         made = [str(Path(scratch) / f"{number}.o") for number in range(len(told))]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda given, out: run("-c", "-o", out, *given), told, made))

@@ -304,3 +304,15 @@ INLINE void part(enum way way, const uint32_t *panel, const float *scales, const
     void name(const uint32_t *panel, ptrdiff_t words, const float *scales, ptrdiff_t scaled, const float *table, const char *rows,             \
               const float *row_scales, ptrdiff_t count, ptrdiff_t ins, ptrdiff_t chunk, const float *bias, int kind, void *out,                \
               ptrdiff_t first, ptrdiff_t end, ptrdiff_t outs)
+
+PRODUCT(product_NUMBERS);
+PRODUCT(product_HALVES);
+PRODUCT(product_FLOAT16S);
+PRODUCT(product_CODES);
+PRODUCT(product_BYTES);
+PRODUCT(product_PAIRS);
+PRODUCT(product_PAIRED_CODES);
+PRODUCT(product_STEPS);
+PRODUCT(product_FINE_STEPS);
+PRODUCT(product_IN_ORDER);
+PRODUCT(product_IN_ORDER_FLOAT16);

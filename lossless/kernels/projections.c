@@ -3,18 +3,6 @@
 #include "projections.h"
 #include "team.h"
 
-PRODUCT(product_NUMBERS);
-PRODUCT(product_HALVES);
-PRODUCT(product_FLOAT16S);
-PRODUCT(product_CODES);
-PRODUCT(product_BYTES);
-PRODUCT(product_PAIRS);
-PRODUCT(product_PAIRED_CODES);
-PRODUCT(product_STEPS);
-PRODUCT(product_FINE_STEPS);
-PRODUCT(product_IN_ORDER);
-PRODUCT(product_IN_ORDER_FLOAT16);
-
 struct rows ready_exactly(const struct weight *w, const uint16_t *halves, ptrdiff_t count, float *scratch) {
     struct rows rows = {.halves = halves};
     if (interleaved(w)) {

@@ -8,6 +8,7 @@
 #if defined(__AVX512VNNI__) && LANES == 16
 #define WHOLE_ROWS
 #define TOGETHER 32
+#define HALF (TOGETHER / 2) /* a block of a grid has so many inputs, or TOGETHER */
 #define DIGIT 7 /* bits */
 #define LARGEST (127 << 2 * DIGIT)
 
@@ -37,9 +38,9 @@ static void to_whole(const float *rows, ptrdiff_t count, struct whole *out) {
     }
 }
 
-/* sum + four numbers' digits times the numbers of a grid in the bytes of each lane, over a quarter of TOGETHER inputs twice */
+/* sum + one digit of each of HALF inputs of a row times the numbers of a grid that each lane has of them, four in a word */
 INLINE i32s dot_digits(i32s sum, const u32s *numbers, const int8_t *digits) {
-    UNROLL for (int w = 0; w < 4; w++) {
+    UNROLL for (int w = 0; w < HALF / 4; w++) {
         int32_t four;
         memcpy(&four, digits + 4 * w, 4);
         sum = dot(sum, numbers[w], (u32s)(four - (i32s){}));
@@ -53,9 +54,9 @@ INLINE void multiply_whole(enum way way, const uint32_t *panel, const float *sca
     const ptrdiff_t width = way == STEPS ? LANES : PANEL;
     for (ptrdiff_t b = 0; b < ins; b += block, scales += 2 * PANEL) {
         i32s low[ROWS][2] = {}, high[ROWS][2] = {}; /* numbers of eight bits make sums of more than 32 */
-        for (ptrdiff_t i = b; i < b + block; i += 16, panel += 4 * width) {
-            u32s numbers[2][4];
-            UNROLL for (int w = 0; w < 4; w++) {
+        for (ptrdiff_t i = b; i < b + block; i += HALF, panel += HALF / 4 * width) {
+            u32s numbers[2][HALF / 4];
+            UNROLL for (int w = 0; w < HALF / 4; w++) {
                 u32s first = words(panel + w * width);
                 numbers[0][w] = way == STEPS ? first & 0x0f0f0f0fu : first;
                 numbers[1][w] = way == STEPS ? first >> 4 & 0x0f0f0f0fu : words(panel + w * width + LANES);
@@ -73,7 +74,7 @@ INLINE void multiply_whole(enum way way, const uint32_t *panel, const float *sca
         }
         UNROLL for (int r = 0; r < count; r++) {
             const struct whole *row = (const struct whole *)(rows + r * stride + b / TOGETHER * TOGETHER);
-            __m512 scale = _mm512_set1_ps(row->scale), least = _mm512_set1_ps(row->sums[block == TOGETHER ? 2 : b % TOGETHER / 16]);
+            __m512 scale = _mm512_set1_ps(row->scale), least = _mm512_set1_ps(row->sums[block == TOGETHER ? 2 : b % TOGETHER / HALF]);
             UNROLL for (int half = 0; half < 2; half++) {
                 __m512 sum = _mm512_cvtepi32_ps((__m512i)low[r][half]);
                 if (way == FINE_STEPS) sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)high[r][half]), _mm512_set1_ps(1 << DIGIT), sum);
