@@ -281,6 +281,7 @@ def test_too_long_a_message_stays_in_the_box(arrive: Arrive) -> None:
 def test_it_fits(arrive: Arrive, size: tuple[int, int], dark: bool) -> None:
     visitor = arrive(size=size, dark=dark)
     visitor.compare()
+    expect(visitor.page.locator("#curves svg").get_by_text("seconds")).to_be_visible()  # drawn a while after all else
     width, room = visitor.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert width <= room
     assert visitor.page.evaluate("document.body.classList.contains('dark')") is dark
