@@ -97,6 +97,15 @@ def test_levels_that_cost_more_than_they_can_give_are_not_grown() -> None:
     assert len(grown(20, curve(0.01, level_s=5.0))[1]) == 1
 
 
+def test_nor_are_those_whose_rows_would_cost_more() -> None:
+    dear = curve(0.55, level_s=0.1)
+    for probability, worth in ((0.6, False), (0.7, True)):  # a row costs what 0.55 tokens are worth, and a level 0.1
+        builder = TreeBuilder(8, None, 9, dear)
+        builder.levels = 1
+        builder.grow([{1: math.log(probability), 2: math.log(0.3)}])
+        assert builder.worth_a_level() == worth
+
+
 def test_a_text_that_ends_soon_gets_no_deeper_tree() -> None:
     builder = TreeBuilder(8, None, 1, None)
     builder.grow([{1: -0.1, 2: -3.0}])

@@ -80,14 +80,15 @@ class TreeBuilder:
     def worth_a_level(self) -> bool:
         """Whether another level of drafts is likely to give more than it costs.
 
-        At most it makes every path of the frontier one token longer.
+        At most it makes every path of the frontier one token longer, by a row for each.
         """
         if not self.frontier or not self.left:
             return False
         if self.curve is None or not self.levels:
             return True
-        gain = sum(math.exp(self.scores[candidate]) for candidate in self.frontier)
-        return gain * self.curve.verify_s(1) > self.curve.level_s
+        plain_s, row_s = self.curve.verify_s(1), self.curve.row_s
+        gain_s = sum(max(0.0, math.exp(self.scores[candidate]) * plain_s - row_s) for candidate in self.frontier)
+        return gain_s > self.curve.level_s
 
     def finish(self, root: int) -> DraftTree:
         """Let the n-grams go on alone where that is worth a node, and plant the best."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from ..errors import UsageError, require_types
@@ -57,6 +59,12 @@ class CostCurve:
             return self.pass_s[0]
         (r0, r1), (s0, s1) = self.rows[above - 1 : above + 1], self.pass_s[above - 1 : above + 1]
         return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+
+    @cached_property
+    def row_s(self) -> float:
+        """What a further row adds to a pass, at least."""
+        points = list(zip(self.rows, self.pass_s, strict=True))
+        return max(0.0, min(((s1 - s0) / (r1 - r0) for (r0, s0), (r1, s1) in pairwise(points)), default=0.0))
 
     def at(self, context: int) -> CostCurve:
         """The same behind a longer text."""
