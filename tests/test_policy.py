@@ -74,7 +74,7 @@ def test_drafts_are_held_against_what_the_text_recalls_by_itself() -> None:
     assert ours > 0.93
 
 
-@pytest.mark.parametrize(("emitted", "least", "recalls"), [(1.0, 0.96, 0.1), (1.5, 0.96, 0.1), (1.9, 1.1, 1.0), (4.0, 2.4, 1.0)])
+@pytest.mark.parametrize(("emitted", "least", "recalls"), [(1.0, 0.96, 0.1), (1.5, 0.96, 0.25), (1.9, 1.1, 1.0), (4.0, 2.4, 1.0)])
 def test_what_the_text_recalls_is_left_out_where_it_does_not_pay(emitted: float, least: float, recalls: float) -> None:
     """Drafts give nothing, and n-grams would draft for every step, of as many tokens."""
     policy, rows, tokens, seconds, seen = DraftPolicy(CURVE, 64), 20, 0.0, 0.0, []
@@ -86,6 +86,18 @@ def test_what_the_text_recalls_is_left_out_where_it_does_not_pay(emitted: float,
         policy.note(rows if policy.recalling else 1, LEVELS, gives, seconds)
     assert tokens / seconds > least
     assert sum(seen) <= recalls * len(seen)
+
+
+def test_what_the_text_recalls_is_tried_again_within_a_pause() -> None:
+    """It gives nothing at first, and then much, as where an answer begins to repeat itself."""
+    policy, rows, seconds, seen = DraftPolicy(CURVE, 128), 20, 0.0, []
+    for step in range(129):  # one with drafts, and the pause behind it
+        seconds += CURVE.verify_s(rows if policy.recalling else 1) + (CURVE.draft_s(LEVELS) if policy.drafting else 0.0)
+        seen.append(policy.recalling)
+        policy.note(rows if policy.recalling else 1, LEVELS, 4.0 if policy.recalling and step > 32 else 1.0, seconds)
+    assert policy.drafting
+    assert sum(seen[1:33]) <= 2
+    assert sum(seen[65:]) == 64
 
 
 def test_a_curve_that_is_wrong_is_found_out() -> None:

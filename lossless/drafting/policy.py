@@ -17,8 +17,10 @@ _WEIGHT = 0.1  # of the newest step in the running averages, which go on over pa
 _TRIALS = 4  # steps with drafts before they are judged for the first time; one is enough after a pause, and where drafts did not pay on the text before
 FIRST_PAUSE, _LAST_PAUSE = 16, 128  # plain steps before drafts are tried again; doubled where they do not pay, halved where they do
 _CLEARLY, _AGAIN = 0.85, 0.9  # drafts are left out where they give less than this part of what plain steps would: at first, and once they have been
-_LOSS = 0.5  # plain steps that what the text recalls may lose in a pause before it is left out, too, until the pause is over
+_LOSS = 0.5  # plain steps that what the text recalls may lose in a pause before it is left out, too
+_FORGIVEN = 1 / 64  # of that at each plain step: it is tried again, and again if it wins
 _LAST = 8  # steps of which the quickest tells how slow the machine is: other work on it only ever adds to a step, and rarely to all
+_APART = 32  # tokens of context that change no cost by much
 _STALE = 0.6  # of the time by the curve: steps that take less say that it was measured beside other work
 
 
@@ -31,7 +33,7 @@ class DraftPolicy:
     """
 
     def __init__(self, curve: CostCurve | None, pause: int = FIRST_PAUSE) -> None:
-        self.curve, self._near = curve, curve
+        self.curve, self._near, self._read = curve, curve, -_APART
         self._emitted = self._expected = 0.0  # running sums over steps with drafts: tokens, and their time by the curve
         self._plain_emitted = self._plain_expected = 0.0  # the same of steps without, in which n-grams may draft all the same
         self._slower: deque[float] = deque(maxlen=_LAST)  # how many times as long as by the curve the last steps with drafts took
@@ -64,8 +66,8 @@ class DraftPolicy:
 
     def read(self, context: int) -> None:
         """So many tokens have been read: passes over more of them take longer."""
-        if self._near is not None:
-            self.curve = self._near.at(context)
+        if self._near is not None and context >= self._read + _APART:
+            self.curve, self._read = self._near.at(context), context
 
     def note(self, rows: int, levels: int, emitted: float, spent_s: float) -> None:
         """What a step gave: tokens a text from a pass of so many rows a text.
@@ -81,6 +83,7 @@ class DraftPolicy:
             self._plain_emitted = (1 - _WEIGHT) * self._plain_emitted + max(1.0, emitted)  # a choice too close to call comes behind it
             self._plain_expected = (1 - _WEIGHT) * self._plain_expected + expected
             self._saved += max(1.0, emitted) - expected / self.curve.verify_s(1)
+            self._saved = max(self._saved, min(0.0, self._saved + _FORGIVEN))
             self._left -= 1
             return
         expected = self.curve.verify_s(rows) + self.curve.draft_s(levels)
