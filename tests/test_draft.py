@@ -66,6 +66,7 @@ def test_memory_goes_on_where_streams_end(fast: AcceleratedModel) -> None:
 def test_a_level_in_c_is_that_of_the_transition_head(nodes: int, scale: float, dtype: torch.dtype) -> None:
     transition, head, ids = Transition(48, 32, 4), draft_linear(torch.randn(80, 48), None, torch.float32), torch.randperm(99)[:80]
     torch.nn.init.normal_(transition.out)
+    torch.nn.init.normal_(transition.bias)
     transition.cheapen(torch.float32)
     r, table = torch.randn(3, 32), torch.randn(99, 48).to(dtype)
     heard, streams = torch.randn(2, 4, 32), torch.randn(2, 4, 48)
@@ -75,6 +76,9 @@ def test_a_level_in_c_is_that_of_the_transition_head(nodes: int, scale: float, d
     with torch.no_grad():
         expected = transition.advance(r[of[1]], table[of[0]].float(), heard[of[2], 2])
         logits = scale * head(transition.adjust(streams[of[2], 2], expected))
+        begun = transition.begin(streams[:, 0]), transition.hear(streams)
+    for ours, theirs in zip(level.begin(streams), begun, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     found, drawn, tokens, scores = level(of, r, table, heard, streams, 2, 8)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (drawn - logits).abs().max() < 0.03 * logits.std()  # a number may be rounded to another byte

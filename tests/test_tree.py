@@ -18,6 +18,7 @@ def test_mask_shows_ancestors_and_self() -> None:
         [1, 1, 0, 1, 1],
     ]
     assert tree.depths == (0, 1, 1, 2, 3)
+    assert DraftTree((5, 6), (-1, 0)).mask(4).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 def test_child_is_found_by_token() -> None:

@@ -108,9 +108,10 @@ class Transition(nn.Module):
         self._cheap = {name: draft_linear(getattr(self, name), None, dtype) for name in ("start", "recur", "token", "stream", "out")}
 
     def fused(self, head: Any, scale: float, ids: torch.Tensor | None) -> FusedLevel | None:
-        """`advance`, `adjust` and the head in one, where the cheapest products allow it; scale: of the logits; ids: the tokens that they
+        """`begin` and `hear` in one, and `advance`, `adjust` and the head, where the cheapest products allow it; scale: of the logits; ids: the tokens that they
         are of, None for all."""
-        return FusedLevel.of([*map(self._cheap.get, ("recur", "token", "out")), head], scale, ids)
+        recur, token, out, *first = map(self._cheap.get, ("recur", "token", "out", "start", "stream"))
+        return FusedLevel.of([recur, token, out, head, *first], self.bias, scale, ids)
 
     def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A weight times x."""

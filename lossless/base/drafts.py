@@ -20,12 +20,16 @@ from .structure import listeners
 
 
 class _Recurrent(ctypes.Structure):
-    _fields_ = [*((name, Weight) for name in ("recur", "token", "out", "head")), ("scale", ctypes.c_double), ("ids", ctypes.c_void_p)]
+    _fields_ = [
+        *((name, Weight) for name in ("recur", "token", "out", "head", "start", "stream")), ("scale", ctypes.c_double), ("ids", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class FusedLevel:
-    """r' = silu(U r + E N(e) + heard), logits = scale * head(s + V r'), N the RMS norm without a weight.
+    """r' = silu(U r + E N(e) + heard), logits = scale * head(s + V r'), N the RMS norm without a weight; before the first level
+    r = tanh(A N(s_1)), heard = S N(s) + b.
 
     Attributes:
         told: what C is told of the weights; kept: the tensors that it points to.
@@ -39,19 +43,33 @@ class FusedLevel:
     vocab: int
 
     @classmethod
-    def of(cls, parts: Sequence[Any], scale: float, ids: torch.Tensor | None = None) -> FusedLevel | None:
-        """The modules that multiply with U, E, V, and the head, and the tokens that its logits are of; None if they do so in another way."""
+    def of(cls, parts: Sequence[Any], bias: torch.Tensor, scale: float, ids: torch.Tensor | None = None) -> FusedLevel | None:
+        """The modules that multiply with U, E, V, the head, A and S, b `[levels, rank]`, and the tokens that logits are of; None if they do so in
+        another way."""
         if not multipliable(parts):
             return None
-        recur, token, _, head = parts
+        recur, token, _, head, *_ = parts
         dim, rank, vocab = token.in_features, recur.in_features, head.out_features
         if any(size % native.LANES for size in (rank, vocab)):
             return None
         kept: list[torch.Tensor] = []
         weights = [Weight.of(part, kept) for part in parts]
+        kept.append(bias.detach().float().contiguous())
+        told = _Recurrent(*weights, scale, None, kept[-1].data_ptr())
         if ids is not None:
             kept.append(ids.long().contiguous())
-        return cls(_Recurrent(*weights, scale, None if ids is None else kept[-1].data_ptr()), kept, dim, rank, vocab)
+            told.ids = kept[-1].data_ptr()
+        return cls(told, kept, dim, rank, vocab)
+
+    def begin(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `[texts, levels, dim]`, float32: r `[texts, rank]` and heard `[texts, levels, rank]`."""
+        texts, levels, _ = streams.shape
+        r, heard = native.room(texts, self.rank), native.room(texts, levels, self.rank)
+        scratch = native.room(texts * (levels + 1) * (2 * self.dim + 1))
+        native.compiled().lossless_hear(
+            ctypes.byref(self.told), streams.data_ptr(), texts, levels, r.data_ptr(), heard.data_ptr(), scratch.data_ptr(), torch.get_num_threads()
+        )
+        return r, heard
 
     def __call__(
         self, of: torch.Tensor, r: torch.Tensor, embeddings: torch.Tensor, heard: torch.Tensor, streams: torch.Tensor, ahead: int, count: int

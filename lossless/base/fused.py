@@ -144,6 +144,17 @@ class _Kept(ctypes.Structure):
     _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("capacity", ctypes.c_int64)]
 
 
+class Stores:
+    """Keys and values of several layers, as C is told of them.
+
+    kept: of each `[1, kv_heads, capacity, head_dim]`, contiguous.
+    """
+
+    def __init__(self, kept: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.kept = kept
+        self.told = (_Kept * len(kept))(*(_Kept(key.data_ptr(), value.data_ptr(), key.shape[2]) for key, value in kept))
+
+
 class FusedLayers:
     """Decoder layers of the same sizes, each of which is given what the one before it gave."""
 
@@ -152,20 +163,17 @@ class FusedLayers:
         self._told = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(layer.layer) for layer in layers))
 
     def __call__(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kept: Sequence[tuple[torch.Tensor, torch.Tensor]], past: int,
-        paths: native.Paths,
-    ) -> torch.Tensor | None:  # fmt: skip
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, stores: Stores, past: int, paths: native.Paths
+    ) -> torch.Tensor | None:
         """`[1, rows, dim]`, `[1, rows, head_dim]` twice -> `[1, rows, dim]`; None if they are exact, and their attention found what is no finite number.
 
-        kept: of each layer keys and values, `[1, kv_heads, capacity, head_dim]`, contiguous; those of these rows are written behind
-            `past` others.
+        stores: of each layer; keys and values of these rows are written behind `past` others.
         """
         like, rows, depth, threads = self.like, hidden.shape[1], paths.rows.shape[1], torch.get_num_threads()
-        stores = (_Kept * len(kept))(*(_Kept(key.data_ptr(), value.data_ptr(), key.shape[2]) for key, value in kept))
         out, scratch = torch.empty_like(hidden), native.room(like.scratch(rows, past + depth, threads))
         by = native.in_torchs_order("layers", like.dtype) if like.exactly else native.compiled().lossless_layers
         odd = by(
-            self._told, stores, len(kept), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), paths.lengths.data_ptr(),
+            self._told, stores.told, len(stores.kept), hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), paths.lengths.data_ptr(),
             paths.rows.data_ptr(), depth, past, out.data_ptr(), scratch.data_ptr(), like.longest, rows, threads,
         )  # fmt: skip
         return None if odd else out

@@ -62,8 +62,8 @@ class FusedLevels:
 
     def __init__(self, drafter: Any, level: FusedLevel, table: torch.Tensor | None, streams: torch.Tensor, noise_bias: NoiseBias | None) -> None:
         self.drafter, self.level, self.table, self.noise_bias = drafter, level, table, noise_bias
-        transition, self.streams = drafter.adapter.transition, streams.float().contiguous()
-        self.r, self.heard = transition.begin(self.streams[:, 0]), transition.hear(self.streams)
+        self.streams = streams.float().contiguous()
+        self.r, self.heard = level.begin(self.streams)
         self.owner: Sequence[int] = range(len(streams))
 
     def read(self, ahead: int, chosen: Sequence[int], tokens: Sequence[int]) -> Likely:

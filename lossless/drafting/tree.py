@@ -70,12 +70,18 @@ class DraftTree:
         """Where each node came from: j for stream j, which drafts depth j; -1 for the text itself; 0 for the root."""
         return tuple(-1 if node in self.recalled else depth for node, depth in enumerate(self.depths))
 
-    def mask(self) -> torch.Tensor:
-        """`[nodes, nodes]`, True where a node may attend: to its ancestors and to itself."""
-        allowed = torch.eye(len(self), dtype=torch.bool)
-        for node, parent in enumerate(self.parents[1:], start=1):
-            allowed[node] |= allowed[parent]
-        return allowed
+    def mask(self, width: int | None = None) -> torch.Tensor:
+        """`[width, width]`, True where a node may attend: to its ancestors and to itself. Rows behind the last node see themselves.
+
+        width: at least as many as there are nodes, which is the default.
+        """
+        width = len(self) if width is None else width
+        allowed: list[list[bool]] = []
+        for node in range(width):
+            parent = self.parents[node] if node < len(self) else -1
+            allowed.append([False] * width if parent == -1 else allowed[parent].copy())
+            allowed[node][node] = True
+        return torch.tensor(allowed)
 
 
 def blend(drafted: dict[int, float], recalled: tuple[int, float] | None) -> dict[int, float]:

@@ -223,16 +223,15 @@ class DecodeLoop:
     def _read_trees(self, trees: list[DraftTree], sequences: list[Sequence], cache: RowCache, noise_bias: NoiseBias | None, policy: DraftPolicy) -> PassOutput:
         """One target pass over a tree for each text; with the parallel schedule every node speculates, while drafts pay."""
         width = max(map(len, trees))
-        ids, positions = torch.zeros(len(trees), width, dtype=torch.long), torch.zeros(len(trees), width, dtype=torch.long)
-        mask = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)  # what fills a smaller tree sees itself
-        for i, (tree, sequence) in enumerate(zip(trees, sequences, strict=True)):
-            ids[i, : len(tree)] = torch.tensor(tree.tokens)
-            positions[i, : len(tree)] = torch.tensor(tree.depths) + sequence.position
-            mask[i, : len(tree), : len(tree)] = tree.mask()
+        filled = [(0,) * (width - len(tree)) for tree in trees]
+        ids = torch.tensor([(*tree.tokens, *rest) for tree, rest in zip(trees, filled, strict=True)])
+        depths = torch.tensor([(*tree.depths, *rest) for tree, rest in zip(trees, filled, strict=True)])
+        positions = depths + torch.tensor([[sequence.position] for sequence in sequences])
+        mask = None if width == 1 else torch.stack([tree.mask(width) for tree in trees])
         if policy.resting and width == len(trees) == 1 and self._reads_plainly and cache.visible() is None:
             return read_plainly(self.reader.base, ids, positions, cache)
         nodes = self._speculators(trees, width, noise_bias) if policy.drafting and self._streams_join(alone=width == 1) else None
-        out = self.runner.verify(ids, positions, None if width == 1 else mask, cache, nodes)
+        out = self.runner.verify(ids, positions, mask, cache, nodes)
         self.stats.speculated += len(trees) * len(out.nodes)
         return out
 

@@ -1,4 +1,4 @@
-/* What a draft tree is drawn from: one level of a recurrent head over streams, and the likeliest tokens of rows of logits (drafts.py); and
+/* What a draft tree is drawn from: a recurrent head over streams, level by level, and the likeliest tokens of rows of logits (drafts.py); and
    weights rounded to bytes, for all that drafts are multiplied with. */
 
 #include "projections.h"
@@ -43,10 +43,38 @@ void lossless_likeliest(const float *logits, ptrdiff_t rows, ptrdiff_t vocab, pt
 }
 
 struct recurrent {
-    struct weight recur, token, out, head;
+    struct weight recur, token, out, head, start, stream;
     double scale;       /* of the logits */
     const int64_t *ids; /* [vocab]: the tokens that logits are of; NULL: their own numbers */
+    const float *bias;  /* [levels, rank] */
 };
+
+static f32s hyperbolic_tangent(f32s x) {
+    u32s sign = (u32s)x & 0x80000000u;
+    f32s small = exponential((f32s)((u32s)x | 0x80000000u) * 2);
+    return (f32s)((u32s)((1 - small) / (1 + small)) | sign);
+}
+
+/* r = tanh(start N(first stream)), heard = stream N(streams) + bias; streams [texts, levels, dim], r [texts, rank], heard [texts, levels, rank].
+   scratch: [texts * (levels + 1), 2 * dim + 1]. */
+void lossless_hear(const struct recurrent *by, const float *streams, ptrdiff_t texts, ptrdiff_t levels, float *r, float *heard, float *scratch,
+                   int threads) {
+    ptrdiff_t dim = by->stream.ins, rank = by->stream.outs, rows = texts * levels;
+    float *normal = scratch, *firsts = normal + rows * dim, *own = firsts + texts * dim, *other = own + rows * (dim + 1);
+    for (ptrdiff_t n = 0; n < rows; n++) normalize(NULL, 1e-6f, streams + n * dim, dim, normal + n * dim);
+    for (ptrdiff_t t = 0; t < texts; t++) memcpy(firsts + t * dim, normal + t * levels * dim, dim * sizeof *firsts);
+    struct rows all = ready(0, &by->stream, 1, normal, rows, own), first = ready(0, &by->start, 1, firsts, texts, other);
+    struct team team = {0};
+#pragma omp parallel num_threads(threads)
+    {
+        project(&by->stream, &all, rows, 0, heard);
+        project(&by->start, &first, texts, 0, r);
+        wait_for_all(&team);
+    }
+    for (ptrdiff_t i = 0; i < texts * rank; i += LANES) store(r + i, hyperbolic_tangent(load(r + i)));
+    for (ptrdiff_t t = 0; t < texts; t++)
+        for (ptrdiff_t i = 0, j = t * levels * rank; i < levels * rank; i += LANES) store(heard + j + i, load(heard + j + i) + load(by->bias + i));
+}
 
 /* next = silu(recur r + token N(embedding) + heard), logits = scale * head(stream + out next), N the RMS norm without a weight.
 

@@ -132,13 +132,14 @@ def _declared(library: Any) -> Any:
     library.lossless_behind.argtypes = [*[pointer] * 8, size, size, pointer, pointer, size, size, number]
     library.lossless_layers.argtypes = [*[pointer] * 2, size, *[pointer] * 5, size, size, pointer, pointer, size, size, number]
     library.lossless_level.argtypes = [*[pointer] * 4, number, pointer, pointer, size, *[pointer] * 4, size, pointer, size, number]
+    library.lossless_hear.argtypes = [pointer, pointer, size, size, *[pointer] * 3, number]
     library.lossless_likeliest.argtypes = [pointer, size, size, size, pointer, pointer, number]
     library.lossless_move.argtypes = [pointer, size, size, size, size, size, pointer, size]
     for dtype in SIXTEEN if library.lossless_exact() else ():
         for name, like in (("attend", library.lossless_attend.argtypes), ("layers", library.lossless_layers.argtypes), ("norm", [*[pointer] * 3, size, size])):
             exact = _exactly(library, name, dtype)
             exact.argtypes, exact.restype = like, None if name == "norm" else number
-    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "level", "likeliest", "lay", "lay_bytes", "move"):
+    for name in ("before", "behind", "layers", "norm", "stored", "panels", "attend", "hear", "level", "likeliest", "lay", "lay_bytes", "move"):
         getattr(library, f"lossless_{name}").restype = None
     return library
 

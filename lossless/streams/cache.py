@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..base.fused import Stores
 from ..kernels import gpu, native
 
 _BLOCK = 256  # rows by which the storage grows
@@ -110,6 +111,7 @@ class RowCache(Cache):
         self.rows = [(RowLayer if number >= keep_from else _PassingLayer)(capacity) for number in range(num_layers)]
         self.padding, self.keep_from = padding, keep_from
         self._ends: list[int] | None = None  # of each sequence; None while all end at `length`
+        self._stores: dict[tuple[int, int], Stores] = {}  # of layers that are computed together, by the number of the first, and how many
         super().__init__(layers=list(self.rows))
 
     @property
@@ -134,18 +136,19 @@ class RowCache(Cache):
         columns = torch.arange(self.length)[None]
         return columns if self.padding is None else columns - self.padding.sum(1, keepdim=True).cpu()
 
-    def room(self, numbers: Sequence[int], rows: int, like: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def room(self, numbers: Sequence[int], rows: int, like: torch.Tensor) -> Stores:
         """Keys and values of these layers, `[1, kv_heads, capacity, head_dim]`, with room for so many rows behind the certain ones.
 
         like: `[1, kv_heads, any, head_dim]`, what keys are if the cache has none yet.
         """
-        found = []
-        for number in numbers:
-            layer = self.rows[number]
+        layers = [self.rows[number] for number in numbers]
+        for layer in layers:
             layer.reserve(layer.length + rows)
             if not layer.is_initialized:
                 layer.lazy_initialization(like, like)
-            found.append((layer.keys, layer.values))
+        found = self._stores.get(key := (numbers[0], len(numbers)))
+        if found is None or any(keys is not layer.keys for (keys, _), layer in zip(found.kept, layers, strict=True)):
+            found = self._stores[key] = Stores([(layer.keys, layer.values) for layer in layers])
         return found
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -131,8 +131,8 @@ class Run:
         """None if numbers were not finite: then this pass goes through the layers themselves from here on."""
         self.passes += 1
         cos, sin = (each.contiguous() for each in turned)
-        kept = plan.cache.room(self.numbers, hidden.shape[1], self._like)
-        found = self.layers(hidden.contiguous(), cos, sin, kept, plan.cache.length, plan.paths.tensors)
+        stores = plan.cache.room(self.numbers, hidden.shape[1], self._like)
+        found = self.layers(hidden.contiguous(), cos, sin, stores, plan.cache.length, plan.paths.tensors)
         if found is None:
             plan.paths = None
         return found

@@ -74,9 +74,9 @@ class _CapturingRunner(StreamRunner):
                 return found[0]
         return super().speculate(entry, positions, context, cache, told)
 
-    def _room(self, cache: RowCache, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _room(self, cache: RowCache, rows: int) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of all layers, with room for so many rows."""
-        return cache.room(range(len(self.layers)), rows, cache.rows[0].keys)
+        return cache.room(range(len(self.layers)), rows, cache.rows[0].keys).kept
 
     def _alike(self, cache: RowCache) -> bool:
         """Whether keys and values of all layers have the strides of the first one's, of which alone a kernel is told."""

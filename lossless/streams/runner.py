@@ -183,11 +183,11 @@ class StreamRunner:
             last_only: logits for the last row only (a prefill).
             apart: every row as in a pass of its own, in a runner that can (`keep_bits`); not of padded texts, nor of several.
         """
-        device, count = input_device(self.base), ids.shape[1]
-        unpadded = len(ids) == 1 and cache.visible() is None
+        count, unpadded = ids.shape[1], len(ids) == 1 and cache.visible() is None
         fits = self.fused and unpadded and nodes is None and not apart and (count == 1 or not last_only)
         if fits and ids.ndim == 2 and self._short is not None:
             return self._short(ids, positions, tree_mask, cache)
+        device = input_device(self.base)
         ids, positions = ids.to(device), positions.to(device)
         tree_mask = None if tree_mask is None else tree_mask.to(device)
 

@@ -1,0 +1,26 @@
+"""The base's own choice of a token is that of torch, found in another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lossless.generation.sequence import at_least, largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("odd", [[], [float("nan")], [float("inf")], [float("-inf"), float("nan"), float("inf")]], ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 33, 49153])
+def test_the_largest_is_the_first_of_equals_as_in_torch(vocab: int, odd: list[float], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    for spread in (1, 3, 10**6):
+        row = torch.randint(-spread, spread, (vocab,), generator=generator).to(dtype)
+        row[torch.randint(vocab, (len(odd),), generator=generator)] = torch.tensor(odd, dtype=dtype)
+        assert largest(row) == int(row.argmax())
+        assert at_least(row, 0.0) == int((row >= 0).sum())
+
+
+def test_where_nothing_is_larger_than_anything_the_first_is_chosen() -> None:
+    for number in (float("-inf"), float("nan"), 0.0):
+        row = torch.full((100,), number)
+        assert largest(row) == int(row.argmax()) == 0
