@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
 
-from lossless.generation.sequence import at_least, largest
+from lossless.generation.sequence import at_least, largest, what_may_end
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -24,3 +27,13 @@ def test_where_nothing_is_larger_than_anything_the_first_is_chosen() -> None:
     for number in (float("-inf"), float("nan"), 0.0):
         row = torch.full((100,), number)
         assert largest(row) == int(row.argmax()) == 0
+
+
+def test_criteria_are_asked_wherever_they_may_end_a_text_or_warn() -> None:
+    length, tokens = MaxLengthCriteria(40, max_position_embeddings=30), EosTokenCriteria([2, 7])
+    assert what_may_end(StoppingCriteriaList([length, tokens])) == (31, {2, 7})
+    assert what_may_end(StoppingCriteriaList([MaxLengthCriteria(20, max_position_embeddings=30), EosTokenCriteria(3)])) == (20, {3})
+    assert what_may_end(StoppingCriteriaList([MaxLengthCriteria(20)])) == (20, set())
+    assert what_may_end(StoppingCriteriaList()) == (math.inf, set())
+    for others in (MaxTimeCriteria(9.0), type("Own", (MaxLengthCriteria,), {})(50)):
+        assert what_may_end(StoppingCriteriaList([length, tokens, others]))[0] == 0

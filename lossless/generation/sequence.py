@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor, TopPLogitsWarper
 
 from ..base.layers import CACHE
@@ -54,6 +54,7 @@ class Sequence:
         self.number, self.ids, self.prompt, self.before = number, ids, ids.shape[1], before
         self.start = padding - before  # of the text, counted in ids
         self.processor, self.criteria, self.config = _of_one(processor, number), criteria, config
+        self._asked_from, self._enders = what_may_end(criteria)
         # top-p cuts by how much is left below a token: all of that may be a little less likely at once
         self._by_mass = any(isinstance(each, TopPLogitsWarper) for each in processor)
         self.noise, self.ngrams, self.streamer = noise, ngrams, streamer
@@ -115,7 +116,8 @@ class Sequence:
         if self.logits is not None:
             self.logits += (raw,)
         self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=-1)
-        self.stopped = bool(self.criteria(self.ids, self.scores)[0])
+        if self.ids.shape[1] >= self._asked_from or token in self._enders:
+            self.stopped = bool(self.criteria(self.ids, self.scores)[0])
         if self.streamer is not None:
             self.streamer.put(self.ids[0, -1:].cpu())
             if self.stopped:
@@ -175,6 +177,19 @@ class Sequence:
         """Tokens that were chosen: what the drafter recalls from."""
         if self.ngrams is not None:
             self.ngrams.extend(tokens)
+
+
+def what_may_end(criteria: Any) -> tuple[float, frozenset[int]]:
+    """From which length on HF's criteria may end a text, and by which tokens before it: else they need not be asked."""
+    length, tokens = math.inf, frozenset[int]()
+    for each in criteria:
+        if type(each) is MaxLengthCriteria:
+            length = min(length, each.max_length, (each.max_position_embeddings or math.inf) + 1)  # behind that it warns
+        elif type(each) is EosTokenCriteria:
+            tokens |= frozenset(each.eos_token_id.flatten().tolist())
+        else:
+            return 0, tokens
+    return length, tokens
 
 
 def largest(row: torch.Tensor) -> int:
