@@ -21,7 +21,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation import MaxLengthCriteria
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lossless.adapter.compat import new_adapter
@@ -237,7 +237,7 @@ def test_what_is_cut_off_by_little_is_not_taken_for_granted() -> None:
     def choice(noise: list[float], logits: list[float], *processors: LogitsProcessor, guard: float = 0.1) -> tuple[int, bool] | None:
         config = GenerationConfig(do_sample=True, max_length=9)
         tape: Any = Noise(noise)
-        text = Sequence(0, torch.tensor([[1, 2]]), 0, 0, LogitsProcessorList(processors), lambda *_: [False], config, tape, None, guard=guard)
+        text = Sequence(0, torch.tensor([[1, 2]]), 0, 0, LogitsProcessorList(processors), StoppingCriteriaList(), config, tape, None, guard=guard)
         return text.choose(torch.tensor(logits), alone=False)
 
     fair, lucky_third = [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.01, 1.0]
@@ -476,7 +476,7 @@ def test_nothing_is_left_behind() -> None:
 
 def test_a_row_read_alone_is_no_better_than_the_rows_that_it_looks_back_at() -> None:
     config = GenerationConfig(max_new_tokens=20, do_sample=False)
-    text = Sequence(0, prompt_ids(), 0, 0, LogitsProcessorList(), MaxLengthCriteria(99), config, None, None, guard=0.5)
+    text = Sequence(0, prompt_ids(), 0, 0, LogitsProcessorList(), StoppingCriteriaList([MaxLengthCriteria(99)]), config, None, None, guard=0.5)
     sure, close = torch.tensor([0.0, 9.0, 0.0]), torch.tensor([1.0, 1.2, 0.0])
     text.choose_alone(sure)  # after the prompt
     assert text.choose_after(close[None], True)(0) == (1, False)  # one row over the prompt: the base's own pass

@@ -6,9 +6,19 @@ import math
 
 import pytest
 import torch
-from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
-from lossless.generation.sequence import at_least, largest, what_may_end
+from lossless.drafting.noise import NoiseTape
+from lossless.generation.sequence import Sequence, at_least, largest, what_may_end
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -37,3 +47,23 @@ def test_criteria_are_asked_wherever_they_may_end_a_text_or_warn() -> None:
     assert what_may_end(StoppingCriteriaList()) == (math.inf, set())
     for others in (MaxTimeCriteria(9.0), type("Own", (MaxLengthCriteria,), {})(50)):
         assert what_may_end(StoppingCriteriaList([length, tokens, others]))[0] == 0
+
+
+class Alike(TopKLogitsWarper):
+    """The same, of which nothing is known."""
+
+
+def test_where_top_k_cuts_clearly_that_is_seen_at_once_and_nothing_else_is() -> None:
+    """With a warper whose ways are known a choice is open in the very cases in which it is with one whose ways are tried out."""
+    open_ones = 0
+    for seed in range(400):
+        answers = []
+        for warper in (TopKLogitsWarper, Alike):
+            torch.manual_seed(seed)
+            processors = LogitsProcessorList([TemperatureLogitsWarper(0.8), warper(6)])
+            config = GenerationConfig(do_sample=True, max_length=9, temperature=0.8)
+            text = Sequence(0, torch.tensor([[1, 2]]), 0, 0, processors, StoppingCriteriaList(), config, NoiseTape(1), None, guard=0.2)
+            answers.append(text.choose(torch.randn(40), alone=False))
+        assert answers[0] == answers[1]
+        open_ones += answers[0] is None
+    assert 40 < open_ones < 360

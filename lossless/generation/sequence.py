@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
-from transformers.generation import GenerateDecoderOnlyOutput, PrefixConstrainedLogitsProcessor, TopPLogitsWarper
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    PrefixConstrainedLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..base.layers import CACHE
 from ..drafting.ngram import NGramCache
@@ -57,6 +63,7 @@ class Sequence:
         self._asked_from, self._enders = what_may_end(criteria)
         # top-p cuts by how much is left below a token: all of that may be a little less likely at once
         self._by_mass = any(isinstance(each, TopPLogitsWarper) for each in processor)
+        self._by_rank = all(type(each) in (TemperatureLogitsWarper, TopKLogitsWarper) for each in processor)  # what is cut hangs on nothing else
         self.noise, self.ngrams, self.streamer = noise, ngrams, streamer
         self.stopped = False
         self.num_exact_rows = ids.shape[1]  # so many of its rows were read in the base's own shapes: the prompt at once, others alone
@@ -137,7 +144,7 @@ class Sequence:
         least = best - self.guard if noise is None else best * math.exp(-self.guard)
         if at_least(ranking[0], least) > 1:
             return True
-        if noise is None or not (cut := scores[0] == -torch.inf).any():
+        if noise is None or (self._by_rank and self._is_cut_clearly(logits, scores[0], token)) or not (cut := scores[0] == -torch.inf).any():
             return False
         # What top-k, top-p and the like cut off may hang on a little, too. Would the token still be there if it
         # were less likely? Would one be there that would have been chosen in its place, if it were likelier?
@@ -153,6 +160,14 @@ class Sequence:
             return False
         higher = raw + self.off_by * (cut & (raw[0] <= raw[0, rivals].max()) if self._by_mass else rivals)
         return not bool(self._cut(higher)[rivals].all())
+
+    def _is_cut_clearly(self, logits: torch.Tensor, scores: torch.Tensor, token: int) -> bool:
+        """Whether top-k would keep the same tokens, and this one well among them, if any of these logits `[vocab]` were off."""
+        if not (_is_numpys(logits) and _is_numpys(scores)):
+            return False
+        raw, kept = logits.numpy(), np.flatnonzero(scores.numpy() != -np.inf)
+        least = float(raw[kept].min())
+        return bool(raw[token] > least + 2 * self.off_by and np.count_nonzero(raw >= least - 2 * self.off_by) == len(kept))
 
     def _cut(self, raw: torch.Tensor) -> torch.Tensor:
         """`[vocab]`: which tokens could not be chosen if the base had said these logits, `[1, vocab]`."""
