@@ -27,6 +27,7 @@ _LEAST = 16  # rows of a product of matrices in Triton, at least
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether Triton runs on the CPU, step by step, for tests: `TRITON_INTERPRET=1`."""
     return os.environ.get("TRITON_INTERPRET") == "1"
