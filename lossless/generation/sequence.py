@@ -70,7 +70,7 @@ class Sequence:
         keep = config.return_dict_in_generate
         self.scores: tuple[torch.Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep and config.output_logits else None
-        self._copies = bool(self.processor) or self.scores is not None or self.logits is not None  # what is chosen from: it may change, or is kept
+        self._copies = bool(self.processor) or self.scores is not None or self.logits is not None  # of logits, which processors may change, or a caller keeps
 
     def widen(self, guard: float) -> None:
         """From now on choices are guarded so."""
