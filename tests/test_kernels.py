@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,17 @@ def test_panels_keep_a_weight_and_the_bits_of_rows(shape: tuple[int, int], dtype
     torch.testing.assert_close(half, (rows.half().float() @ weight.float().T).half(), rtol=1e-2, atol=1e-2)
     slanted = torch.randn(shape[1], 7).t()  # not contiguous
     torch.testing.assert_close(product.multiply(slanted, None), product.multiply(slanted.contiguous(), None))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [panels.Panels, panels.Interleaved, panels.EightBits])
+def test_a_long_prompt_is_multiplied_piece_by_piece(layout: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, rows = torch.randn(70, 576).bfloat16(), torch.randn(70), torch.randn(2, 9, 576).to(dtype)
+    product = layout.of(weight)
+    whole = product.multiply(rows, bias)
+    monkeypatch.setattr(native, "_AT_ONCE", 4)
+    assert torch.equal(product.multiply(rows, bias), whole)
 
 
 @needs_kernels

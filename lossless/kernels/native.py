@@ -50,6 +50,7 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 _WIDEST = 2**16  # inputs: some rows of a weight are decoded on the stack
 LANES = 16  # inputs come in multiples of these, dimensions of a head in multiples of twice as many
 _SIDE = 4  # queries that attend side by side, as exact.c has it
+_AT_ONCE = 512  # rows of a long prompt, for which a product in 16 bits takes three times their memory
 _MANY = 128  # rows from which on the products of torch are faster; as many are read of prompts, not of trees
 
 
@@ -195,14 +196,17 @@ def multiply(
     """
     *before, ins = rows.shape
     given = (rows if has_kernels(rows.dtype) else rows.float()).contiguous()
-    out, places = room(*before, outs, dtype=given.dtype), 0 if order is None else len(order)
-    scratch = room(math.prod(before) * max(2 * ins + 64, places) if given.dtype is not torch.float32 or kind in (EIGHT_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID) else 0)
+    out, places, count = room(*before, outs, dtype=given.dtype), 0 if order is None else len(order), math.prod(before)
+    wide = given.dtype is not torch.float32 or kind in (EIGHT_BITS, FOUR_BIT_GRID, EIGHT_BIT_GRID)
+    scratch = room(min(count, _AT_ONCE) * max(2 * ins + 64, places) if wide else 0)
     added = None if bias is None else bias.float().contiguous()
-    compiled().lossless_panels(
-        kind, KINDS[given.dtype], weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
-        None if order is None else order.data_ptr(), given.data_ptr(), scratch.data_ptr(), None if added is None else added.data_ptr(), out.data_ptr(),
-        math.prod(before), ins, outs, chunk or ins, places, torch.get_num_threads(),
-    )  # fmt: skip
+    for first in range(0, count, _AT_ONCE):
+        compiled().lossless_panels(
+            kind, KINDS[given.dtype], weight.data_ptr(), None if scales is None else scales.data_ptr(), None if code is None else code.data_ptr(),
+            None if order is None else order.data_ptr(), given.data_ptr() + first * ins * given.element_size(), scratch.data_ptr(),
+            None if added is None else added.data_ptr(), out.data_ptr() + first * outs * out.element_size(),
+            min(_AT_ONCE, count - first), ins, outs, chunk or ins, places, torch.get_num_threads(),
+        )  # fmt: skip
     return out if out.dtype is rows.dtype else out.to(rows.dtype)
 
 
