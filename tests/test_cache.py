@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from lossless.base.layers import CACHE
-from lossless.streams.cache import RowCache
+from lossless.streams.cache import RowCache, RowLayer
 
 from .conftest import build_tiny, prompt_ids
 
@@ -52,6 +53,27 @@ def test_storage_grows_and_keeps_what_it_holds() -> None:
         cache.keep(range(3))
     keys, _ = cache.update(rows([-1]), rows([-1]), 0)
     assert keys[0, 0, :-1, 0].tolist() == list(range(600))
+
+
+def test_room_for_layers_together_is_the_same_while_it_suffices_and_grows_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, like, held = RowCache(3, capacity=4), torch.zeros(1, 2, 0, 3), []
+    before = cache.room(range(3), 4, like)
+    assert cache.room(range(3), 4, like) is before
+    assert [keys.data_ptr() for keys, _ in before.kept] == [layer.keys.data_ptr() for layer in cache.rows]
+    old = [weakref.ref(each) for pair in before.kept for each in pair]
+    del before
+    reserve = RowLayer.reserve
+
+    def counted(layer: RowLayer, rows: int) -> None:
+        reserve(layer, rows)
+        held.append(sum(ref() is not None for ref in old))
+
+    monkeypatch.setattr(RowLayer, "reserve", counted)
+    grown = cache.room(range(3), 5, like)
+    assert held == [4, 2, 0]
+    assert all(keys is layer.keys and keys.shape[2] >= 5 for (keys, _), layer in zip(grown.kept, cache.rows, strict=True))
+    cache.select([0])
+    assert cache.room(range(3), 5, like).kept[0][0] is cache.rows[0].keys
 
 
 def test_a_model_reads_it_as_it_reads_hf_s_own() -> None:

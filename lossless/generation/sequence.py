@@ -163,7 +163,7 @@ class Sequence:
 
     def _is_cut_clearly(self, logits: torch.Tensor, scores: torch.Tensor, token: int) -> bool:
         """Whether top-k would keep the same tokens, and this one well among them, if any of these logits `[vocab]` were off."""
-        if not (_is_numpys(logits) and _is_numpys(scores)):
+        if not (_numpy_reads(logits) and _numpy_reads(scores)):
             return False
         raw, kept = logits.numpy(), np.flatnonzero(scores.numpy() != -np.inf)
         least = float(raw[kept].min())
@@ -209,15 +209,16 @@ def what_may_end(criteria: Any) -> tuple[float, frozenset[int]]:
 
 def largest(row: torch.Tensor) -> int:
     """`torch.argmax` of `[vocab]`, the first of equals: on a CPU numpy takes a tenth of the time."""
-    return int(row.numpy().argmax() if _is_numpys(row) else row.argmax())
+    return int(row.numpy().argmax() if _numpy_reads(row) else row.argmax())
 
 
 def at_least(row: torch.Tensor, bound: float) -> int:
     """How many of `[vocab]` are not below a bound."""
-    return int(np.count_nonzero(row.numpy() >= bound) if _is_numpys(row) else torch.count_nonzero(row >= bound))
+    return int(np.count_nonzero(row.numpy() >= bound) if _numpy_reads(row) else torch.count_nonzero(row >= bound))
 
 
-def _is_numpys(row: torch.Tensor) -> bool:
+def _numpy_reads(row: torch.Tensor) -> bool:
+    """Whether numpy can look at these numbers where they are."""
     return row.device.type == "cpu" and row.dtype is torch.float32 and not row.requires_grad
 
 

@@ -141,16 +141,19 @@ class RowCache(Cache):
 
         like: `[1, kv_heads, any, head_dim]`, what keys are if the cache has none yet.
         """
-        found, first, last = self._stores.get(key := (numbers[0], len(numbers))), self.rows[numbers[0]], self.rows[numbers[-1]]
-        if found and first.length + rows <= first.capacity and found.kept[0][0] is first.keys and found.kept[-1][0] is last.keys:
-            return found  # layers grow together
-        layers = [self.rows[number] for number in numbers]
-        for layer in layers:
-            layer.reserve(layer.length + rows)
-            if not layer.is_initialized:
-                layer.lazy_initialization(like, like)
-        self._stores[key] = Stores([(layer.keys, layer.values) for layer in layers])
-        return self._stores[key]
+        key, first, last = (numbers[0], len(numbers)), self.rows[numbers[0]], self.rows[numbers[-1]]
+        found = self._stores.pop(key, None)
+        # layers grow together
+        if not found or first.length + rows > first.capacity or found.kept[0][0] is not first.keys or found.kept[-1][0] is not last.keys:
+            found = None  # or all that grows would be held twice
+            layers = [self.rows[number] for number in numbers]
+            for layer in layers:
+                layer.reserve(layer.length + rows)
+                if not layer.is_initialized:
+                    layer.lazy_initialization(like, like)
+            found = Stores([(layer.keys, layer.values) for layer in layers])
+        self._stores[key] = found
+        return found
 
     def keep(self, rows: Sequence[int]) -> None:
         """Accept these provisional rows (counted from `length`) of every sequence, in the order given."""
