@@ -37,7 +37,7 @@ from lossless.generation import attach, verdict
 from lossless.generation.limits import find_limits
 from lossless.generation.model import accelerate
 from lossless.generation.trial import plain_pass
-from lossless.kernels import native, panels
+from lossless.kernels import native, pages, panels
 from lossless.streams.cache import RowCache
 
 from .conftest import build_tiny, prompt_ids, tiny_config
@@ -191,7 +191,7 @@ def test_answers_are_the_base_s_own_bit_for_bit(base: LlamaForCausalLM, do_sampl
     assert fast.guarantee.level == "bitwise"
     assert fast.guarantee.twin
     assert fast.runner is not fast.reader
-    assert fast.guarantee.attends_exactly == fast.runner.attends_exactly == exact.attends(dtype, 32)
+    assert fast.guarantee.attends_exactly == fast.runner.attends_exactly >= exact.attends(dtype, 32)  # where it does not, the base attends
     assert fast.guarantee.fused == fast.runner.fused == exact.attends(dtype, 32)
     assert set(fast.guarantee.limits or {}) <= set(fast.runner.model.modules())
     expected, found = both(fast, prompt_ids(30), 3, do_sample=do_sample, max_new_tokens=60, output_scores=True, return_dict_in_generate=True)
@@ -393,7 +393,7 @@ def test_fused_layers_that_are_wrong_are_found_out(base: LlamaForCausalLM, monke
     assert fast.guarantee.level == "bitwise"
     assert fast.guarantee.twin
     assert not fast.runner.fused
-    assert fast.runner.attends_exactly == exact.attends(torch.bfloat16, 32)
+    assert fast.runner.attends_exactly >= exact.attends(torch.bfloat16, 32)
     expected, found = both(fast, prompt_ids(12), max_new_tokens=20)
     assert torch.equal(expected, found)
 
@@ -403,6 +403,18 @@ def test_nothing_of_the_base_is_exchanged(base: LlamaForCausalLM) -> None:
     assert exact_twin(base) is not None
     assert list(base.modules()) == modules
     assert not any(isinstance(module, PackedLinear) for module in modules)
+
+
+def test_what_is_tried_takes_no_room_among_weights_that_stay(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_SMALLEST", 1)  # so that weights of a tiny model are laid out as large ones are
+    cut: list[int] = []
+    real = pages._Slabs.cut
+    monkeypatch.setattr(pages._Slabs, "cut", lambda self, wanted: real(self, cut.append(wanted) or wanted))  # type: ignore[func-returns-value]
+    exact._some_bits.cache_clear()  # as in a process that has attached to nothing yet
+    twin: Any = exact_twin(base)
+    stay = [m.packed.numbers.nbytes for m in twin.modules() if isinstance(m, PackedLinear)]
+    assert stay
+    assert sorted(cut) == sorted(stay)
 
 
 def test_a_verdict_is_kept_with_the_limits_of_the_twin(base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from lossless.adapter.compat import new_adapter
 from lossless.base.loading import load_base
+from lossless.base.processes import give_back_memory
 from lossless.cli.parser import main
 from lossless.errors import UsageError
 from lossless.evaluation.memory import Trial, _most_resident, _resident
@@ -42,6 +44,17 @@ def test_what_a_long_prompt_took_goes_back_to_the_system(fast: AcceleratedModel,
     for length, times in ((20, 0), (600, 1)):
         fast.generate(prompt_ids(length), max_new_tokens=2, do_sample=False)
         assert len(given_back) == times
+
+
+def test_what_mkl_keeps_goes_back_to_the_system() -> None:
+    try:
+        held = ctypes.CDLL(torch._C.__file__).mkl_serv_mem_stat
+    except AttributeError:
+        pytest.skip("torch was built without MKL")
+    held.restype, blocks = ctypes.c_longlong, ctypes.c_int()
+    torch.ones(256, 256) @ torch.ones(256, 256)
+    give_back_memory()
+    assert held(ctypes.byref(blocks)) == 0
 
 
 @pytest.mark.commands

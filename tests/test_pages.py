@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="el
 _MIB = 2**20
 
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int8], ids=str)
 @pytest.mark.parametrize("shape", [(), (3, 5), (300, 700), (2, 0, 7)], ids=str)
 def test_zeros_that_can_be_written(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -40,6 +39,12 @@ def test_what_is_made_together_lies_side_by_side_and_never_overlaps() -> None:
     steps = [after.data_ptr() - before.data_ptr() - before.nbytes for before, after in itertools.pairwise(made[:-1])]
     assert sum(0 <= step < 4096 for step in steps) > 0.9 * len(steps)
     assert all(tensor.data_ptr() % 4096 == 0 for tensor in made)
+
+
+def test_what_is_small_fills_what_large_ones_left() -> None:
+    with together():
+        first, _, small = (own_pages(size * _MIB, dtype=torch.uint8) for size in (40, 40, 20))
+    assert small.data_ptr() == first.data_ptr() + first.nbytes
 
 
 def test_they_are_given_back_when_they_are_freed() -> None:

@@ -45,8 +45,9 @@ def exact_twin(model: Any) -> Any | None:
     modules: dict[str, Any] = {name: module for name, module in model.named_modules() if stand_in(module) in (FourBitLinear, PackedLinear)}
     if not has_memory_for(sum(map(_bytes, modules.values()))):
         return None
+    tried = {name: module for name, module in modules.items() if _worth_trying(module)}  # what that takes must not lie among what stays
     with together():
-        found = {name: made for name, module in modules.items() if (made := _exact(module)) is not None}
+        found = {name: made for name, module in tried.items() if (made := _exact(module)) is not None}
     if not found:
         return None
     if any(isinstance(made, FourBitLinear) for made in found.values()):
@@ -69,20 +70,30 @@ def row_by_row(twin: Any) -> bool:
 
 def _bytes(module: Any) -> int:
     """What a copy of a weight takes."""
-    decoded = stand_in(module) is FourBitLinear and not panels.multiplies_pairs(module.in_features)
+    decoded = stand_in(module) is FourBitLinear and not _in_pairs(module)
     return math.prod(features(module)) * 2 if decoded else module.weight.nbytes
 
 
+def _in_pairs(module: Any) -> bool:
+    """Whether it is multiplied as bitsandbytes does it, by weights of 4 bits."""
+    return stand_in(module) is FourBitLinear and panels.multiplies_pairs(module.in_features)
+
+
+def _worth_trying(module: Any) -> bool:
+    """Whether something may have a module's bits: in pairs it is tried once it is made, for others with products of this size."""
+    if _in_pairs(module):
+        return True
+    dtype, (ins, outs) = product_dtype(module), features(module)
+    known = stand_in(module) is FourBitLinear or type(module) is nn.Linear
+    return known and dtype in native.SIXTEEN and _some_bits(dtype, ins, min(outs, _SEVERAL))
+
+
 def _exact(module: Any) -> PackedLinear | FourBitLinear | None:
-    """What has a module's bits, packed; None if nothing has."""
-    kind, (ins, outs) = stand_in(module), features(module)
-    if kind is FourBitLinear and panels.multiplies_pairs(ins):
+    """What has a module's bits, packed; None if it has other ones after all."""
+    if _in_pairs(module):
         made = FourBitLinear(module, in_pairs=True)
         rows = torch.randn(2, 1, 1, module.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(module.compute_dtype or torch.float32)
         return made if all(torch.equal(made(row), module(row)) for row in rows) else None
-    dtype = product_dtype(module)
-    if not (kind is FourBitLinear or type(module) is nn.Linear) or dtype not in native.SIXTEEN or not _some_bits(dtype, ins, min(outs, _SEVERAL)):
-        return None
     weight, bias = dense(module)  # type: ignore[misc]
     return PackedLinear(weight, bias, layout=in_torchs_order)
 

@@ -81,6 +81,8 @@ def tokens_at_once(device: torch.device) -> int:
 
 
 def give_back_memory() -> None:
-    """Let the system have what was freed: glibc keeps it otherwise, and what attaching takes for a while is much of a small model."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    """Let the system have what was freed: glibc keeps it otherwise, and what attaching takes for a while is much of a small model; and MKL
+    keeps what each of its threads lays out weights of float32 in, which few models need after that."""
+    for library, function, given in ((torch._C.__file__, "mkl_serv_free_buffers", ()), (None, "malloc_trim", (0,))):
+        with contextlib.suppress(OSError, AttributeError):  # another build of torch, another C library
+            getattr(ctypes.CDLL(library), function)(*given)

@@ -20,18 +20,20 @@ _PAGE, _HUGE, _SLAB = 2**12, 2**21, 2**26
 
 
 class _Slabs:
-    """Regions that tensors are cut from, one behind the other. Each is given back when its last tensor is."""
+    """Regions that tensors are cut from, each from the first that has room. A region is given back when its last tensor is."""
 
     def __init__(self) -> None:
-        self.region: mmap.mmap | None = None
-        self.used = 0
+        self.used: list[tuple[mmap.mmap, int]] = []  # regions, and the bytes of each that are taken
 
     def cut(self, wanted: int) -> tuple[mmap.mmap, int]:
         """A region, and where in it there is room for so many bytes."""
-        if self.region is None or self.used + wanted > len(self.region):
-            self.region, self.used = _region(max(_SLAB, -(-wanted // _HUGE) * _HUGE)), 0
-        offset, self.used = self.used, -(-(self.used + wanted) // _PAGE) * _PAGE
-        return self.region, offset
+        wanted = -(-wanted // _PAGE) * _PAGE
+        number = next((number for number, (region, used) in enumerate(self.used) if used + wanted <= len(region)), len(self.used))
+        if number == len(self.used):
+            self.used.append((_region(max(_SLAB, -(-wanted // _HUGE) * _HUGE)), 0))
+        region, offset = self.used[number]
+        self.used[number] = region, offset + wanted
+        return region, offset
 
 
 _TOGETHER: ContextVar[_Slabs | None] = ContextVar("together", default=None)
