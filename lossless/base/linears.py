@@ -45,8 +45,8 @@ def _packed(weight: torch.Tensor) -> panels.Panels | grids.Grid | products.Packe
     """A weight `[out, in]` in the layout whose products are the fastest here."""
     if (grid := grids.Grid.of(weight)) is not None:
         return grid
-    if panels.available(weight.dtype, weight.shape[1]) and not (weight.dtype == torch.bfloat16 and products.has_tiles()):
-        return panels.Panels.of(weight)
+    if panels.available(weight.dtype, weight.shape[1]):
+        return panels.Panels.of(weight, panels.native.tile() or None)
     return products.Packed.of(weight)
 
 

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from ..storage import alone_with, cache_dir
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "whole.h", "team.h", "attention.h", "projections.h", "layer.h", "product.c", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("vectors.h", "panels.h", "whole.h", "tiles.h", "team.h", "attention.h", "projections.h", "layer.h", "product.c", "tiles.c", "projections.c", "kernels.c", "layer.c", "drafts.c", "exact.c", "exact_layer.c", "grids.c")]
 _WAYS = ("NUMBERS", "HALVES", "FLOAT16S", "CODES", "BYTES", "PAIRS", "PAIRED_CODES", "STEPS", "FINE_STEPS", "IN_ORDER", "IN_ORDER_FLOAT16")  # of panels.h
 # sources that are compiled several times, each time told something: the way to multiply, or the dtype of 16 bits
 _TOLD = {"product.c": [[f"-DWAY={way}"] for way in _WAYS], "exact.c": [[], ["-DIN_FLOAT16"]], "exact_layer.c": [[], ["-DIN_FLOAT16"]]}
@@ -177,6 +177,11 @@ def _processor() -> str:
 def panel() -> int:
     """Outputs whose weights stand in one panel."""
     return 2 * int(compiled().lossless_lanes())
+
+
+def tile() -> int:
+    """Inputs of bfloat16 that are added up together where the processor multiplies by tiles (AMX), for which rows cost next to nothing; 0 elsewhere."""
+    return int(compiled().lossless_tiles()) if available() else 0
 
 
 def room(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -242,6 +242,8 @@ INLINE void multiply(enum way way, const uint32_t *panel, const float *scales, c
     hand_on(out, sums, count);
 }
 
+#include "tiles.h"
+
 /* The sums of a row, with a bias, to where they belong: `valid` outputs of them are asked for. */
 INLINE void finish(const f32s *sums, const float *bias, int kind, void *out, ptrdiff_t at, ptrdiff_t valid) {
     if (valid == PANEL) {

@@ -5,7 +5,33 @@
 #define NAMED(way) product_##way
 #define NAME(way) NAMED(way)
 
+#if defined(TILES)
+/* The same by tiles, for pairs. */
+INLINE void by_tiles(const uint32_t *panel, ptrdiff_t words, const uint16_t *rows, ptrdiff_t count, ptrdiff_t ins, const float *bias, int kind, void *out,
+                     ptrdiff_t first, ptrdiff_t end, ptrdiff_t outs) {
+    ptrdiff_t shaped = 0;
+    for (; first < end; first += PANEL, panel += words, bias = bias ? bias + PANEL : NULL)
+        for (ptrdiff_t r = 0, some; r < count; r += some) {
+            float sums[2 * TALL][PANEL];
+            some = count - r < 2 * TALL ? count - r : 2 * TALL;
+            if (some != shaped) shape_tiles(shaped = some);
+            multiply_tiles(panel, rows + r * ins, ins, some, sums);
+            for (ptrdiff_t n = 0; n < some; n++) {
+                f32s both[2] = {load(sums[n]), load(sums[n] + LANES)};
+                finish(both, bias, kind, out, (r + n) * outs + first, end - first < PANEL ? end - first : PANEL);
+            }
+        }
+    _tile_release();
+}
+#endif
+
 PRODUCT(NAME(WAY)) {
+#if defined(TILES)
+    if (WAY == PAIRS && chunk == TILE && ins % TILE == 0 && lossless_tiles()) {
+        by_tiles(panel, words, (const uint16_t *)rows, count, ins, bias, kind, out, first, end, outs);
+        return;
+    }
+#endif
     const ptrdiff_t size = WAY == BYTES ? 1 : WAY == PAIRS || WAY == PAIRED_CODES ? 2 : 4;
     for (; first < end; first += PANEL, panel += words, scales += scaled, bias = bias ? bias + PANEL : NULL)
         for (ptrdiff_t r = 0, some, parts = (count + ROWS - 1) / ROWS; parts > 0; r += some, parts--) { /* about equal parts */

@@ -70,11 +70,6 @@ def _multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | Non
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
 
-def has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bfloat16 (AMX), for which oneDNN has the products."""
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
 @functools.cache
 def packable(dtype: torch.dtype) -> bool:
     """Whether weights of this dtype can be packed here, and their products are right; tested at the first call."""
