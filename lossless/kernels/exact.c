@@ -4,8 +4,8 @@
    Its order: a score is four sums, of every fourth dimension, s0 + s2 + (s1 + s3). Keys come in blocks of 512; what earlier blocks gave is
    scaled to the largest score so far. Of a block, exponentials of as many keys as a vector has lanes are those of `power`, added up in
    two vectors in turn, the rest are rounded from double; what values are weighted with is rounded to 16 bits, and values are added four keys at a time,
-   v0 + v2 + (v1 + v3). In float16 the products are those of MKL, in the order that it has on AMD's processors: what they do otherwise stands
-   below under IN_FLOAT16. */
+   v0 + v2 + (v1 + v3). On Intel's processors MKL has other products of bfloat16: they stand below under PAIRED. In float16 the products are those of
+   MKL, in the order that it has on AMD's processors: what they do otherwise stands below under IN_FLOAT16. */
 
 #include "attention.h"
 
@@ -44,9 +44,39 @@ INLINE f32s power(f32s x) {
 /* e^x to the nearest number: of two thousand that expf gives one is not, and torch's are. */
 INLINE float rounded_exponential(float x) { return (float)exp((double)x); }
 
+/* MKL on Intel's processors: a score is sixteen sums of pairs of dimensions, of each pair the second first; those that are half of all apart meet,
+   and then neighbours in turn. Values are weighted in pairs of keys, and added eight keys at a time. */
+#if defined(__AVX512BF16__) && !defined(IN_FLOAT16)
+#define PAIRED __builtin_cpu_is("intel")
+
+INLINE void score_paired(const float *asked, ptrdiff_t dim, const uint16_t *keys, ptrdiff_t stride, ptrdiff_t count, float *laid, float *scores,
+                         ptrdiff_t width) {
+    const uint16_t *queries = (const uint16_t *)laid;
+    narrow(BFLOAT16, asked, SIDE * dim, laid);
+    for (ptrdiff_t k = 0; k < count; k++, keys += stride) {
+        __m512 sum[SIDE] = {};
+        for (ptrdiff_t i = 0; i < dim; i += 2 * LANES) {
+            __m512bh key = (__m512bh)_mm512_loadu_si512(keys + i);
+            UNROLL for (int r = 0; r < SIDE; r++) sum[r] = _mm512_dpbf16_ps(sum[r], key, (__m512bh)_mm512_loadu_si512(queries + r * dim + i));
+        }
+        __m256 half[SIDE];
+        UNROLL for (int r = 0; r < SIDE; r++) half[r] = _mm256_add_ps(_mm512_castps512_ps256(sum[r]), _mm512_extractf32x8_ps(sum[r], 1));
+        __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+        f32x4 found = (f32x4)_mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+        for (int r = 0; r < SIDE; r++) scores[r * width + k] = found[r];
+    }
+}
+#endif
+
 /* scores[r * width + k] of four queries [SIDE, dim] with `count` keys; laid: room for SIDE * dim numbers. */
 static void score(const float *asked, ptrdiff_t dim, const uint16_t *keys, ptrdiff_t stride, ptrdiff_t count, float *laid, float *scores,
                   ptrdiff_t width) {
+#if defined(PAIRED)
+    if (PAIRED) {
+        score_paired(asked, dim, keys, stride, count, laid, scores, width);
+        return;
+    }
+#endif
     for (ptrdiff_t i = 0; i < dim; i += 4)
         for (int r = 0; r < SIDE; r++) memcpy(laid + i * SIDE + 4 * r, asked + r * dim + i, 4 * sizeof(float));
     for (ptrdiff_t k = 0; k < count; k++) {
@@ -68,8 +98,43 @@ INLINE const uint16_t *at(const struct attention *a, int values, ptrdiff_t kv, p
 
 #define VALUE(key, i) load_kind(SIXTEEN, at(a, 1, kv, r, first + (key)), i) * weights[key]
 
+#if defined(PAIRED)
+INLINE uint32_t bits(float number) {
+    uint32_t found;
+    memcpy(&found, &number, sizeof found);
+    return found;
+}
+
+/* As weigh. */
+INLINE void weigh_paired(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count, const float *weights, float *found) {
+    for (ptrdiff_t i = 0; i < a->dim; i += LANES) {
+        f32s all = load(found + i);
+        for (ptrdiff_t k = 0; k < count;) {
+            __m512 sum = _mm512_setzero_ps();
+            for (ptrdiff_t end = k + 8 < count ? k + 8 : count; k < end; k += 2) {
+                u32s both = (u32s)load_kind(BFLOAT16, at(a, 1, kv, r, first + k), i) >> 16, zero = {};
+                uint32_t pair = bits(weights[k]) >> 16;
+                if (k + 1 < count) {
+                    both |= (u32s)load_kind(BFLOAT16, at(a, 1, kv, r, first + k + 1), i);
+                    pair |= bits(weights[k + 1]);
+                }
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)both, (__m512bh)(zero + pair));
+            }
+            all += (f32s)sum;
+        }
+        store(found + i, all);
+    }
+}
+#endif
+
 /* found [dim] += the weighted values of keys first to first + count: in bfloat16 four keys at a time, in float16 one after the other. */
 static void weigh(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count, const float *weights, float *found) {
+#if defined(PAIRED)
+    if (PAIRED) {
+        weigh_paired(a, kv, r, first, count, weights, found);
+        return;
+    }
+#endif
     for (ptrdiff_t i = 0; i < a->dim; i += 2 * LANES) {
         f32s sum[2] = {load(found + i), load(found + i + LANES)};
         ptrdiff_t k = 0;
