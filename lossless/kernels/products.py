@@ -3,9 +3,8 @@
 Knows: torch's private operators for packed weights, how to look for them, and whether what they give is right here. Nothing
 else in the project names them: torch has no public way to pack in eager mode. Does not know: modules, or models.
 
-    Packed                    oneDNN's blocked layout. A row has the same bits in a product of any number of rows from 2 on,
-                              and mostly from 1 on (`least_rows` says which): what it multiplies is laid out once, so that
-                              sums run in one order.
+    Packed                    oneDNN's blocked layout. A row has the same bits in a product of 2 to 32 rows, and mostly of 1
+                              (`least_rows` says which): what it multiplies is laid out once, so that sums run in one order.
     EightBits                 8-bit weights, a scale for each output, rows rounded as they come: for drafts, which may be wrong.
 """
 
