@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -31,8 +31,10 @@ def too_far(model: Any) -> float:
 
 
 def is_fine(model: Any) -> bool:
-    """Whether it computes with float32 weights, so that roundings are small."""
-    return bool(model.get_input_embeddings().weight.dtype == torch.float32) and not getattr(model, "is_quantized", False)
+    """Whether it computes with float32 weights, so that roundings are small: not where the user lets oneDNN multiply them in bfloat16."""
+    weight, mkldnn = model.get_input_embeddings().weight, cast(Any, torch.backends.mkldnn)
+    coarse = weight.device.type == "cpu" and mkldnn.matmul.fp32_precision == "bf16"
+    return bool(weight.dtype == torch.float32) and not coarse and not getattr(model, "is_quantized", False)
 
 
 @contextlib.contextmanager
