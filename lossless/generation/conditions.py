@@ -19,7 +19,7 @@ import torch
 
 from ..base.layers import device_of, input_device
 from ..base.loading import precision
-from ..base.packed import is_packed, product_dtype
+from ..base.packed import copied_bytes, is_packed, product_dtype
 from ..base.processes import device_name
 from ..base.structure import listeners
 from ..kernels import gpu, native
@@ -78,7 +78,7 @@ def circumstances(reader: StreamRunner, runner: StreamRunner) -> dict[str, Any]:
     shape = {key: value for key, value in sorted(config.items()) if not key.startswith("_")}
     return conditions(base) | {
         "base": type(base).__name__, "shape": shape, "precision": precision(base), "device": device_name(input_device(base)),
-        "capability": torch.backends.cpu.get_cpu_capability(), "packed": is_packed(base), "twin": runner is not reader,
+        "capability": torch.backends.cpu.get_cpu_capability(), "packed": is_packed(base), "twin": runner is not reader, "copied": copied_bytes(runner.model),
         "modules": Counter(type(module).__name__ for module in runner.model.modules()), "fused": runner.fused, "heard": _heard(base), "kernels": [native.name(), input_device(base).type != "cpu" and gpu.available()],
         "adapter": reader.adapter.config.to_dict(), "versions": versions(),
         "code": _code(), "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},

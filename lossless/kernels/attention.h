@@ -83,8 +83,7 @@ static void attend(struct team *team, const struct attention *a, const float *as
 #pragma omp for schedule(static) nowait
     for (ptrdiff_t h = 0; h < a->heads * rows; h++) {
         ptrdiff_t r = h / group % rows, start = a->starts ? a->starts[r] : 0, count = past + a->lengths[r] - start;
-        float *score = scores + h * width + start, most = -INFINITY;
-        for (ptrdiff_t j = 0; j < count; j++) most = score[j] > most ? score[j] : most;
+        float *score = scores + h * width + start, most = largest_of(score, count, -INFINITY);
         f32s total = {};
         for (ptrdiff_t j = 0; j < count; j += LANES) {
             float some[LANES];
@@ -134,7 +133,7 @@ static void attend(struct team *team, const struct attention *a, const float *as
 
 #if defined(EXACT)
 /* The same in torch's order (exact.c), of numbers of 16 bits as they are; `odd` is set if a score or what is found is no finite number. scratch: of each
-   of `threads` threads, as many as torch would take, SIDE * (2 * dim + past + depth) + dim numbers. */
+   of `threads` threads, as many as torch would take, SIDE * (2 * dim + past + depth) numbers. */
 void EXACTLY(attend)(const struct attention *a, const uint16_t *query, ptrdiff_t head_stride, ptrdiff_t row_stride, float *scratch, int threads,
                      uint16_t *out, int *odd);
 #endif

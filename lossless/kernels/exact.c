@@ -99,42 +99,44 @@ INLINE const uint16_t *at(const struct attention *a, int values, ptrdiff_t kv, p
 #define VALUE(key, i) load_kind(SIXTEEN, at(a, 1, kv, r, first + (key)), i) * weights[key]
 
 #if defined(PAIRED)
-INLINE uint32_t bits(float number) {
-    uint32_t found;
-    memcpy(&found, &number, sizeof found);
-    return found;
+/* Weights [count] become bfloat16, in their own place; a 0 stands behind an odd one. */
+static void pack(float *weights, ptrdiff_t count) {
+    for (ptrdiff_t k = 0; k < count; k += LANES) {
+        ptrdiff_t some = count - k < LANES ? count - k : LANES;
+        float wide[LANES] = {};
+        uint16_t halves[LANES];
+        memcpy(wide, weights + k, some * sizeof *wide);
+        store_bfloat16(halves, load(wide));
+        memcpy((char *)weights + k * sizeof *halves, halves, (some + some % 2) * sizeof *halves);
+    }
 }
 
-/* As weigh. */
-INLINE void weigh_paired(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count, const float *weights, float *found) {
+/* found[n] [dim] += the values of 8 keys at a time, at most, weighted with those of each of `queries`, which are packed. */
+INLINE void weigh_paired(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count, const float *weights, ptrdiff_t width,
+                         int queries, float *found) {
     for (ptrdiff_t i = 0; i < a->dim; i += LANES) {
-        f32s all = load(found + i);
+        f32s all[SIDE];
+        UNROLL for (int n = 0; n < queries; n++) all[n] = load(found + n * a->dim + i);
         for (ptrdiff_t k = 0; k < count;) {
-            __m512 sum = _mm512_setzero_ps();
+            __m512 sum[SIDE] = {};
             for (ptrdiff_t end = k + 8 < count ? k + 8 : count; k < end; k += 2) {
-                u32s both = (u32s)load_kind(BFLOAT16, at(a, 1, kv, r, first + k), i) >> 16, zero = {};
-                uint32_t pair = bits(weights[k]) >> 16;
-                if (k + 1 < count) {
-                    both |= (u32s)load_kind(BFLOAT16, at(a, 1, kv, r, first + k + 1), i);
-                    pair |= bits(weights[k + 1]);
+                u32s both = (u32s)load_kind(BFLOAT16, at(a, 1, kv, r, first + k), i) >> 16;
+                if (k + 1 < count) both |= (u32s)load_kind(BFLOAT16, at(a, 1, kv, r, first + k + 1), i);
+                UNROLL for (int n = 0; n < queries; n++) {
+                    int32_t pair;
+                    memcpy(&pair, (const char *)(weights + n * width) + k * 2, sizeof pair);
+                    sum[n] = _mm512_dpbf16_ps(sum[n], (__m512bh)both, (__m512bh)_mm512_set1_epi32(pair));
                 }
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)both, (__m512bh)(zero + pair));
             }
-            all += (f32s)sum;
+            UNROLL for (int n = 0; n < queries; n++) all[n] += (f32s)sum[n];
         }
-        store(found + i, all);
+        UNROLL for (int n = 0; n < queries; n++) store(found + n * a->dim + i, all[n]);
     }
 }
 #endif
 
 /* found [dim] += the weighted values of keys first to first + count: in bfloat16 four keys at a time, in float16 one after the other. */
 static void weigh(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count, const float *weights, float *found) {
-#if defined(PAIRED)
-    if (PAIRED) {
-        weigh_paired(a, kv, r, first, count, weights, found);
-        return;
-    }
-#endif
     for (ptrdiff_t i = 0; i < a->dim; i += 2 * LANES) {
         f32s sum[2] = {load(found + i), load(found + i + LANES)};
         ptrdiff_t k = 0;
@@ -191,16 +193,31 @@ static float exponentials(float *scores, ptrdiff_t count, float most) {
     for (ptrdiff_t k = 0; k < whole; k += LANES) {
         f32s found = power(load(scores + k) - most);
         lanes[k / LANES % 2] += found;
-        store(scores + k, found);
+        store(scores + k, rounded_to(SIXTEEN, found));
     }
     float sum = sums(lanes[0] + lanes[1], none, none, none)[0];
-    for (ptrdiff_t k = whole; k < count; k++) sum += scores[k] = rounded_exponential(scores[k] - most);
-    for (ptrdiff_t k = 0; k < count; k++) {
+    for (ptrdiff_t k = whole; k < count; k++) {
         uint16_t half;
-        put_number(SIXTEEN, &half, 0, scores[k]);
+        float found = rounded_exponential(scores[k] - most);
+        sum += found;
+        put_number(SIXTEEN, &half, 0, found);
         scores[k] = number_at(SIXTEEN, &half, 0);
     }
     return sum;
+}
+
+/* scores [count] *= scale; returns the largest of them and `most`, and adds to `nothing` what is not 0 if one is no finite number. */
+static float scaled(float *scores, ptrdiff_t count, float scale, float most, float *nothing) {
+    f32s odd = {}, none = {};
+    ptrdiff_t whole = count - count % LANES;
+    for (ptrdiff_t k = 0; k < whole; k += LANES) {
+        f32s found = load(scores + k) * scale;
+        odd += found * 0;
+        store(scores + k, found);
+    }
+    *nothing += sums(odd, none, none, none)[0];
+    for (ptrdiff_t k = whole; k < count; k++) *nothing += (scores[k] *= scale) * 0;
+    return largest_of(scores, count, most);
 }
 
 void EXACTLY(attend)(const struct attention *a, const uint16_t *query, ptrdiff_t head_stride, ptrdiff_t row_stride, float *scratch, int threads,
@@ -210,9 +227,9 @@ void EXACTLY(attend)(const struct attention *a, const uint16_t *query, ptrdiff_t
 #pragma omp for collapse(2) schedule(static) nowait
     for (ptrdiff_t kv = 0; kv < kv_heads; kv++)
         for (ptrdiff_t p = 0; p < parts; p++) {
-            float *asked = scratch + omp_get_thread_num() * (SIDE * (2 * dim + width) + dim), *laid = asked + SIDE * dim;
-            float *scores = laid + SIDE * dim, *found = scores + SIDE * width;
-            ptrdiff_t count = each - p * SIDE < SIDE ? each - p * SIDE : SIDE;
+            float *asked = scratch + omp_get_thread_num() * SIDE * (2 * dim + width), *laid = asked + SIDE * dim, *scores = laid + SIDE * dim;
+            float most[SIDE], total[SIDE] = {}, nothing = 0; /* as long as all numbers are finite */
+            ptrdiff_t count = each - p * SIDE < SIDE ? each - p * SIDE : SIDE, starts[SIDE], ends[SIDE], longest = 0;
             memset(asked, 0, SIDE * dim * sizeof(float));
             for (ptrdiff_t n = 0; n < count; n++) {
                 ptrdiff_t r = (p * SIDE + n) / group, head = kv * group + (p * SIDE + n) % group;
@@ -220,49 +237,73 @@ void EXACTLY(attend)(const struct attention *a, const uint16_t *query, ptrdiff_t
             }
             score(asked, dim, key_at(a, kv, 0), a->key_strides[1], past, laid, scores, width);
             for (ptrdiff_t n = 0; n < count; n++) {
-                ptrdiff_t r = (p * SIDE + n) / group, head = kv * group + (p * SIDE + n) % group;
-                ptrdiff_t start = a->starts ? a->starts[r] : 0, end = past + a->lengths[r];
-                for (ptrdiff_t k = past; k < end; k++) {
+                ptrdiff_t r = (p * SIDE + n) / group;
+                starts[n] = a->starts ? a->starts[r] : 0, ends[n] = past + a->lengths[r];
+                longest = ends[n] - starts[n] > longest ? ends[n] - starts[n] : longest;
+                for (ptrdiff_t k = past; k < ends[n]; k++) {
                     float some[SIDE];
                     score(asked, dim, at(a, 0, kv, r, k), 0, 1, laid, some, 1);
                     scores[n * width + k] = some[n];
                 }
 #if defined(IN_FLOAT16)
-                for (ptrdiff_t k = end - (end - start) % KEYS % 4; k < end; k++) scores[n * width + k] = score_last(asked + n * dim, at(a, 0, kv, r, k), dim);
+                for (ptrdiff_t k = ends[n] - (ends[n] - starts[n]) % KEYS % 4; k < ends[n]; k++) scores[n * width + k] = score_last(asked + n * dim, at(a, 0, kv, r, k), dim);
 #endif
-                float most = -INFINITY, total = 0, nothing = 0; /* as long as all numbers are finite */
-                memset(found, 0, dim * sizeof(float));
-                for (ptrdiff_t first = start; first < end; first += KEYS) {
-                    ptrdiff_t block = end - first < KEYS ? end - first : KEYS;
-                    float *own = scores + n * width + first, largest = most;
-                    for (ptrdiff_t k = 0; k < block; k++) {
-                        own[k] *= a->scale;
-                        nothing += own[k] * 0;
-                        largest = own[k] > largest ? own[k] : largest;
-                    }
-                    float sum = exponentials(own, block, largest), faded = rounded_exponential(most - largest);
-                    total = sum + faded * total;
-                    most = largest;
-                    if (first > start)
-                        for (ptrdiff_t i = 0; i < dim; i++) found[i] *= faded;
-#if defined(IN_FLOAT16)
-                    ptrdiff_t apart = not_aligned(head, heads, end - start, threads);
-                    float unaligned[3] = {found[0], found[1], found[2]};
-                    weigh_first(a, kv, r, first, block, own, apart, unaligned);
-                    weigh(a, kv, r, first, block, own, found);
-                    memcpy(found, unaligned, apart * sizeof *found);
-#else
-                    weigh(a, kv, r, first, block, own, found);
+                most[n] = -INFINITY;
+            }
+            float *found = laid; /* [SIDE, dim] */
+            memset(found, 0, SIDE * dim * sizeof(float));
+            for (ptrdiff_t block = 0; block < longest; block += KEYS) {
+                ptrdiff_t shared = 0; /* keys of it that are weighted for all queries at once */
+                for (ptrdiff_t n = 0; n < count; n++) {
+                    ptrdiff_t first = starts[n] + block, keys = ends[n] - first < KEYS ? ends[n] - first : KEYS;
+                    if (keys <= 0) continue;
+                    float *own = scores + n * width + first, largest = scaled(own, keys, a->scale, most[n], &nothing);
+                    float sum = exponentials(own, keys, largest), faded = rounded_exponential(most[n] - largest);
+                    total[n] = sum + faded * total[n];
+                    most[n] = largest;
+                    if (block)
+                        for (ptrdiff_t i = 0; i < dim; i++) found[n * dim + i] *= faded;
+#if defined(PAIRED)
+                    if (PAIRED) pack(own, keys);
 #endif
                 }
-                float share = 1 / total;
+#if defined(PAIRED)
+                if (PAIRED && !a->starts && count == SIDE && block < past) {
+                    shared = (past - block < KEYS ? past - block : KEYS) & ~7;
+                    weigh_paired(a, kv, 0, block, shared, scores + block, width, SIDE, found);
+                }
+#endif
+                for (ptrdiff_t n = 0; n < count; n++) {
+                    ptrdiff_t r = (p * SIDE + n) / group, first = starts[n] + block, keys = ends[n] - first < KEYS ? ends[n] - first : KEYS;
+                    float *own = scores + n * width + first, *to = found + n * dim;
+                    if (keys <= 0) continue;
+#if defined(PAIRED)
+                    if (PAIRED) {
+                        weigh_paired(a, kv, r, first + shared, keys - shared, own + shared / 2, 0, 1, to);
+                        continue;
+                    }
+#endif
+#if defined(IN_FLOAT16)
+                    ptrdiff_t apart = not_aligned(kv * group + (p * SIDE + n) % group, heads, ends[n] - starts[n], threads);
+                    float unaligned[3] = {to[0], to[1], to[2]};
+                    weigh_first(a, kv, r, first, keys, own, apart, unaligned);
+                    weigh(a, kv, r, first, keys, own, to);
+                    memcpy(to, unaligned, apart * sizeof *to);
+#else
+                    weigh(a, kv, r, first, keys, own, to);
+#endif
+                }
+            }
+            for (ptrdiff_t n = 0; n < count; n++) {
+                ptrdiff_t r = (p * SIDE + n) / group, head = kv * group + (p * SIDE + n) % group;
+                float share = 1 / total[n];
                 uint16_t *to = out + (r * heads + head) * dim;
                 for (ptrdiff_t i = 0; i < dim; i++) {
-                    nothing += found[i] * 0;
-                    put_number(SIXTEEN, to, i, found[i] * share);
+                    nothing += found[n * dim + i] * 0;
+                    put_number(SIXTEEN, to, i, found[n * dim + i] * share);
                 }
-                if (nothing != 0) __atomic_store_n(odd, 1, __ATOMIC_RELAXED);
             }
+            if (nothing != 0) __atomic_store_n(odd, 1, __ATOMIC_RELAXED);
         }
 }
 

@@ -328,7 +328,7 @@ def _attend(
 
 def scratch_exactly(dim: int, keys: int, threads: int) -> int:
     """Numbers that attention in torch's order needs, if a row sees so many keys at most."""
-    return threads * (_SIDE * (2 * dim + keys) + dim)
+    return threads * _SIDE * (2 * dim + keys)
 
 
 def _right() -> bool:

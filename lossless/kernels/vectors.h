@@ -139,6 +139,22 @@ INLINE void put_number(int kind, void *at, ptrdiff_t i, float number) {
     else ((float *)at)[i] = number;
 }
 
+/* Of each lane the larger number; b where one is none. */
+INLINE f32s larger(f32s a, f32s b) {
+    u32s more = (u32s)(a > b);
+    return (f32s)(((u32s)a & more) | ((u32s)b & ~more));
+}
+
+/* The largest of `count` numbers and `most`. */
+INLINE float largest_of(const float *numbers, ptrdiff_t count, float most) {
+    f32s lanes = most - (f32s){};
+    ptrdiff_t whole = count - count % LANES;
+    for (ptrdiff_t i = 0; i < whole; i += LANES) lanes = larger(load(numbers + i), lanes);
+    for (int lane = 0; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
+    for (ptrdiff_t i = whole; i < count; i++) most = numbers[i] > most ? numbers[i] : most;
+    return most;
+}
+
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
 
