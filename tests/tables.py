@@ -81,8 +81,11 @@ def decoded(found: Report) -> str:
 
 
 def processor(found: Report) -> str:
-    """As torch calls it; those with AVX-512 have bfloat16 arithmetic and kernels of ours, unless they say that they have not."""
+    """As torch calls it, but for those that multiply tiles; those with AVX-512 have bfloat16 arithmetic and kernels of ours, unless they say that they
+    have not."""
     name, pairs = str(found["machine"]["cpu_capability"]), found["machine"].get("pairs_of_bfloat16", True)
+    if pairs and "amx_bf16" in found["machine"]["processor_flags"]:
+        return "AMX"
     if pairs is None:
         return f"{name}, no gcc"
     return name if name == "AVX2" or pairs else f"{name} without bfloat16"

@@ -16,6 +16,7 @@ from lossless.generation import loop
 from lossless.generation import measure as module
 from lossless.generation.model import AcceleratedModel, accelerate
 from lossless.generation.stats import Stats
+from lossless.kernels import native
 from lossless.streams.passes import read_plainly
 
 from .conformance.families import build
@@ -58,6 +59,13 @@ def test_costs_are_measured_once_for_each_base_and_setting(measured: list[CostCu
     kept = [json.loads(path.read_text()) for path in tmp_path.glob("costs/*.json")]
     assert {CostCurve.from_dict(file["curve"]) for file in kept} == set(measured[1:])  # the first was measured again
     assert all(file["depends_on"]["twin"] for file in kept)
+
+
+@pytest.mark.skipif(not native.available(), reason="no kernels on this machine: they take gcc")
+def test_a_curve_is_of_the_layout_that_weights_have(measured: list[CostCurve]) -> None:
+    for base in (build_tiny(seed=5), build_tiny(seed=5).bfloat16().float()):  # the second is laid out in half of the memory
+        accelerate(base, new_adapter(base, tiny_config()).randomize(2))
+    assert len(measured) == 2
 
 
 def test_a_broken_or_unwritable_cache_costs_a_measurement(measured: list[CostCurve], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
