@@ -38,7 +38,7 @@ DRAFTERS = {"shipped": "streams", "runs/paper": "the paper's streams",
             "runs/ablation/paper-+-transition": "streams with a transition on a small budget"}  # fmt: skip
 # the rows of the first page, in its order
 FRONT = ("float32-rivals", "float32-beside", "float32-sampled", "float32-random", "float32-checkpoint", "bfloat16", "bfloat16-packed", "float16", "4bit", "4bit-bfloat16",
-         "float16-nogcc", "bfloat16-avx512", "float32-avx2", "bfloat16-avx2", "4bit-avx2", "4bit-bfloat16-avx2")  # fmt: skip
+         "float16-nogcc", "float32-amx", "bfloat16-amx", "bfloat16-packed-amx", "float32-avx2", "bfloat16-avx2")  # fmt: skip
 
 
 def reports(kind: str) -> dict[str, Report]:
@@ -217,11 +217,11 @@ def levels() -> str:
 def certificates() -> str:
     """Certificates over public benchmarks."""
     rows = [
-        f"| {precision(found)}{', packed' if found.get('packed') else ''}{older(found)} | {found['guarantee']['exact']} | {decoded(found)} "
+        f"| {precision(found)}{', packed' if found.get('packed') else ''}{older(found)} | {found['guarantee']['exact']} | {decoded(found)} | {found['device']} "
         f"| {found['identical_prompts']} of {found['prompts']} | {found['mismatches']} | {found['near_ties']} | {found['same_bits']:,} of {found['tokens']:,} |"
         for found in (*reports("benchmarks").values(), *reports("certificate").values())
     ]
-    return in_table("| dtype | exact | decoding | identical answers | mismatches | near-ties | same bits |", rows)
+    return in_table("| dtype | exact | decoding | device | identical answers | mismatches | near-ties | same bits |", rows)
 
 
 def certified() -> str:
