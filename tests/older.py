@@ -14,7 +14,7 @@ import sys
 _COMPILER = os.environ.get("LOSSLESS_CC", "gcc")
 HELD = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "LOSSLESS_CC": f"{_COMPILER} -mno-avx512f"},
-    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "LOSSLESS_CC": f"{_COMPILER} -mno-avx512bf16"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "MKL_ENABLE_INSTRUCTIONS": "AVX512", "LOSSLESS_CC": f"{_COMPILER} -mno-avx512bf16"},
 }
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] not in HELD:

@@ -4,7 +4,7 @@
    Its order: a score is four sums, of every fourth dimension, s0 + s2 + (s1 + s3). Keys come in blocks of 512; what earlier blocks gave is
    scaled to the largest score so far. Of a block, exponentials of as many keys as a vector has lanes are those of `power`, added up in
    two vectors in turn, the rest are rounded from double; what values are weighted with is rounded to 16 bits, and values are added four keys at a time,
-   v0 + v2 + (v1 + v3). On Intel's processors MKL has other products of bfloat16: they stand below under FOUR_SUMS and PAIRED. In float16 the products are those of
+   v0 + v2 + (v1 + v3). On Intel's processors MKL has other products of bfloat16: they stand below under SUMS_APART and PAIRED. In float16 the products are those of
    MKL, in the order that it has on AMD's processors: what they do otherwise stands below under IN_FLOAT16. */
 
 #include "attention.h"
@@ -44,8 +44,9 @@ INLINE f32s power(f32s x) {
 /* e^x to the nearest number: of two thousand that expf gives one is not, and torch's are. */
 INLINE float rounded_exponential(float x) { return (float)exp((double)x); }
 
-/* MKL on Intel's processors, of bfloat16. Those with AVX2 alone: values of every fourth key are added up by themselves, and then the four sums. */
-#define FOUR_SUMS (SIXTEEN == BFLOAT16 && __builtin_cpu_is("intel"))
+/* MKL on Intel's processors, of bfloat16. Those that do not multiply pairs: values of every fourth key, with AVX-512 of every second one, are added up
+   by themselves, and then these sums. */
+#define SUMS_APART (SIXTEEN == BFLOAT16 && __builtin_cpu_is("intel"))
 
 /* Those that multiply pairs: a score is sixteen sums of pairs of dimensions, of each pair the second first; those that are half of all apart meet,
    and then neighbours in turn. Values are weighted in pairs of keys, and added eight keys at a time. */
@@ -143,10 +144,11 @@ static void weigh(const struct attention *a, ptrdiff_t kv, ptrdiff_t r, ptrdiff_
     for (ptrdiff_t i = 0; i < a->dim; i += 2 * LANES) {
         f32s sum[2] = {load(found + i), load(found + i + LANES)};
         ptrdiff_t k = 0;
-        if (FOUR_SUMS) {
+        if (SUMS_APART) {
+            const int apart = LANES == 16 ? 2 : 4;
             f32s four[4][2] = {};
-            for (; k + 4 <= count; k += 4)
-                UNROLL for (int j = 0; j < 8; j++) four[j / 2][j % 2] += VALUE(k + j / 2, i + j % 2 * LANES);
+            for (; k + apart <= count; k += apart)
+                UNROLL for (int j = 0; j < 2 * apart; j++) four[j / 2][j % 2] += VALUE(k + j / 2, i + j % 2 * LANES);
             UNROLL for (int half = 0; half < 2; half++) sum[half] += (four[0][half] + four[2][half]) + (four[1][half] + four[3][half]);
             for (; k < count; k++)
                 UNROLL for (int half = 0; half < 2; half++) sum[half] += VALUE(k, i + half * LANES);
