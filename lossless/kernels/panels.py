@@ -325,6 +325,7 @@ def _right() -> bool:
     four = FourBits.from_pairs(pairs, torch.rand(70, generator=generator, dtype=torch.float32), torch.randn(16, generator=generator, dtype=torch.float32), 70)
     products: list[Panels | FourBits | EightBits] = [four, EightBits.of(weight)]
     products += [Panels.of(weight.to(dtype)) for dtype in native.KINDS if native.has_kernels(dtype)]
+    products += [Panels.of(weight.bfloat16(), native.compiled().lossless_tiles() or None)]
     for product in products:
         for rows in (torch.randn(15, 64, generator=generator, dtype=torch.float32), torch.randn(15, 64, generator=generator, dtype=torch.float32).bfloat16()):
             found, alone = (torch.cat([product.multiply(some, None) for some in rows.split(size)]) for size in (15, 1))
