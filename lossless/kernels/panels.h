@@ -107,10 +107,7 @@ static void to_bytes(const float *rows, ptrdiff_t count, ptrdiff_t ins, uint8_t 
     for (ptrdiff_t r = 0; r < count; r++, rows += ins, bytes += ins) {
         f32s lanes = {};
         ptrdiff_t whole = ins - ins % LANES;
-        for (ptrdiff_t i = 0; i < whole; i += LANES) {
-            u32s size = (u32s)load(rows + i) & 0x7fffffffu, more = (u32s)((f32s)size > lanes);
-            lanes = (f32s)((size & more) | ((u32s)lanes & ~more));
-        }
+        for (ptrdiff_t i = 0; i < whole; i += LANES) lanes = larger((f32s)((u32s)load(rows + i) & 0x7fffffffu), lanes);
         float most = 1e-30f;
         for (int lane = 0; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
         for (ptrdiff_t i = whole; i < ins; i++) most = fabsf(rows[i]) > most ? fabsf(rows[i]) : most;

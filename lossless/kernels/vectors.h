@@ -179,9 +179,7 @@ INLINE f32x4 sums(f32s first, f32s second, f32s third, f32s fourth) {
 /* e^x for x <= 0, to about one part in ten million. */
 INLINE f32s exponential(f32s x) {
     const float magic = 12582912.0f; /* what is added to it is rounded to a whole number */
-    f32s least = (f32s){} - 87.0f;
-    i32s more = x > least;
-    x = (f32s)(((i32s)x & more) | ((i32s)least & ~more));
+    x = larger(x, (f32s){} - 87.0f);
     f32s turns = (x * 1.44269504f + magic) - magic;
     f32s rest = x - turns * 0.693145752f;
     rest = rest - turns * 1.42860677e-6f;
